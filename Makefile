@@ -1,0 +1,46 @@
+# Each target alone does all the set-up on a fresh machine with Python 3.11+ and make.
+PYTHON ?= python3
+BIN := .venv/bin
+INSTALLED := .venv/installed
+TOY := runs/toy
+DEMO := runs/demo
+TRAIN := $(BIN)/torchrun --standalone --nproc_per_node 2 -m higgs_tune.train
+
+.PHONY: setup toy demo test lint bench clean
+
+setup: $(INSTALLED)
+
+# torch first, with the libraries that its build asks for; then everything else exactly as pinned
+$(INSTALLED): requirements.lock pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint requirements.lock torch
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --requirement requirements.lock
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
+	mkdir -p .venv/types && ln -sfn ../.. .venv/types/higgs_tune
+	touch $(INSTALLED)
+
+toy: setup
+	$(BIN)/python -m higgs_tune.train.toy --chatml examples/arabic/chatml.json --out $(TOY)
+
+# real speech -> shards -> stage 1 -> stage 2 -> report, on the toy checkpoints
+demo: toy
+	rm -rf $(DEMO)
+	$(BIN)/higgs-preprocess --data examples/arabic/chatml.json --out $(DEMO)/shards \
+	    --model_path $(TOY)/model --audio_tokenizer_path $(TOY)/codec --val_fraction 0.1
+	$(TRAIN) --training_stage stage1 --model_path $(TOY)/model --train_data_dir $(DEMO)/shards \
+	    --output_dir $(DEMO)/stage1 --max_steps 60 --tokens_per_pack 2048 --learning_rate 1e-2
+	$(TRAIN) --training_stage stage2 --model_path $(DEMO)/stage1 --train_data_dir $(DEMO)/shards \
+	    --output_dir $(DEMO)/stage2 --max_steps 120 --tokens_per_pack 2048 --learning_rate 1e-2
+	$(BIN)/higgs-inspect report $(DEMO)/shards -o $(DEMO)/report.html
+	$(BIN)/python examples/closing_table.py $(DEMO)
+
+test: setup
+	$(BIN)/pytest
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/basedpyright --level error
+
+clean:
+	rm -rf runs build *.egg-info

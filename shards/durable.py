@@ -1,0 +1,69 @@
+"""Durable files: a name either holds the whole content or does not exist.
+
+Everything under a final name is written to a temporary name in the same folder, fsynced, then renamed; the folder is
+fsynced after. A killed process leaves only names that start with `TEMP_PREFIX`, which `remove_leftovers` clears.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from .errors import UserError
+
+TEMP_PREFIX = ".tmp-"
+
+
+def fsync_folder(folder: Path) -> None:
+    """Make the names in a folder durable."""
+    fd = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+@contextmanager
+def atomic_file(path: Path) -> Iterator[BinaryIO]:
+    """A binary file that appears under `path` only when the block ends without an exception.
+
+    Raises:
+        UserError: the folder cannot be written or the disk is full; nothing is left behind.
+    """
+    temp = path.with_name(f"{TEMP_PREFIX}{os.getpid()}-{path.name}")
+    try:
+        with temp.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        temp.replace(path)
+        fsync_folder(path.parent)
+    except OSError as error:
+        temp.unlink(missing_ok=True)
+        raise UserError(f"cannot write: {error.strerror or error}", where=path) from error
+    except BaseException:
+        temp.unlink(missing_ok=True)
+        raise
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Write `data` under `path`, atomically."""
+    with atomic_file(path) as file:
+        file.write(data)
+
+
+def to_json(value: Any, *, indent: int | None = None) -> bytes:
+    """JSON with sorted keys and UTF-8 text: the same value always gives the same bytes."""
+    separators = (",", ":") if indent is None else None
+    text = json.dumps(value, ensure_ascii=False, sort_keys=True, indent=indent, separators=separators, allow_nan=False)
+    return text.encode()
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove what killed writers left in a folder (not below it)."""
+    for leftover in folder.glob(f"{TEMP_PREFIX}*"):
+        leftover.unlink(missing_ok=True)

@@ -1,0 +1,58 @@
+"""The two kinds of error that a user sees: a mistake that they can mend, and data that is damaged.
+
+Both carry one message that says what, where, expected and got. A command prints it and leaves with exit code 2.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+
+
+def describe(what: str, *, where: object = None, expected: object = None, got: object = None, hint: str = "") -> str:
+    """One message out of the parts that are known: `what (where), expected E, got G. hint`."""
+    text = what
+    if where is not None:
+        text += f" ({where})"
+    if expected is not None:
+        text += f", expected {expected}"
+    if got is not None:
+        text += f", got {got}"
+    return f"{text}. {hint}" if hint else text
+
+
+class UserError(Exception):
+    """A mistake in what the user gave: a path, a flag, a checkpoint, a data file."""
+
+    def __init__(
+        self, what: str, *, where: object = None, expected: object = None, got: object = None, hint: str = ""
+    ) -> None:
+        super().__init__(describe(what, where=where, expected=expected, got=got, hint=hint))
+
+
+class ShardError(UserError):
+    """Damage or disagreement inside a shard set: a checksum, a header, the index, the manifest."""
+
+
+def run_command(main: Callable[[], None], *, debug: bool | None = None) -> None:
+    """Run a command's main function; turn a UserError into one line on stderr and exit code 2.
+
+    Args:
+        main: the command; takes nothing, returns nothing.
+        debug: let the traceback through. None: true where `--debug` stands among the arguments.
+    """
+    if debug is None:
+        debug = "--debug" in sys.argv
+    try:
+        main()
+    except UserError as error:
+        if debug:
+            raise
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except BrokenPipeError:  # the reader of our output (head, less) has left
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)

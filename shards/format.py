@@ -1,0 +1,193 @@
+"""On-disk format version 1: one sample as a run of tar members, one index row a sample, one manifest a set.
+
+In: a `Sample` (text tokens with labels, raw codec codes, metadata). Out: the exact bytes of its tar members, and back.
+A shard is plain USTAR: any tar reads it. Byte layout: docs/format.md. Never: delay pattern, BOS or EOS (the loader
+adds them), pickles, timestamps (the same samples give the same bytes).
+
+Shapes: K codebooks, T frames of all segments together, L text tokens (an audio segment counts as one placeholder).
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+import tarfile
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import xxhash
+
+from .durable import to_json
+from .errors import ShardError
+
+FORMAT_VERSION = 1
+FRAME_RATE_HZ = 25  # of the Higgs audio tokenizer: 24 kHz / (8*5*4*2*3)
+TAR_BLOCK = 512
+MAX_KEY_CHARS = 64
+CODES, META, TOKENS = "codes.npy", "json", "tokens.npy"  # member suffixes, in the order of the shard
+KEY_PATTERN = re.compile(r"[A-Za-z0-9_-]{1,64}")
+
+SPLIT_TRAIN, SPLIT_VAL = 0, 1
+
+
+def index_dtype(key_chars: int) -> np.dtype:
+    """One row of index.npy. `key_chars`: width of the longest key of the set.
+
+    tokens: positions of the packed sequence without Whisper frames; text_labels and audio_labels: supervised
+    predictions (audio: a codebook); offset and length: bytes of the sample's members within its shard.
+    """
+    return np.dtype(
+        [
+            ("key", f"S{max(key_chars, 1)}"),
+            ("shard", "<u4"),
+            ("offset", "<u8"),
+            ("length", "<u4"),
+            ("xxh3", "<u8"),
+            ("mel_offset", "<u8"),
+            ("mel_length", "<u4"),
+            ("mel_xxh3", "<u8"),
+            ("tokens", "<u4"),
+            ("mel_tokens", "<u4"),
+            ("text_labels", "<u4"),
+            ("audio_labels", "<u4"),
+            ("audio_frames", "<u4"),
+            ("seconds", "<f4"),
+            ("speaker", "<u4"),
+            ("split", "<u1"),
+        ]
+    )
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One training sample as stored.
+
+    Attributes:
+        key: unique in its set; letters, digits, `_` and `-`.
+        meta: `messages`, `start_index`, `speaker`, `misc`, `segments` (see docs/format.md).
+        tokens_2L: int32 [2, L]; row 0 input ids, row 1 label ids (-100: no label), not shifted.
+        codes_KT: uint16 [K, T]; the raw codes of all segments, one after the other.
+    """
+
+    key: str
+    meta: dict[str, Any]
+    tokens_2L: np.ndarray
+    codes_KT: np.ndarray
+
+    @property
+    def segment_frames(self) -> list[int]:
+        """Frames of each audio segment, in order of appearance."""
+        return [segment["frames"] for segment in self.meta["segments"]]
+
+
+def checksum(data: bytes | memoryview) -> int:
+    """XXH3 64-bit of a run of bytes, as index rows hold it."""
+    return xxhash.xxh3_64_intdigest(data)
+
+
+def _npy(array: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    np.lib.format.write_array(buffer, np.ascontiguousarray(array), version=(1, 0), allow_pickle=False)
+    return buffer.getvalue()
+
+
+def tar_member(name: str, payload: bytes) -> bytes:
+    """One USTAR member: header, payload, zero padding to the next multiple of 512 bytes."""
+    info = tarfile.TarInfo(name)
+    info.size = len(payload)
+    info.mode = 0o644
+    return info.tobuf(tarfile.USTAR_FORMAT) + payload + bytes(-len(payload) % TAR_BLOCK)
+
+
+def tar_end(size: int) -> bytes:
+    """What closes an archive of `size` bytes: two zero blocks, filled up to the record size."""
+    return bytes(2 * TAR_BLOCK + -(size + 2 * TAR_BLOCK) % tarfile.RECORDSIZE)
+
+
+def encode_sample(sample: Sample) -> bytes:
+    """The sample's tar members, in the order of the shard.
+
+    Raises:
+        ValueError: the sample breaks a rule of the format (shape, dtype, key, code range); a bug of the caller.
+    """
+    check_sample(sample)
+    return b"".join(
+        tar_member(f"{sample.key}.{suffix}", payload)
+        for suffix, payload in (
+            (CODES, _npy(sample.codes_KT)),
+            (META, to_json(sample.meta)),
+            (TOKENS, _npy(sample.tokens_2L)),
+        )
+    )
+
+
+def check_sample(sample: Sample) -> None:
+    """Raise ValueError where a sample breaks a rule of the format."""
+    tokens, codes = sample.tokens_2L, sample.codes_KT
+    problems = [
+        (not KEY_PATTERN.fullmatch(sample.key), f"key {sample.key!r}"),
+        (tokens.dtype != np.int32 or tokens.ndim != 2 or len(tokens) != 2, f"tokens {tokens.dtype}{tokens.shape}"),
+        (codes.dtype != np.uint16 or codes.ndim != 2, f"codes {codes.dtype}{codes.shape}"),
+        (sum(sample.segment_frames) != codes.shape[-1], f"segments {sample.segment_frames}, codes {codes.shape}"),
+    ]
+    found = [text for wrong, text in problems if wrong]
+    if found:
+        raise ValueError(f"sample {sample.key!r} breaks format version {FORMAT_VERSION}: {'; '.join(found)}")
+
+
+_NPY_HEADER = re.compile(
+    rb"\x93NUMPY\x01\x00(..)\{'descr': '(<i4|<u2|<f2)', 'fortran_order': False, 'shape': \((\d+), (\d+)\), \} *\n",
+    re.DOTALL,
+)
+
+
+def parse_npy(payload: memoryview, where: str) -> np.ndarray:
+    """A 2-D array out of .npy bytes, without a copy; only the dtypes and the header that this format writes."""
+    match = _NPY_HEADER.match(payload)
+    if match is None:
+        raise ShardError("not an array of this format", where=where, got=bytes(payload[:16]))
+    dtype, shape = np.dtype(match[2].decode()), (int(match[3]), int(match[4]))
+    need = match.end() + dtype.itemsize * shape[0] * shape[1]
+    if len(payload) != need:
+        raise ShardError("array of a wrong size", where=where, expected=f"{need} bytes", got=f"{len(payload)} bytes")
+    return np.frombuffer(payload, dtype, offset=match.end()).reshape(shape)
+
+
+def split_members(block: bytes, where: str) -> list[tuple[str, memoryview]]:
+    """The (name, payload) pairs of a run of tar members.
+
+    Raises:
+        ShardError: a header is no USTAR header, its checksum is wrong, or a payload leaves the run.
+    """
+    view, members, at = memoryview(block), [], 0
+    while at < len(block):
+        try:
+            info = tarfile.TarInfo.frombuf(block[at : at + TAR_BLOCK], "utf-8", "strict")
+        except (tarfile.HeaderError, UnicodeDecodeError) as error:
+            raise ShardError(f"damaged tar header: {error}", where=f"{where}, byte {at} of the sample") from error
+        start, end = at + TAR_BLOCK, at + TAR_BLOCK + info.size
+        if end > len(block):
+            raise ShardError("member leaves its sample", where=f"{where}, {info.name}", got=f"{info.size} bytes")
+        members.append((info.name, view[start:end]))
+        at = end + -info.size % TAR_BLOCK
+    return members
+
+
+def decode_sample(block: bytes, where: str) -> Sample:
+    """Inverse of `encode_sample`.
+
+    Raises:
+        ShardError: the bytes are not one sample of this format; says what and where.
+    """
+    members = split_members(block, where)
+    names = [name for name, _ in members]
+    key = names[0].partition(".")[0] if names else ""
+    if names != [f"{key}.{suffix}" for suffix in (CODES, META, TOKENS)]:
+        raise ShardError("wrong members", where=where, expected=f"{CODES}, {META}, {TOKENS} of one key", got=names)
+    codes, meta, tokens = (payload for _, payload in members)
+    try:
+        return Sample(key, json.loads(bytes(meta)), parse_npy(tokens, where), parse_npy(codes, where))
+    except ValueError as error:
+        raise ShardError(f"damaged metadata: {error}", where=where) from error

@@ -1,0 +1,95 @@
+"""Boson's own HiggsAudioTokenizer, as the reference: the real class, with stand-ins for what it imports and we forbid.
+
+torchaudio is replaced by the textbook formula of its resampler, evaluated sample by sample; audiotools, omegaconf and
+vector_quantize_pytorch are imported by that package but never used on this path.
+"""
+
+from __future__ import annotations
+
+import importlib
+import math
+import sys
+import types
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import torch
+from torch import nn
+from transformers import HubertConfig, HubertModel
+
+REAL_CONFIG = {
+    "n_filters": 32,
+    "D": 256,
+    "codebook_dim": 64,
+    "target_bandwidths": [0.5, 1, 1.5, 2, 4],
+    "ratios": [8, 5, 4, 2, 3],
+    "sample_rate": 24000,
+    "bins": 1024,
+    "n_q": 8,
+    "semantic_techer": "hubert_base_general",
+}
+
+
+def naive_resample(wave: torch.Tensor, source_hz: int, target_hz: int) -> torch.Tensor:
+    """torchaudio.functional.resample with its defaults, by definition: a windowed-sinc sum for each output sample."""
+    common = math.gcd(source_hz, target_hz)
+    source, target = source_hz // common, target_hz // common
+    cutoff = min(source, target) * 0.99
+    signal = wave.reshape(-1).double().numpy()
+    out = np.zeros(math.ceil(target * len(signal) / source))
+    reach = math.ceil(6 * source / cutoff)
+    for n in range(len(out)):
+        center = (n // target) * source
+        at = np.arange(center - reach, center + reach + source)
+        time = np.clip(((at - center) / source - (n % target) / target) * cutoff, -6, 6)
+        weight = np.sinc(time) * np.cos(time * math.pi / 12) ** 2 * cutoff / source
+        inside = (at >= 0) & (at < len(signal))
+        out[n] = (signal[at[inside]] * weight[inside].astype(np.float32)).sum()
+    return torch.from_numpy(out).to(wave.dtype).reshape(*wave.shape[:-1], -1)
+
+
+def _stand_ins() -> dict[str, types.ModuleType]:
+    def module(name: str, **names: Any) -> types.ModuleType:
+        made = types.ModuleType(name)
+        made.__dict__.update(names)
+        return made
+
+    layers = importlib.import_module("boson_multimodal.audio_processing.descriptaudiocodec.dac.nn.layers")
+    functional = module("torchaudio.functional", resample=naive_resample)
+    return {
+        "torchaudio": module("torchaudio", functional=functional),
+        "torchaudio.functional": functional,
+        "vector_quantize_pytorch": module("vector_quantize_pytorch", ResidualFSQ=None),
+        "audiotools": module("audiotools", AudioSignal=None),
+        "audiotools.ml": module("audiotools.ml", BaseModel=nn.Module),
+        "omegaconf": module("omegaconf", OmegaConf=None),
+        "dac": module("dac"),
+        "dac.nn": module("dac.nn"),
+        "dac.nn.layers": layers,
+        "dac.nn.quantize": module("dac.nn.quantize", ResidualVectorQuantize=None),
+    }
+
+
+def boson_tokenizer(hubert: HubertConfig, seed: int = 0) -> Any:
+    """HiggsAudioTokenizer at its real sizes with random weights; `hubert` has hidden size 768."""
+    with mock.patch.dict(sys.modules, _stand_ins()):
+        library = importlib.import_module("boson_multimodal.audio_processing.higgs_audio_tokenizer")
+    torch.manual_seed(seed)
+    with mock.patch.object(library, "AutoModel") as auto:
+        auto.from_pretrained.return_value = HubertModel(hubert)
+        tokenizer = library.HiggsAudioTokenizer(**REAL_CONFIG, device="cpu")
+    for layer in tokenizer.quantizer.vq.layers:
+        nn.init.normal_(layer._codebook.embed, std=0.3)
+        layer._codebook.inited.fill_(1)
+    return tokenizer.eval()
+
+
+def save_boson(tokenizer: Any, folder: Path) -> None:
+    """Write the original layout: config.json and model.pth, HuBERT inside."""
+    import json
+
+    folder.mkdir(parents=True, exist_ok=True)
+    torch.save(tokenizer.state_dict(), folder / "model.pth")
+    (folder / "config.json").write_text(json.dumps(REAL_CONFIG))

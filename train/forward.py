@@ -1,0 +1,140 @@
+"""The packed forward: one flat sequence of many samples through boson's own modules.
+
+In: boson's `HiggsAudioModel` (with or without PEFT adapters inside) and a `Batch`. Out: the residual stream after the
+last layer, in the batch's sorted order. Never: padding, boolean masks, host synchronisation, weights of its own.
+
+What each layer computes is `HiggsAudioDualFFNDecoderLayer.forward` of boson-multimodal 0.1.1, restricted to real
+positions: attention is causal within a sample and blind across samples; text rows use the text norms and FFN, audio
+rows the audio ones; a fast-forward layer changes text rows only; audio self-attention, where it exists, runs over the
+audio rows before the shared attention.
+
+Shapes: N positions (P text rows, then A audio rows), H hidden, D head size, h heads.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from boson_multimodal.model.higgs_audio.modeling_higgs_audio import HiggsAudioDualFFNDecoderLayer
+from torch import nn
+
+from .batch import Batch
+from .lora import linear
+from .model import HiggsAudioModel
+
+
+@dataclass(frozen=True)
+class Span:
+    """Rows that attend to each other, and how their order relates to the sequence.
+
+    cos_ND, sin_ND: rotary embedding of each row. lengths: rows of each sample. to_sequence, to_sorted: row orders, or
+    None where the rows already stand in sequence order.
+    """
+
+    cos_ND: torch.Tensor
+    sin_ND: torch.Tensor
+    lengths: list[int]
+    to_sequence: torch.Tensor | None = None
+    to_sorted: torch.Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Spans:
+    """The three ways in which rows attend: all of them, text rows only, audio rows only."""
+
+    every: Span
+    text: Span
+    audio: Span
+
+
+def hidden_states(model: HiggsAudioModel, batch: Batch) -> torch.Tensor:
+    """The residual stream [N, H] after the last layer, before the final norm, in sorted order."""
+    hidden_NH = torch.cat([model.embed_tokens(batch["text_ids"]), embed_audio(model, batch["codes_KA"])])
+    spans = make_spans(model, batch, hidden_NH)
+    text_rows = len(batch["text_ids"])
+    for layer in model.layers:
+        hidden_NH = decoder_layer(layer, hidden_NH, text_rows, spans)
+    return hidden_NH
+
+
+def embed_audio(model: HiggsAudioModel, codes_KA: torch.Tensor) -> torch.Tensor:
+    """Sum (or mean) of the codebooks' embeddings of each frame: [A, H]."""
+    first_row = torch.arange(len(codes_KA), device=codes_KA.device, dtype=codes_KA.dtype) * model.audio_codebook_size
+    embedded_KAH = model.audio_codebook_embeddings(codes_KA + first_row[:, None])
+    embedded_AH = embedded_KAH.mean(0) if model.config.audio_embed_avg else embedded_KAH.sum(0)
+    return linear(model.audio_out_embed_projector, embedded_AH) if model.use_audio_out_embed_projector else embedded_AH
+
+
+def make_spans(model: HiggsAudioModel, batch: Batch, like: torch.Tensor) -> Spans:
+    """Rotary embeddings and row orders of a batch."""
+    cos, sin = (table[0] for table in model.rotary_emb(like, batch["positions"][None]))
+    text = len(batch["text_ids"])
+    return Spans(
+        every=Span(cos, sin, batch.lengths, batch["to_sequence"], batch["to_sorted"]),
+        text=Span(cos[:text], sin[:text], batch.text_lengths),
+        audio=Span(cos[text:], sin[text:], batch.audio_lengths),
+    )
+
+
+def decoder_layer(layer: nn.Module, hidden_NH: torch.Tensor, text_rows: int, spans: Spans) -> torch.Tensor:
+    """One layer over the sorted residual stream."""
+    if not isinstance(layer, HiggsAudioDualFFNDecoderLayer):
+        return _text_layer(layer, hidden_NH, spans.every)
+    text_PH, audio_AH = hidden_NH[:text_rows], hidden_NH[text_rows:]
+    if layer.fast_forward:
+        return torch.cat([_text_layer(layer, text_PH, spans.text), audio_AH])
+    normed_audio_AH = layer.audio_input_layernorm(audio_AH)
+    if layer.use_audio_attention:
+        audio_AH = audio_AH + attention(layer.audio_attn, normed_audio_AH, spans.audio)
+        normed_audio_AH = layer.audio_post_audio_attn_layer_norm(audio_AH)
+    normed_NH = torch.cat([layer.input_layernorm(text_PH), normed_audio_AH])
+    attended_NH = attention(layer.self_attn, normed_NH, spans.every)
+    text_PH, audio_AH = text_PH + attended_NH[:text_rows], audio_AH + attended_NH[text_rows:]
+    text_PH = text_PH + feed_forward(layer.mlp, layer.post_attention_layernorm(text_PH))
+    audio_AH = audio_AH + feed_forward(layer.audio_mlp, layer.audio_post_attention_layernorm(audio_AH))
+    return torch.cat([text_PH, audio_AH])
+
+
+def _text_layer(layer: Any, hidden_NH: torch.Tensor, span: Span) -> torch.Tensor:
+    hidden_NH = hidden_NH + attention(layer.self_attn, layer.input_layernorm(hidden_NH), span)
+    return hidden_NH + feed_forward(layer.mlp, layer.post_attention_layernorm(hidden_NH))
+
+
+def feed_forward(mlp: Any, x_NH: torch.Tensor) -> torch.Tensor:
+    """Llama's gated FFN."""
+    return linear(mlp.down_proj, mlp.act_fn(linear(mlp.gate_proj, x_NH)) * linear(mlp.up_proj, x_NH))
+
+
+def attention(module: Any, x_NH: torch.Tensor, span: Span) -> torch.Tensor:
+    """Llama's grouped-query attention over the rows of a span: [N, H]."""
+    rows = len(x_NH)
+    q_NhD = linear(module.q_proj, x_NH).view(rows, -1, module.head_dim)
+    k_NhD = linear(module.k_proj, x_NH).view(rows, -1, module.head_dim)
+    v_NhD = linear(module.v_proj, x_NH).view(rows, -1, module.head_dim)
+    q_NhD, k_NhD = rotate(q_NhD, span), rotate(k_NhD, span)
+    if span.to_sequence is not None:
+        q_NhD, k_NhD, v_NhD = (x.index_select(0, span.to_sequence) for x in (q_NhD, k_NhD, v_NhD))
+    out_NhD = causal_attention(q_NhD, k_NhD, v_NhD, span.lengths)
+    if span.to_sorted is not None:
+        out_NhD = out_NhD.index_select(0, span.to_sorted)
+    return linear(module.o_proj, out_NhD.reshape(rows, -1))
+
+
+def rotate(x_NhD: torch.Tensor, span: Span) -> torch.Tensor:
+    """Rotary position embedding, in Llama's half-split form."""
+    first, second = x_NhD.chunk(2, dim=-1)
+    turned = torch.cat([-second, first], dim=-1)
+    return x_NhD * span.cos_ND[:, None] + turned * span.sin_ND[:, None]
+
+
+def causal_attention(q_NhD: torch.Tensor, k_NhD: torch.Tensor, v_NhD: torch.Tensor, lengths: list[int]) -> torch.Tensor:
+    """Causal attention within each sample: a loop of exact calls, one a sample."""
+    outputs = []
+    for q, k, v in zip(q_NhD.split(lengths), k_NhD.split(lengths), v_NhD.split(lengths), strict=True):
+        q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))  # noqa: PLW2901
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
+        outputs.append(out[0].transpose(0, 1))
+    return torch.cat(outputs) if outputs else torch.zeros_like(q_NhD)

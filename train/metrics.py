@@ -1,0 +1,102 @@
+"""What a run tells: metrics.jsonl, TensorBoard, and a line or a live bar for people. Rank 0 only.
+
+In: sums over the steps since the last report, of all ranks. Out: one JSON object a report, under the keys of the
+contract. Never: a mean of means; every loss is a sum divided by its own label count.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import resource
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as RichProgress
+from torch.utils.tensorboard import SummaryWriter
+
+from .loss import LossWeights
+
+
+def loss_metrics(sums: list[float], counts: list[float], weights: LossWeights, *, with_audio: bool) -> dict[str, Any]:
+    """Losses from sums and label counts of text and of each codebook; None where there is no label."""
+    means = [total / count if count else None for total, count in zip(sums, counts, strict=True)]
+    text, codebooks = means[0], means[1:]
+    audio = None
+    if with_audio and any(mean is not None for mean in codebooks):
+        share = weights.codebooks or (1.0,) * len(codebooks)
+        audio = sum(w * (mean or 0.0) for w, mean in zip(share, codebooks, strict=True)) / sum(share)
+    total = weights.text * (text or 0.0) + weights.audio * (audio or 0.0)
+    return {
+        "loss": total,
+        "text_loss": text,
+        "audio_loss": audio,
+        "audio_loss_per_codebook": codebooks if with_audio else None,
+        "text_labels": int(counts[0]),
+        "audio_labels": int(sum(counts[1:])),
+    }
+
+
+def max_memory_gb(device: torch.device) -> float:
+    """Peak memory of this process: of the GPU, or resident on a CPU; in GB."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+
+
+class Reporter:
+    """Writes reports to metrics.jsonl and TensorBoard, and shows them.
+
+    Args:
+        folder: the run's output folder.
+        total_steps: optimizer steps of the run.
+    """
+
+    def __init__(self, folder: Path, total_steps: int) -> None:
+        self._file = (folder / "metrics.jsonl").open("a", buffering=1)
+        self._board = SummaryWriter(str(folder / "tensorboard"))
+        self._plain = not sys.stderr.isatty()
+        columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[note]}"), TimeRemainingColumn())
+        self._bar = RichProgress(*columns, console=Console(stderr=True), disable=self._plain)
+        self._task = self._bar.add_task("", total=total_steps, note="")
+        self._began, self._total = time.monotonic(), total_steps
+        self._bar.start()
+
+    def step(self, step: int) -> None:
+        """A step is done (nothing is read from the device)."""
+        self._bar.update(self._task, completed=step)
+
+    def report(self, metrics: dict[str, Any]) -> None:
+        """Write one report."""
+        self._file.write(json.dumps({k: _finite(v) for k, v in metrics.items()}) + "\n")
+        for name, value in metrics.items():
+            if isinstance(value, int | float) and name != "step":
+                self._board.add_scalar(f"{metrics['kind']}/{name}", value, metrics["step"])
+        note = self._note(metrics)
+        self._bar.update(self._task, note=note)
+        if self._plain:
+            print(f"step {metrics['step']}/{self._total} {note}", file=sys.stderr, flush=True)
+
+    def _note(self, metrics: dict[str, Any]) -> str:
+        parts = [f"{name} {metrics[name]:.4f}" for name in ("text_loss", "audio_loss") if metrics.get(name) is not None]
+        if metrics.get("tokens_per_second") is not None:
+            parts.append(f"{metrics['tokens_per_second']:,.0f} tokens/s")
+            parts.append(f"wait {metrics['data_wait_fraction']:.1%}")
+        return "  ".join(parts)
+
+    def close(self) -> None:
+        self._bar.stop()
+        self._board.close()
+        self._file.close()
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no NaN: such a value becomes a string."""
+    if isinstance(value, list):
+        return [_finite(item) for item in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
