@@ -11,6 +11,7 @@ In: a finished shard set. Out: tables on the terminal, wav files, one HTML page.
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -71,7 +72,7 @@ class Show:
         shards = ShardSet(self.shards)
         sample = shards.read(shards.row_of(self.key))
         tokenizer = Checkpoints(shards, self.model_path, None).tokenizer
-        console = Console(soft_wrap=True)
+        console = Console() if sys.stdout.isatty() else Console(width=250)
         console.print(Text(f"{sample.key}  speaker {sample.meta['speaker']}"))
         for number, segment in enumerate(sample.meta["segments"]):
             console.print(Text(f"segment {segment_label(number, segment)}"))
