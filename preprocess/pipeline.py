@@ -31,7 +31,7 @@ from ..shards import durable
 from ..shards.errors import UserError
 from ..shards.format import Sample
 from ..shards.sequence import SpecialIds
-from ..shards.writer import REJECTS, ValidationSplit, count_reasons, file_sha256, finish_set, write_shard
+from ..shards.writer import REJECTS, Committed, SetWriter, ValidationSplit, count_reasons, file_sha256
 from .audio import Clip, Limits, load_clip
 from .chatml import key_of, parse_entry, read_entries, stored_messages, tokenize
 from .checkpoint import describe_checkpoint, load_tokenizer, read_config, special_ids
@@ -53,25 +53,24 @@ def build(config: PreprocessConfig) -> dict[str, Any]:
         UserError: bad paths, checkpoints or options; or no sample is left.
     """
     provenance = make_provenance(config)
-    work = Work(config.out)
-    if not work.begin(provenance["request"]):
+    work, writer = Work(config.out), set_writer(config)
+    if work.finished(provenance["request"]):
         return {"already_built": True}
+    writer.begin()
+    work.begin(provenance["request"])
     with Progress() as progress:
         listing = work.listing or list_work(config, work)
         _encode_all(config, work, listing, progress)
-        shards = _assemble_all(config, work, listing, progress)
-    rejects = [reject for *_, shard_rejects in shards for reject in shard_rejects]
-    samples = sum(info.samples for info, *_ in shards)
-    if not samples:
+        shards = _assemble_all(config, writer, listing, progress)
+    rejects = [reject for shard in shards for reject in shard.rejects]
+    if not any(len(shard.rows) for shard in shards):
         durable.write_bytes(config.out / REJECTS, b"".join(durable.to_json(reject) + b"\n" for reject in rejects))
         raise UserError("no sample is left", where=config.data, got=f"rejects by reason: {count_reasons(rejects)}")
-    finish_set(config.out, [s[0] for s in shards], [s[1] for s in shards], [s[2] for s in shards], rejects, provenance)
-    work.finish()
-    seconds = float(sum(rows["seconds"].sum() for _, rows, *_ in shards))
+    totals = writer.finish(listing["shards"], provenance)["totals"]
     return {
         "already_built": False,
-        "samples": samples,
-        "seconds": seconds,
+        "samples": totals["samples"],
+        "seconds": totals["seconds"],
         "clips": listing["clips"],
         "encoded_seconds": progress.encoded_seconds,
         "rejects": count_reasons(rejects),
@@ -201,33 +200,39 @@ def _cached_codec(path: Path, device: str) -> HiggsCodec:
 # 3. assemble
 
 
-def _assemble_all(config: PreprocessConfig, work: Work, listing: dict[str, int], progress: Progress) -> list[Any]:
+def set_writer(config: PreprocessConfig) -> SetWriter:
+    """The writer of the set that is asked for."""
+    ids = special_ids(read_config(config.model_path), config.model_path)
+    return SetWriter(config.out, ids, ValidationSplit(config.val_fraction, config.val_by))
+
+
+def _assemble_all(
+    config: PreprocessConfig, writer: SetWriter, listing: dict[str, int], progress: Progress
+) -> list[Committed]:
     progress.start("assemble", listing["shards"], "shards")
-    waiting = [number for number in range(listing["shards"]) if work.committed_shard(number) is None]
+    waiting = [number for number in range(listing["shards"]) if writer.committed(number) is None]
     progress.skip(listing["shards"] - len(waiting))
     for _ in run_tasks(partial(assemble_shard, config), waiting, config.num_processes):
         progress.advance(1)
-    return [work.committed_shard(number) for number in range(listing["shards"])]
+    shards = [writer.committed(number) for number in range(listing["shards"])]
+    return [shard for shard in shards if shard is not None]
 
 
 def assemble_shard(config: PreprocessConfig, number: int) -> None:
     """Task: turn one shard's samples into a tar file and commit what it adds to the index."""
-    work = Work(config.out)
-    ids = special_ids(read_config(config.model_path), config.model_path)
-    tokenizer = _cached_tokenizer(config.model_path, ids)
+    work, writer = Work(config.out), set_writer(config)
+    tokenizer = _cached_tokenizer(config.model_path, writer.ids)
     rejects: list[dict[str, Any]] = []
 
     def samples() -> Iterator[Sample]:
         for line in work.read_lines("samples", number):
             try:
-                yield make_sample(line, config, work, tokenizer, ids)
+                yield make_sample(line, config, work, tokenizer, writer.ids)
             except Reject as reject:
                 found = {"reason": reject.reason, "detail": reject.detail, "file": reject.file}
                 rejects.append({"id": line["key"], "position": line["position"], **found})
 
-    split = ValidationSplit(config.val_fraction, config.val_by)
-    info, rows, speakers = write_shard(config.out, number, samples(), ids, split)
-    work.commit_shard(number, info, rows, speakers, rejects)
+    writer.write(number, samples(), rejects)
 
 
 @lru_cache(maxsize=1)

@@ -1,18 +1,16 @@
 """The work folder of an unfinished shard set: what is listed, what is encoded, what is committed.
 
 `OUT/.work/` holds `request.json` (what was asked for), `samples-NNNNNN.jsonl` (one file a shard),
-`clips-NNNNNN.jsonl` (one file a unit of clips), `listing.json` (written when both are complete), `unit-NNNNNN.npz`
-(codes of a unit) and `shard-NNNNNN.npz` (what a committed shard adds to the index). Each appears whole or not at all,
-so a restarted run takes up what is there. The folder goes when the set is finished.
+`clips-NNNNNN.jsonl` (one file a unit of clips), `listing.json` (written when both are complete) and `unit-NNNNNN.npz`
+(codes of a unit), beside what the shards' writer keeps there. Each appears whole or not at all, so a restarted run
+takes up what is there. The folder goes when the set is finished.
 """
 
 from __future__ import annotations
 
 import io
 import json
-import shutil
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -21,10 +19,11 @@ import numpy as np
 
 from ..shards import durable
 from ..shards.errors import UserError
-from ..shards.writer import MANIFEST, ShardInfo
+from ..shards.writer import MANIFEST, WORK
 from .audio import Clip
 from .reject import Reject
 
+HINT = "Choose another --out, or remove the folder."
 Encoded = tuple[np.ndarray, dict[str, Any]]  # codes [K, T], and seconds and sha256 of the source
 
 
@@ -32,37 +31,34 @@ class Work:
     """Paths and files of `OUT/.work`; cheap to pickle."""
 
     def __init__(self, out: Path) -> None:
-        self.out, self.folder = out, out / ".work"
+        self.out, self.folder = out, out / WORK
 
     def path(self, kind: str, number: int, suffix: str) -> Path:
         return self.folder / f"{kind}-{number:06d}.{suffix}"
 
-    def begin(self, request: dict[str, Any]) -> bool:
-        """Open or take up the work folder; False where the set is finished already.
+    def finished(self, request: dict[str, Any]) -> bool:
+        """True where the folder holds the finished set that is asked for.
 
         Raises:
-            UserError: the folder holds another set, finished or not, or cannot be written.
+            UserError: it holds another set.
         """
-        hint = "Choose another --out, or remove the folder."
         manifest = self.out / MANIFEST
         if manifest.is_file():
             if json.loads(manifest.read_bytes()).get("provenance", {}).get("request") == request:
-                return False
-            raise UserError("this folder holds a shard set made from other data or options", where=self.out, hint=hint)
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"cannot make the output folder: {error.strerror}", where=self.out) from error
-        for folder in (self.out, self.folder):
-            durable.remove_leftovers(folder)
+                return True
+            raise UserError("this folder holds a shard set made from other data or options", where=self.out, hint=HINT)
+        return False
+
+    def begin(self, request: dict[str, Any]) -> None:
+        """Open or take up the work folder.
+
+        Raises:
+            UserError: the folder holds unfinished work on another set.
+        """
         file = self.folder / "request.json"
         if file.is_file() and json.loads(file.read_bytes()) != request:
-            raise UserError("this folder holds unfinished work on other data or options", where=self.out, hint=hint)
+            raise UserError("this folder holds unfinished work on other data or options", where=self.out, hint=HINT)
         durable.write_bytes(file, durable.to_json(request))
-        return True
-
-    def finish(self) -> None:
-        shutil.rmtree(self.folder)
 
     # what is to be done
 
@@ -106,24 +102,6 @@ class Work:
 
     def encoded(self, unit: int) -> list[Encoded | Reject]:
         return _read_unit(self.path("unit", unit, "npz"))
-
-    def commit_shard(
-        self, number: int, info: ShardInfo, rows: np.ndarray, speakers: list[str], rejects: list[dict[str, Any]]
-    ) -> None:
-        notes = {"info": asdict(info), "speakers": speakers, "rejects": rejects}
-        _write_npz(self.path("shard", number, "npz"), notes, rows=rows)
-
-    def committed_shard(self, number: int) -> tuple[ShardInfo, np.ndarray, list[str], list[dict[str, Any]]] | None:
-        """What `commit_shard` stored, if the shard file still has the size that it had then."""
-        file = self.path("shard", number, "npz")
-        if not file.is_file():
-            return None
-        notes, arrays = _read_npz(file)
-        info = ShardInfo(**notes["info"])
-        shard = self.out / info.name
-        if not shard.is_file() or shard.stat().st_size != info.bytes:
-            return None
-        return info, arrays["rows"], notes["speakers"], notes["rejects"]
 
 
 def _write_npz(path: Path, notes: Any, **arrays: np.ndarray) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -61,6 +62,24 @@ def to_json(value: Any, *, indent: int | None = None) -> bytes:
     separators = (",", ":") if indent is None else None
     text = json.dumps(value, ensure_ascii=False, sort_keys=True, indent=indent, separators=separators, allow_nan=False)
     return text.encode()
+
+
+def check_writable(folder: Path, need_bytes: int = 0) -> None:
+    """Make a folder and make sure that it can take files of `need_bytes` in all.
+
+    Raises:
+        UserError: it cannot be made or written, or the disk has less free space.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(folder).free
+    except OSError as error:
+        raise UserError(f"cannot make the folder: {error.strerror}", where=folder) from error
+    if free < need_bytes:
+        expected, got = f"{need_bytes / 1e9:.2f} GB", f"{free / 1e9:.2f} GB"
+        raise UserError("not enough free disk space", where=folder, expected=expected, got=got)
+    write_bytes(folder / f"{TEMP_PREFIX}probe", b"probe")
+    (folder / f"{TEMP_PREFIX}probe").unlink()
 
 
 def remove_leftovers(folder: Path) -> None:

@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import xxhash
+import zstandard
 
 from .durable import to_json
 from .errors import ShardError
@@ -27,6 +28,8 @@ FRAME_RATE_HZ = 25  # of the Higgs audio tokenizer: 24 kHz / (8*5*4*2*3)
 TAR_BLOCK = 512
 MAX_KEY_CHARS = 64
 CODES, META, TOKENS = "codes.npy", "json", "tokens.npy"  # member suffixes, in the order of the shard
+MEL = "mel.npy.zst"
+ZSTD_LEVEL = 3
 KEY_PATTERN = re.compile(r"[A-Za-z0-9_-]{1,64}")
 
 SPLIT_TRAIN, SPLIT_VAL = 0, 1
@@ -69,17 +72,25 @@ class Sample:
         meta: `messages`, `start_index`, `speaker`, `misc`, `segments` (see docs/format.md).
         tokens_2L: int32 [2, L]; row 0 input ids, row 1 label ids (-100: no label), not shifted.
         codes_KT: uint16 [K, T]; the raw codes of all segments, one after the other.
+        mels: Whisper features, float16 [C, F] for each segment whose metadata has `mel_frames`, in order: C mel bins
+            and F mel frames, or C tower channels and F tower frames. Empty where there are none, or they were not read.
     """
 
     key: str
     meta: dict[str, Any]
     tokens_2L: np.ndarray
     codes_KT: np.ndarray
+    mels: tuple[np.ndarray, ...] = ()
 
     @property
     def segment_frames(self) -> list[int]:
         """Frames of each audio segment, in order of appearance."""
         return [segment["frames"] for segment in self.meta["segments"]]
+
+    @property
+    def mel_frames(self) -> list[int]:
+        """Frames of Whisper features of each audio segment; 0 where it has none."""
+        return [segment.get("mel_frames", 0) for segment in self.meta["segments"]]
 
 
 def checksum(data: bytes | memoryview) -> int:
@@ -123,6 +134,15 @@ def encode_sample(sample: Sample) -> bytes:
     )
 
 
+def encode_mels(sample: Sample) -> bytes:
+    """The tar member of a sample's Whisper features: its arrays as .npy, one after another, in one zstandard frame."""
+    shapes = [mel.shape[1] for mel in sample.mels]
+    if shapes != [frames for frames in sample.mel_frames if frames] or any(m.dtype != np.float16 for m in sample.mels):
+        raise ValueError(f"sample {sample.key!r}: mel_frames {sample.mel_frames}, arrays {shapes}")
+    compressor = zstandard.ZstdCompressor(level=ZSTD_LEVEL, write_checksum=True)
+    return tar_member(f"{sample.key}.{MEL}", compressor.compress(b"".join(_npy(mel) for mel in sample.mels)))
+
+
 def check_sample(sample: Sample) -> None:
     """Raise ValueError where a sample breaks a rule of the format."""
     tokens, codes = sample.tokens_2L, sample.codes_KT
@@ -143,35 +163,64 @@ _NPY_HEADER = re.compile(
 )
 
 
-def parse_npy(payload: memoryview, where: str) -> np.ndarray:
-    """A 2-D array out of .npy bytes, without a copy; only the dtypes and the header that this format writes."""
+_DTYPES = {b"<i4": np.dtype("<i4"), b"<u2": np.dtype("<u2"), b"<f2": np.dtype("<f2")}
+
+
+def parse_npy(payload: bytes | memoryview, where: str) -> tuple[np.ndarray, int]:
+    """The first 2-D array of .npy bytes, without a copy, and where it ends; only what this format writes.
+
+    Raises:
+        ShardError: another header, or the bytes end early.
+    """
     match = _NPY_HEADER.match(payload)
     if match is None:
         raise ShardError("not an array of this format", where=where, got=bytes(payload[:16]))
-    dtype, shape = np.dtype(match[2].decode()), (int(match[3]), int(match[4]))
-    need = match.end() + dtype.itemsize * shape[0] * shape[1]
-    if len(payload) != need:
-        raise ShardError("array of a wrong size", where=where, expected=f"{need} bytes", got=f"{len(payload)} bytes")
-    return np.frombuffer(payload, dtype, offset=match.end()).reshape(shape)
+    dtype, shape = _DTYPES[match[2]], (int(match[3]), int(match[4]))
+    end = match.end() + dtype.itemsize * shape[0] * shape[1]
+    if len(payload) < end:
+        raise ShardError("the array ends early", where=where, expected=f"{end} bytes", got=f"{len(payload)} bytes")
+    return np.frombuffer(payload, dtype, shape[0] * shape[1], match.end()).reshape(shape), end
+
+
+def _whole_npy(payload: bytes | memoryview, where: str) -> np.ndarray:
+    array, end = parse_npy(payload, where)
+    if end != len(payload):
+        raise ShardError("bytes after the array", where=where, expected=f"{end} bytes", got=f"{len(payload)} bytes")
+    return array
+
+
+def parse_header(header: bytes | memoryview, where: str) -> tuple[str, int]:
+    """Name and payload size of a USTAR header.
+
+    Raises:
+        ShardError: not a header that this format writes, or its checksum is wrong.
+    """
+    header = bytes(header)
+    try:
+        stated, size = int(header[148:154], 8), int(header[124:135], 8)
+        name = header[:100].rstrip(b"\0").decode("ascii")
+    except ValueError as error:
+        raise ShardError("damaged tar header: a field cannot be read", where=where, got=header[:32]) from error
+    actual = sum(header[:148]) + 8 * 32 + sum(header[156:])
+    if len(header) != TAR_BLOCK or actual != stated or header[257:263] != b"ustar\0":
+        raise ShardError("damaged tar header: wrong checksum", where=where, expected=f"{stated:o}", got=f"{actual:o}")
+    return name, size
 
 
 def split_members(block: bytes, where: str) -> list[tuple[str, memoryview]]:
     """The (name, payload) pairs of a run of tar members.
 
     Raises:
-        ShardError: a header is no USTAR header, its checksum is wrong, or a payload leaves the run.
+        ShardError: a header is damaged, or a payload leaves the run.
     """
     view, members, at = memoryview(block), [], 0
     while at < len(block):
-        try:
-            info = tarfile.TarInfo.frombuf(block[at : at + TAR_BLOCK], "utf-8", "strict")
-        except (tarfile.HeaderError, UnicodeDecodeError) as error:
-            raise ShardError(f"damaged tar header: {error}", where=f"{where}, byte {at} of the sample") from error
-        start, end = at + TAR_BLOCK, at + TAR_BLOCK + info.size
+        name, size = parse_header(view[at : at + TAR_BLOCK], where)
+        start, end = at + TAR_BLOCK, at + TAR_BLOCK + size
         if end > len(block):
-            raise ShardError("member leaves its sample", where=f"{where}, {info.name}", got=f"{info.size} bytes")
-        members.append((info.name, view[start:end]))
-        at = end + -info.size % TAR_BLOCK
+            raise ShardError("a member leaves its sample", where=f"{where}, {name}", got=f"{size} bytes")
+        members.append((name, view[start:end]))
+        at = end + -size % TAR_BLOCK
     return members
 
 
@@ -188,6 +237,33 @@ def decode_sample(block: bytes, where: str) -> Sample:
         raise ShardError("wrong members", where=where, expected=f"{CODES}, {META}, {TOKENS} of one key", got=names)
     codes, meta, tokens = (payload for _, payload in members)
     try:
-        return Sample(key, json.loads(bytes(meta)), parse_npy(tokens, where), parse_npy(codes, where))
+        return Sample(key, json.loads(bytes(meta)), _whole_npy(tokens, where), _whole_npy(codes, where))
     except ValueError as error:
         raise ShardError(f"damaged metadata: {error}", where=where) from error
+
+
+def decode_mels(block: bytes, where: str) -> tuple[str, tuple[np.ndarray, ...]]:
+    """Inverse of `encode_mels`: the key, and the arrays.
+
+    Raises:
+        ShardError: the member, the zstandard frame or an array is damaged, cut, or followed by more.
+    """
+    members = split_members(block, where)
+    if len(members) != 1 or not members[0][0].endswith(f".{MEL}"):
+        raise ShardError("wrong members", where=where, expected=f"one {MEL}", got=[name for name, _ in members])
+    name, payload = members[0]
+    decompressor = zstandard.ZstdDecompressor().decompressobj()
+    try:
+        data = decompressor.decompress(bytes(payload))
+    except zstandard.ZstdError as error:
+        raise ShardError(f"damaged zstandard data: {error}", where=where) from error
+    if not decompressor.eof:
+        raise ShardError("the zstandard data is truncated", where=where)
+    if decompressor.unused_data:
+        raise ShardError("bytes after the zstandard data", where=where, got=f"{len(decompressor.unused_data)} bytes")
+    arrays, at = [], 0
+    while at < len(data):
+        array, size = parse_npy(memoryview(data)[at:], where)
+        arrays.append(array)
+        at += size
+    return name.removesuffix(f".{MEL}"), tuple(arrays)

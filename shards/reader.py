@@ -1,6 +1,7 @@
 """Reading a shard set by row number: one positioned read, one checksum, one sample.
 
-In: the folder that `manifest.json` stands in. Out: samples, verified. Never: a silent skip, a pickle, a guess.
+In: where `manifest.json` stands, a folder or any fsspec URL. Out: samples, verified. Never: a silent skip, a pickle, a
+guess. What disagrees is an error that names file, key, offset, expected and got.
 """
 
 from __future__ import annotations
@@ -8,76 +9,122 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections import OrderedDict
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import xxhash
 
 from .errors import ShardError, UserError
-from .format import FORMAT_VERSION, SPLIT_VAL, Sample, checksum, decode_sample, index_dtype
+from .format import FORMAT_VERSION, SPLIT_VAL, Sample, checksum, decode_mels, decode_sample, index_dtype
+from .remote import Cache, Source
 from .sequence import SpecialIds
-from .writer import INDEX, MANIFEST
+from .writer import MANIFEST
+
+OPEN_FILES = 128  # shard files that a process keeps open
 
 
 class ShardSet:
     """A finished shard set, open for reading. Cheap to pickle; files are opened where they are first read.
 
     Args:
-        folder: the folder of `manifest.json`.
+        location: the folder or URL of `manifest.json`.
+        cache: where files of a URL are kept; by default `Cache.default()`.
 
     Raises:
         UserError: there is no manifest, or it is of another format version.
-        ShardError: manifest and index disagree.
+        ShardError: the manifest is damaged, or a local shard is missing or has another size.
     """
 
-    def __init__(self, folder: str | Path) -> None:
-        self.folder = Path(folder)
+    def __init__(self, location: str | Path, cache: Cache | None = None) -> None:
+        self.source = Source(location, cache)
         self.manifest, self.manifest_hash = self._read_manifest()
-        self._files: dict[int, int] = {}
+        self._check_files()
+        self._files: OrderedDict[str, int] = OrderedDict()
 
-    def __reduce__(self) -> tuple[type[ShardSet], tuple[Path]]:
-        return (type(self), (self.folder,))
+    def __reduce__(self) -> tuple[type[ShardSet], tuple[str, Cache]]:
+        return (type(self), (self.source.location, self.source.cache))
 
     def __len__(self) -> int:
-        return len(self.index)
+        return self.manifest["index"]["rows"]
+
+    @property
+    def location(self) -> str:
+        """The folder or URL."""
+        return self.source.location
+
+    @property
+    def folder(self) -> Path:
+        """The folder of a local set.
+
+        Raises:
+            UserError: the set is remote.
+        """
+        if self.source.remote:
+            raise UserError("this works on a local folder only", where=self.location)
+        return Path(self.location)
 
     def _read_manifest(self) -> tuple[dict[str, Any], str]:
-        path = self.folder / MANIFEST
+        where = f"{self.location}/{MANIFEST}"
         try:
-            data = path.read_bytes()
+            data = self.source.read(MANIFEST)
             manifest = json.loads(data)
         except (FileNotFoundError, NotADirectoryError):
             hint = "A folder without one is not a finished shard set: run higgs-preprocess, or wait until it is done."
-            raise UserError("no shard set here", where=self.folder, expected=MANIFEST, hint=hint) from None
+            raise UserError("no shard set here", where=self.location, expected=MANIFEST, hint=hint) from None
         except ValueError as error:
-            raise ShardError(f"the manifest is not JSON: {error}", where=path) from error
+            raise ShardError(f"the manifest is not JSON: {error}", where=where) from error
         version = manifest.get("format_version") if isinstance(manifest, dict) else None
         if version != FORMAT_VERSION:
-            raise UserError("unknown format version", where=path, expected=FORMAT_VERSION, got=version)
+            raise UserError("unknown format version", where=where, expected=FORMAT_VERSION, got=version)
+        missing = {"shards", "mel_shards", "index", "rejects", "totals", "speakers", "provenance"} - manifest.keys()
+        if missing:
+            raise ShardError("the manifest lacks entries", where=where, expected=", ".join(sorted(missing)))
         return manifest, hashlib.sha256(data).hexdigest()
+
+    def _check_files(self) -> None:
+        """Every local file that the manifest names is there and has its size."""
+        if self.source.remote:
+            return
+        manifest = self.manifest
+        for entry in [*manifest["shards"], *manifest["mel_shards"], manifest["index"]]:
+            path = Path(self.location) / entry["name"]
+            if not path.is_file():
+                raise ShardError("a file of the set is missing", where=path)
+            if path.stat().st_size != entry["bytes"]:
+                got = path.stat().st_size
+                raise ShardError("a file has a wrong size", where=path, expected=f"{entry['bytes']} bytes", got=got)
 
     @cached_property
     def index(self) -> np.ndarray:
-        """The index rows, mapped from the file, read-only."""
-        path = self.folder / INDEX
+        """The index rows, mapped from the file, read-only.
+
+        Raises:
+            ShardError: the file is not the index that the manifest names.
+        """
+        entry = self.manifest["index"]
+        path = self.fetch(entry)
         try:
             index = np.load(path, mmap_mode="r", allow_pickle=False)
         except (OSError, ValueError) as error:
             raise ShardError(f"cannot read the index: {error}", where=path) from error
-        expected = index_dtype(index.dtype["key"].itemsize if index.dtype.names else 1)
-        if index.dtype != expected or len(index) != self.manifest["index"]["rows"]:
+        digest = xxhash.xxh3_64_hexdigest(index.view(np.uint8))
+        if digest != entry["xxh3"] or index.dtype != index_dtype(index.dtype["key"].itemsize):
             raise ShardError(
-                "the index is not the manifest's",
-                where=path,
-                expected=f"{self.manifest['index']['rows']} rows of format {FORMAT_VERSION}",
-                got=f"{len(index)} rows of {len(index.dtype.names or ())} fields",
+                "the index is not the manifest's", where=path, expected=f"xxh3 {entry['xxh3']}", got=digest
             )
         return index
 
     @property
     def provenance(self) -> dict[str, Any]:
         return self.manifest["provenance"]
+
+    @property
+    def features(self) -> str:
+        """Whisper features that the samples carry: `none`, `mel` or `encoder`."""
+        return self.provenance.get("features", {}).get("whisper", "none")
 
     @cached_property
     def special_ids(self) -> SpecialIds:
@@ -99,42 +146,66 @@ class ShardSet:
             return int(found[0])
         if key.isdecimal() and int(key) < len(self):
             return int(key)
-        raise UserError("no such sample", where=self.folder, expected=f"a key, or 0 to {len(self) - 1}", got=key)
+        raise UserError("no such sample", where=self.location, expected=f"a key, or 0 to {len(self) - 1}", got=key)
 
-    def read(self, row: int) -> Sample:
+    def read(self, row: int, *, mels: bool = False) -> Sample:
         """Read and verify one sample.
 
+        Args:
+            mels: read its Whisper features too.
+
         Raises:
-            ShardError: the shard is missing or cut, the checksum is wrong, or the key is not the index's.
+            ShardError: the shard is missing or cut, a checksum is wrong, or the key is not the index's.
         """
         entry = self.index[row]
-        key, number = entry["key"].decode(), int(entry["shard"])
-        offset, length = int(entry["offset"]), int(entry["length"])
-        where = f"{self.folder / self.shard_file(number)}, key {key}, offset {offset}"
-        block = os.pread(self._file(number), length, offset)
-        if len(block) != length:
-            raise ShardError("the shard ends early", where=where, expected=f"{length} bytes", got=f"{len(block)} bytes")
-        if checksum(block) != entry["xxh3"]:
-            raise ShardError(
-                "damaged sample: wrong checksum",
-                where=where,
-                expected=f"xxh3 {int(entry['xxh3']):016x}",
-                got=f"{checksum(block):016x}",
-            )
+        key = entry["key"].decode()
+        block, where = self._block(entry, "shards", "offset", "length", "xxh3")
         sample = decode_sample(block, where)
         if sample.key != key:
             raise ShardError("the index names another sample", where=where, expected=key, got=sample.key)
-        return sample
+        if not mels or not entry["mel_length"]:
+            return sample
+        block, where = self._block(entry, "mel_shards", "mel_offset", "mel_length", "mel_xxh3")
+        mel_key, arrays = decode_mels(block, where)
+        if mel_key != key or [mel.shape[1] for mel in arrays] != [frames for frames in sample.mel_frames if frames]:
+            expected = f"{key} with {sample.mel_frames} frames"
+            got = f"{mel_key} with {[mel.shape[1] for mel in arrays]}"
+            raise ShardError("the Whisper features are not the sample's", where=where, expected=expected, got=got)
+        return Sample(sample.key, sample.meta, sample.tokens_2L, sample.codes_KT, arrays)
 
-    def shard_file(self, number: int) -> str:
-        """File name of a shard."""
-        return self.manifest["shards"][number]["name"]
+    def _block(self, entry: Any, files: str, at: str, size: str, digest: str) -> tuple[bytes, str]:
+        """The bytes of a sample's members in one of its shards, and how errors name the place."""
+        file = self.manifest[files][int(entry["shard"])]
+        offset, length = int(entry[at]), int(entry[size])
+        where = f"{self.location}/{file['name']}, key {entry['key'].decode()}, offset {offset}"
+        block = os.pread(self._open(file), length, offset)
+        if len(block) != length:
+            raise ShardError("the shard ends early", where=where, expected=f"{length} bytes", got=f"{len(block)} bytes")
+        if checksum(block) != entry[digest]:
+            expected, got = f"xxh3 {int(entry[digest]):016x}", f"{checksum(block):016x}"
+            raise ShardError("damaged sample: wrong checksum", where=where, expected=expected, got=got)
+        return block, where
 
-    def _file(self, number: int) -> int:
-        if number not in self._files:
-            path = self.folder / self.shard_file(number)
+    def fetch(self, entry: dict[str, Any]) -> Path:
+        """Local path of a file that the manifest names."""
+        names = {"size": entry["bytes"], "sha256": entry["sha256"]}
+        return self.source.fetch(entry["name"], set_hash=self.manifest_hash, **names)
+
+    def _open(self, entry: dict[str, Any]) -> int:
+        """File descriptor of a shard; those not used for longest are closed."""
+        name = entry["name"]
+        if name not in self._files:
+            path = self.fetch(entry)
             try:
-                self._files[number] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+                self._files[name] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
             except OSError as error:
                 raise ShardError(f"cannot open a shard: {error.strerror}", where=path) from error
-        return self._files[number]
+            if len(self._files) > OPEN_FILES:
+                os.close(self._files.popitem(last=False)[1])
+        self._files.move_to_end(name)
+        return self._files[name]
+
+    def close(self) -> None:
+        """Close the files that were opened."""
+        while self._files:
+            os.close(self._files.popitem()[1])

@@ -3,8 +3,9 @@
 In: a `Sample` and the checkpoint's special ids. Out: an `Expanded`: which positions hold text and which hold audio
 frames, the delayed codes, and for every supervised prediction its position and target. Never: torch, padding, files.
 
-Shapes: N positions, P text positions, A audio positions (input and output segments), K codebooks, T frames of a
-segment; a segment takes W = T + 2 + K - 1 positions: BOS and EOS columns, and the shift of the last codebook.
+Shapes: N positions, P text positions, M positions of Whisper features, A audio positions (input and output segments),
+K codebooks, T frames of a segment; a segment takes W = T + 2 + K - 1 positions: BOS and EOS columns, and the shift of
+the last codebook. The Whisper features of an input segment, where the model uses them, stand before its codes.
 The delay pattern is that of MusicGen (https://arxiv.org/abs/2306.05284, section 2.2).
 """
 
@@ -44,6 +45,7 @@ class Expanded:
     Attributes:
         length: N.
         text_at: int64 [P], positions of text tokens; text_ids: int32 [P].
+        mel_at: int64 [M], positions of Whisper features, segment after segment.
         audio_at: int64 [A], positions of audio frames; codes_KA: int32 [K, A], delayed, with BOS and EOS.
         text_label_at: int64 [labels], ascending; text_labels: int32 [labels].
         audio_label_at: int64 [B], positions of output frames that predict something;
@@ -54,6 +56,7 @@ class Expanded:
     length: int
     text_at: np.ndarray
     text_ids: np.ndarray
+    mel_at: np.ndarray
     audio_at: np.ndarray
     codes_KA: np.ndarray
     text_label_at: np.ndarray
@@ -70,6 +73,25 @@ def segment_positions(frames: np.ndarray, codebooks: int) -> np.ndarray: ...
 def segment_positions(frames: int | np.ndarray, codebooks: int) -> int | np.ndarray:
     """Positions that a segment of `frames` frames takes: BOS, frames, EOS, and the delay."""
     return frames + 2 + codebooks - 1
+
+
+def tower_frames(mel_frames: int) -> int:
+    """Frames that Whisper's tower makes of mel frames: a strided convolution, then pooling by two."""
+    return ((mel_frames - 1) // 2 + 1 - 2) // 2 + 1 if mel_frames else 0
+
+
+def mel_positions(sample: Sample, features: str) -> list[int]:
+    """Positions of Whisper features before each segment's codes.
+
+    Args:
+        features: `none`, `mel` (the tower runs in the model) or `encoder` (its output is stored). Only input
+            segments have such positions; features of an output segment have no place in the sequence.
+    """
+    if features == "none":
+        return [0] * len(sample.segment_frames)
+    count = tower_frames if features == "mel" else int
+    roles = [segment["role"] for segment in sample.meta["segments"]]
+    return [count(frames) if role != "assistant" else 0 for frames, role in zip(sample.mel_frames, roles, strict=True)]
 
 
 def packed_length(token_count: int, segment_frames: list[int], codebooks: int) -> int:
@@ -114,8 +136,11 @@ def delayed_labels(codes_KT: np.ndarray, ids: SpecialIds) -> np.ndarray:
     return out_KB
 
 
-def expand(sample: Sample, ids: SpecialIds) -> Expanded:
+def expand(sample: Sample, ids: SpecialIds, features: str = "none") -> Expanded:
     """Expand one stored sample.
+
+    Args:
+        features: which Whisper features the model takes: `none`, `mel` or `encoder`.
 
     Raises:
         ShardError: the number of placeholders and of segments differ, or the codebooks do.
@@ -127,18 +152,20 @@ def expand(sample: Sample, ids: SpecialIds) -> Expanded:
     _check(sample, ids, len(place_at), len(frames))
 
     widths = np.ones(len(input_ids), np.int64)
-    widths[place_at] = segment_positions(frames, ids.codebooks)
+    before = mel_positions(sample, features)
+    widths[place_at] = segment_positions(frames, ids.codebooks) + before
     ends = np.cumsum(widths)
     starts = ends - widths
     is_text = np.ones(len(input_ids), bool)
     is_text[place_at] = False
     labelled = is_text & (label_ids >= 0)
 
-    segments, codes, audio_at, label_at, labels, first = [], [], [], [], [], 0
-    for token, segment_frames in zip(place_at.tolist(), frames.tolist(), strict=True):
+    segments, codes, mel_at, audio_at, label_at, labels, first = [], [], [], [], [], [], 0
+    for token, segment_frames, mels in zip(place_at.tolist(), frames.tolist(), before, strict=True):
         raw_KT = sample.codes_KT[:, first : first + segment_frames]
         first += segment_frames
-        start, width = int(starts[token]), int(widths[token])
+        start, width = int(starts[token]) + mels, int(widths[token]) - mels
+        mel_at.append(np.arange(start - mels, start))
         segments.append((start, width, bool(is_out[token])))
         codes.append(delay(raw_KT, ids))
         audio_at.append(np.arange(start, start + width))
@@ -149,6 +176,7 @@ def expand(sample: Sample, ids: SpecialIds) -> Expanded:
         length=int(ends[-1]) if len(ends) else 0,
         text_at=starts[is_text],
         text_ids=input_ids[is_text],
+        mel_at=_join(mel_at, np.zeros(0, np.int64)),
         audio_at=_join(audio_at, np.zeros(0, np.int64)),
         codes_KA=_join(codes, np.zeros((ids.codebooks, 0), np.int32)),
         text_label_at=starts[labelled] - 1,

@@ -1,16 +1,26 @@
 """Writing a shard set: shard files first, each whole or absent, then the index, then the manifest that makes it valid.
 
-In: samples in their final order, a shard at a time. Out: `codes-NNNNNN.tar`, `index.npy`, `rejects.jsonl`,
-`manifest.json`. Never: a half-written file under a final name; a manifest before everything it names is in place.
+In: the samples of one shard after another, in their final order; any process may write any shard. Out:
+`codes-NNNNNN.tar`, with Whisper features `mel-NNNNNN.tar`, then `index.npy`, `rejects.jsonl`, `manifest.json`.
+Never: a half-written file under a final name; a manifest before everything it names is in place; a result that
+depends on who wrote which shard, or on how often the writing was killed and started again.
+
+What a shard adds to index and rejects is committed in `.work/shard-NNNNNN.npz` after the shard has its name, so a
+restart writes only what is not committed. A remote set is built in a local staging folder; each shard is uploaded
+whole, and only then committed.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import io
+import json
+import shutil
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import xxhash
@@ -24,13 +34,16 @@ from .format import (
     SPLIT_VAL,
     Sample,
     checksum,
+    encode_mels,
     encode_sample,
     index_dtype,
     tar_end,
 )
-from .sequence import SpecialIds, label_counts, packed_length
+from .remote import Target
+from .sequence import SpecialIds, label_counts, mel_positions, packed_length
 
 MANIFEST, INDEX, REJECTS = "manifest.json", "index.npy", "rejects.jsonl"
+WORK = ".work"
 
 
 @dataclass(frozen=True)
@@ -59,38 +72,199 @@ class ValidationSplit:
         return SPLIT_VAL if held_out else SPLIT_TRAIN
 
 
+@dataclass(frozen=True)
+class Committed:
+    """What one shard adds to the set.
+
+    files: its codes file, then its mel file if the set has one. rows: its index rows, `speaker` left 0, in order.
+    speakers: the speaker of each row. rejects: one dict a sample left out.
+    """
+
+    files: list[ShardInfo]
+    rows: np.ndarray
+    speakers: list[str]
+    rejects: list[dict[str, Any]]
+
+
+@dataclass
+class _TarFile:
+    """One shard file while it is written."""
+
+    file: BinaryIO
+    size: int = 0
+    members: int = 0
+    sha256: Any = field(default_factory=hashlib.sha256)
+
+    def add(self, block: bytes) -> tuple[int, int, int]:
+        """Append a sample's members; returns offset, length and checksum as the index holds them."""
+        at = self.size
+        self._write(block)
+        self.members += 1
+        return at, len(block), checksum(block)
+
+    def close(self, path: Path) -> ShardInfo:
+        """End the archive, and compare what can be read back with what was written."""
+        self._write(tar_end(self.size))
+        self.file.flush()
+        got, expected = file_sha256(Path(self.file.name)), self.sha256.hexdigest()
+        if got != expected:
+            raise ShardError("what was read back differs from what was written", where=path, expected=expected, got=got)
+        return ShardInfo(path.name, self.size, expected, self.members)
+
+    def _write(self, data: bytes) -> None:
+        self.file.write(data)
+        self.sha256.update(data)
+        self.size += len(data)
+
+
 def shard_name(number: int, kind: str = "codes") -> str:
     return f"{kind}-{number:06d}.tar"
 
 
-def write_shard(
-    folder: Path, number: int, samples: Iterable[Sample], ids: SpecialIds, split: ValidationSplit
-) -> tuple[ShardInfo, np.ndarray, list[str]]:
-    """Write one shard file and read it back before it gets its name.
+class SetWriter:
+    """Writes the shards of one set, commits them, and finishes the set. Cheap to pickle.
 
-    Returns:
-        What the manifest says of it; its index rows, in order (`speaker` is left 0); the speaker name of each row.
-
-    Raises:
-        UserError: the folder cannot be written, or the disk is full.
-        ShardError: what was read back differs from what was written.
+    Args:
+        folder: a local folder; for a remote set, its staging folder.
+        ids: special ids of the checkpoint that the tokens are for.
+        split: which samples are held out.
+        features: Whisper features that the samples carry: `none`, `mel` or `encoder`.
+        url: where the set goes, for a remote set (any fsspec URL).
     """
-    path, sha256, rows, speakers, size = folder / shard_name(number), hashlib.sha256(), [], [], 0
-    with durable.atomic_file(path) as file:
-        for sample in samples:
-            block = encode_sample(sample)
-            rows.append(_index_row(sample, ids, split, number, size, block))
-            speakers.append(str(sample.meta.get("speaker") or ""))
-            file.write(block)
-            sha256.update(block)
-            size += len(block)
-        end = tar_end(size)
-        file.write(end)
-        sha256.update(end)
-        file.flush()
-        _verify_written(Path(file.name), sha256.hexdigest(), path)
-    info = ShardInfo(path.name, size + len(end), sha256.hexdigest(), len(rows))
-    return info, np.array(rows, index_dtype(MAX_KEY_CHARS)), speakers
+
+    def __init__(
+        self, folder: Path, ids: SpecialIds, split: ValidationSplit, *, features: str = "none", url: str | None = None
+    ) -> None:
+        self.folder, self.ids, self.split, self.features = folder, ids, split, features
+        self.target = Target(url) if url else None
+
+    def begin(self, predicted_bytes: int = 0) -> None:
+        """Make the folder, remove what a killed run left, and check that the set can be written.
+
+        Raises:
+            UserError: the folder cannot be made or written, or has less free space than predicted.
+        """
+        durable.check_writable(self.folder / WORK, predicted_bytes)
+        durable.remove_leftovers(self.folder)
+        durable.remove_leftovers(self.folder / WORK)
+        if self.target:
+            self.target.check_writable()
+
+    def write(self, number: int, samples: Iterable[Sample], rejects: list[dict[str, Any]]) -> Committed:
+        """Write and commit one shard.
+
+        Args:
+            rejects: may be filled while `samples` is drawn from; what it holds at the end is committed.
+
+        Raises:
+            UserError: the folder cannot be written, or the disk is full; nothing stands under a final name.
+            ShardError: what was read back differs from what was written.
+        """
+        kinds = ["codes"] if self.features == "none" else ["codes", "mel"]
+        paths = [self.folder / shard_name(number, kind) for kind in kinds]
+        rows, speakers = [], []
+        with contextlib.ExitStack() as stack:
+            tars = [_TarFile(stack.enter_context(durable.atomic_file(path))) for path in paths]
+            for sample in samples:
+                rows.append(self._write_sample(sample, number, tars))
+                speakers.append(str(sample.meta.get("speaker") or ""))
+            files = [tar.close(path) for tar, path in zip(tars, paths, strict=True)]
+        committed = Committed(files, np.array(rows, index_dtype(MAX_KEY_CHARS)), speakers, rejects)
+        self._commit(number, committed, paths)
+        return committed
+
+    def _write_sample(self, sample: Sample, shard: int, tars: list[_TarFile]) -> tuple[Any, ...]:
+        """Append a sample to the shard's files; returns its index row."""
+        codes = tars[0].add(encode_sample(sample))
+        mel = tars[1].add(encode_mels(sample)) if sample.mels else (0, 0, 0)
+        text_labels, audio_labels = label_counts(sample, self.ids)
+        tokens = packed_length(sample.tokens_2L.shape[1], sample.segment_frames, self.ids.codebooks)
+        positions = sum(mel_positions(sample, self.features))
+        seconds = sum(segment["seconds"] for segment in sample.meta["segments"])
+        counts = (tokens, positions, text_labels, audio_labels, sample.codes_KT.shape[1], seconds)
+        return (sample.key.encode(), shard, *codes, *mel, *counts, 0, self.split.of(sample))
+
+    def _commit(self, number: int, committed: Committed, paths: list[Path]) -> None:
+        if self.target:
+            for path in paths:
+                self.target.upload(path)
+        buffer = io.BytesIO()
+        notes = {"files": [asdict(file) for file in committed.files]}
+        notes |= {"speakers": committed.speakers, "rejects": committed.rejects}
+        np.savez(buffer, rows=committed.rows, notes=np.frombuffer(durable.to_json(notes), np.uint8))
+        durable.write_bytes(self._note(number), buffer.getvalue())
+        if self.target:
+            for path in paths:
+                path.unlink()
+
+    def committed(self, number: int) -> Committed | None:
+        """What a shard adds to the set; None where it is not committed, or its files are not those of the commit."""
+        note = self._note(number)
+        if not note.is_file():
+            return None
+        with np.load(note, allow_pickle=False) as stored:
+            notes, rows = json.loads(stored["notes"].tobytes()), stored["rows"]
+        files = [ShardInfo(**file) for file in notes["files"]]
+        if any(self._size(file.name) != file.bytes for file in files):
+            return None
+        return Committed(files, rows, notes["speakers"], notes["rejects"])
+
+    def _note(self, number: int) -> Path:
+        return self.folder / WORK / f"shard-{number:06d}.npz"
+
+    def _size(self, name: str) -> int | None:
+        if self.target:
+            return self.target.size(name)
+        path = self.folder / name
+        return path.stat().st_size if path.is_file() else None
+
+    def finish(self, shards: int, provenance: dict[str, Any]) -> dict[str, Any]:
+        """Write index, rejects and, last, the manifest; then remove the work folder.
+
+        Args:
+            shards: their number; all must be committed.
+            provenance: what made codes and tokens; a trainer compares it with its checkpoint.
+
+        Returns:
+            The manifest.
+        """
+        parts = [self.committed(number) for number in range(shards)]
+        done = [part for part in parts if part is not None]
+        if len(done) != shards:
+            raise ShardError("shards are not committed", where=self.folder, expected=shards, got=len(done))
+        index, names = join_index([part.rows for part in done], [part.speakers for part in done])
+        rejects = [reject for part in done for reject in part.rejects]
+        self._put(INDEX, npy_bytes(index))
+        self._put(REJECTS, b"".join(durable.to_json(reject) + b"\n" for reject in rejects))
+        manifest = {
+            "format_version": FORMAT_VERSION,
+            "shards": [asdict(part.files[0]) for part in done],
+            "mel_shards": [asdict(part.files[1]) for part in done if len(part.files) > 1],
+            "index": self._entry(INDEX) | {"rows": len(index), "xxh3": xxhash.xxh3_64_hexdigest(index.view(np.uint8))},
+            "rejects": self._entry(REJECTS) | {"rows": len(rejects), "by_reason": count_reasons(rejects)},
+            "totals": totals(index),
+            "speakers": names,
+            "provenance": provenance,
+        }
+        self._put(MANIFEST, durable.to_json(manifest, indent=1) + b"\n")
+        shutil.rmtree(self.folder / WORK)
+        return manifest
+
+    def _put(self, name: str, data: bytes) -> None:
+        durable.write_bytes(self.folder / name, data)
+        if self.target:
+            self.target.upload(self.folder / name)
+
+    def _entry(self, name: str) -> dict[str, Any]:
+        path = self.folder / name
+        return {"name": name, "bytes": path.stat().st_size, "sha256": file_sha256(path)}
+
+
+def npy_bytes(index: np.ndarray) -> bytes:
+    """The bytes of index.npy."""
+    buffer = io.BytesIO()
+    np.lib.format.write_array(buffer, index, version=(1, 0), allow_pickle=False)
+    return buffer.getvalue()
 
 
 def file_sha256(path: Path) -> str:
@@ -99,57 +273,8 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _verify_written(temp: Path, expected: str, path: Path) -> None:
-    got = file_sha256(temp)
-    if got != expected:
-        raise ShardError("what was read back differs from what was written", where=path, expected=expected, got=got)
-
-
-def _index_row(
-    sample: Sample, ids: SpecialIds, split: ValidationSplit, shard: int, offset: int, block: bytes
-) -> tuple[Any, ...]:
-    segments = sample.meta["segments"]
-    text_labels, audio_labels = label_counts(sample, ids)
-    tokens = packed_length(sample.tokens_2L.shape[1], sample.segment_frames, ids.codebooks)
-    seconds = sum(segment["seconds"] for segment in segments)
-    codes = (shard, offset, len(block), checksum(block))
-    mel = (0, 0, 0)
-    counts = (tokens, 0, text_labels, audio_labels, sample.codes_KT.shape[1], seconds)
-    return (sample.key.encode(), *codes, *mel, *counts, 0, split.of(sample))
-
-
-def finish_set(
-    folder: Path,
-    shards: list[ShardInfo],
-    rows: list[np.ndarray],
-    speakers: list[list[str]],
-    rejects: list[dict[str, Any]],
-    provenance: dict[str, Any],
-) -> None:
-    """Write index, rejects and, last, the manifest.
-
-    Args:
-        shards, rows, speakers: what `write_shard` returned, in shard order.
-        rejects: one dict a sample left out, in input order: `id`, `reason`, `file`, `detail`.
-        provenance: what made the codes and tokens; a trainer compares it with its checkpoint.
-    """
-    index, names = _join_index(rows, speakers)
-    with durable.atomic_file(folder / INDEX) as file:
-        np.lib.format.write_array(file, index, version=(1, 0), allow_pickle=False)
-    durable.write_bytes(folder / REJECTS, b"".join(durable.to_json(reject) + b"\n" for reject in rejects))
-    manifest = {
-        "format_version": FORMAT_VERSION,
-        "shards": [asdict(shard) for shard in shards],
-        "index": _file_entry(folder / INDEX) | {"rows": len(index)},
-        "rejects": _file_entry(folder / REJECTS) | {"rows": len(rejects), "by_reason": count_reasons(rejects)},
-        "totals": totals(index),
-        "speakers": names,
-        "provenance": provenance,
-    }
-    durable.write_bytes(folder / MANIFEST, durable.to_json(manifest, indent=1) + b"\n")
-
-
-def _join_index(rows: list[np.ndarray], speakers: list[list[str]]) -> tuple[np.ndarray, list[str]]:
+def join_index(rows: list[np.ndarray], speakers: list[list[str]]) -> tuple[np.ndarray, list[str]]:
+    """The rows of all shards as one index, with speaker numbers; and the speakers' names, by number."""
     names = sorted({name for shard in speakers for name in shard})
     number = {name: i for i, name in enumerate(names)}
     joined = np.concatenate(rows) if rows else np.zeros(0, index_dtype(1))
@@ -157,10 +282,6 @@ def _join_index(rows: list[np.ndarray], speakers: list[list[str]]) -> tuple[np.n
     index = joined.astype(index_dtype(key_chars))
     index["speaker"] = [number[name] for shard in speakers for name in shard]
     return index, names
-
-
-def _file_entry(path: Path) -> dict[str, Any]:
-    return {"name": path.name, "bytes": path.stat().st_size, "sha256": file_sha256(path)}
 
 
 def count_reasons(rejects: list[dict[str, Any]]) -> dict[str, int]:

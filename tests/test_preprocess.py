@@ -162,19 +162,18 @@ def test_interrupted_run_continues_to_the_same_bytes(
     with pytest.raises(KeyboardInterrupt):
         preprocess(toy, EXAMPLES, tmp_path, **options)
     assert len(list((tmp_path / ".work").glob("unit-*"))) == 2
-    write_shard, shards_made = pipeline.write_shard, []
+    assemble_shard = pipeline.assemble_shard
 
-    def stopping(*args: Any) -> Any:
-        if len(shards_made) == 1:
+    def stopping(config: Any, number: int) -> None:
+        if number == 1:
             raise KeyboardInterrupt
-        shards_made.append(1)
-        return write_shard(*args)
+        assemble_shard(config, number)
 
-    monkeypatch.setattr(pipeline, "write_shard", stopping)
+    monkeypatch.setattr(pipeline, "assemble_shard", stopping)
     with pytest.raises(KeyboardInterrupt):
         preprocess(toy, EXAMPLES, tmp_path, **options)
     assert len(calls) == 20 + 40 - 16
-    monkeypatch.setattr(pipeline, "write_shard", write_shard)
+    monkeypatch.setattr(pipeline, "assemble_shard", assemble_shard)
     preprocess(toy, EXAMPLES, tmp_path, **options)
     assert len(calls) == 20 + 40 - 16
     undisturbed = files_of(shards.folder)

@@ -72,13 +72,13 @@ class Schedule:
 
     def _refuse_long(self) -> None:
         if not len(self.rows):
-            raise UserError("the shard set has no training sample", where=self.shards.folder)
+            raise UserError("the shard set has no training sample", where=self.shards.location)
         long = self.rows[self.lengths > self.tokens_per_pack]
         if len(long):
             keys = ", ".join(key.decode() for key in self.shards.index["key"][long[:10]])
             raise UserError(
                 f"{len(long)} samples are longer than a pack: {keys}{', …' if len(long) > 10 else ''}",
-                where=self.shards.folder,
+                where=self.shards.location,
                 expected=f"at most --tokens_per_pack {self.tokens_per_pack}",
                 got=int(self.lengths.max()),
             )

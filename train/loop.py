@@ -114,7 +114,7 @@ def check_provenance(shards: ShardSet, base: Path) -> None:
         if made_for[name] != have[name]:
             raise UserError(
                 f"the shard set was made for another checkpoint: {name} differs",
-                where=shards.folder,
+                where=shards.location,
                 expected=have[name],
                 got=made_for[name],
             )
