@@ -46,7 +46,7 @@ def test_equals_boson_forward(model: HiggsAudioModel, samples: Samples, toy_ids:
     text, audio = packed_logits(model, collate(samples, 0.0, toy_ids))
     start, audio_parts = 0, []
     for row, sample in enumerate(samples):
-        part = expand(sample, toy_ids)
+        part = expand([sample], toy_ids)
         at = slice(start, start + part.length)
         torch.testing.assert_close(text[at], reference.logits[row, : part.length], atol=1e-5, rtol=0)
         audio_parts += [audio[start + a : start + a + width] for a, width, is_out in part.segments if is_out]
@@ -98,7 +98,7 @@ def _mean_cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Ten
 def naive_losses(model: HiggsAudioModel, sample: Sample, ids: SpecialIds) -> dict[tuple[str, int, int], float]:
     """Cross entropy of every labelled prediction of one sample, one at a time: (kind, position, codebook) -> loss."""
     text, audio = packed_logits(model, collate([sample], 0.0, ids))
-    part, losses = expand(sample, ids), {}
+    part, losses = expand([sample], ids), {}
     for at, label in zip(part.text_label_at, part.text_labels, strict=True):
         losses["text", int(at), 0] = float(-text[at].log_softmax(-1)[int(label)])
     for at, labels in zip(part.audio_label_at, part.audio_labels_KB.T, strict=True):
@@ -127,7 +127,7 @@ def test_loss_is_a_naive_loop_over_unpacked_samples(
 
 def test_masked_turns_have_no_labels(samples: Samples, toy_ids: SpecialIds) -> None:
     """start_index 3 leaves only the second and third answers to train on."""
-    part = expand(samples[-1], toy_ids)
+    part = expand([samples[-1]], toy_ids)
     outputs = [(start, width) for start, width, is_out in part.segments if is_out]
     trained = {int(at) for at in part.audio_label_at}
     assert trained == {at for start, width in outputs[1:] for at in range(start, start + width - 1)}
@@ -165,7 +165,7 @@ def test_causality(model: HiggsAudioModel, samples: Samples, toy_ids: SpecialIds
 
 def change(sample: Sample, ids: SpecialIds, rng: np.random.Generator, where: str) -> tuple[int, Sample]:
     """Change one text token or all codes of one frame in the last third; return the first position that differs."""
-    part = expand(sample, ids)
+    part = expand([sample], ids)
     tokens, codes = sample.tokens_2L.copy(), sample.codes_KT.copy()
     if where == "token":
         token = int(np.flatnonzero(tokens[1] >= 0)[-4])

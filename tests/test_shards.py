@@ -41,7 +41,7 @@ def test_expansion_is_bosons(toy_tokenizer: PreTrainedTokenizerBase, toy_ids: Sp
         options = {"turns": 1 + number % 3, "start_index": (None, 3, 99)[number % 3] if number % 3 < 2 else None}
         sample = random_sample("s", rng, toy_tokenizer, toy_ids, **options)
         batch = boson_collate([sample], toy_ids, 0, round_to=1)
-        part = expand(sample, toy_ids)
+        part = expand([sample], toy_ids)
         assert part.length == packed_length(sample.tokens_2L.shape[1], sample.segment_frames, toy_ids.codebooks)
         outputs = [np.arange(start, start + width) for start, width, is_out in part.segments if is_out]
         out_at = np.isin(part.audio_at, np.concatenate(outputs))

@@ -11,8 +11,9 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import pairwise
 from typing import Any, Literal
 
 import numpy as np
@@ -20,11 +21,14 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from ..shards.errors import ShardError, UserError
-from ..shards.format import Sample
 from ..shards.plan import Plan, PlanInput, plan_epoch
 from ..shards.reader import ShardSet
+from ..shards.sequence import Stored
 from .batch import Batch, collate
+from .slots import SlotRing
 
+PREFETCH = 4  # batches that each worker makes ahead
+INTS_A_POSITION = 24  # more than a batch holds for a position: 8 codes, 8 labels, indices
 OnBadSample = Literal["stop", "skip"]
 
 
@@ -52,6 +56,7 @@ class PackRequest:
 
     rows: tuple[int, ...]
     weight: int
+    number: int = 0  # of the batch in this loader; says which slot it goes through
 
 
 @dataclass(frozen=True)
@@ -68,10 +73,14 @@ class Sets:
         self.sets = list(sets)
         self.starts = np.cumsum([0, *[len(shards) for shards in sets]])
 
-    def place(self, row: int) -> tuple[ShardSet, int]:
-        """The set of a row, and the row's number in it."""
-        number = int(np.searchsorted(self.starts, row, side="right")) - 1
-        return self.sets[number], row - int(self.starts[number])
+    def places(self, rows: Sequence[int]) -> Iterator[tuple[ShardSet, list[int]]]:
+        """Runs of rows that belong to one set, in order: the set, and the rows' numbers in it."""
+        numbers = np.searchsorted(self.starts, rows, side="right") - 1
+        edges = [0, *(np.flatnonzero(np.diff(numbers)) + 1).tolist(), len(rows)]
+        for a, b in pairwise(edges):
+            if a < b:
+                number = int(numbers[a])
+                yield self.sets[number], [row - int(self.starts[number]) for row in rows[a:b]]
 
 
 class PackDataset(Dataset[Batch | LoadFailure]):
@@ -80,25 +89,45 @@ class PackDataset(Dataset[Batch | LoadFailure]):
     Args:
         on_bad_sample: `stop` sends a failure; `skip` leaves the sample out and names it in the batch.
         features: Whisper features that the model takes.
+        ring: where batches are put for another process to take; None: they stay in this one.
     """
 
-    def __init__(self, sets: Sets, on_bad_sample: OnBadSample = "stop", features: str = "none") -> None:
-        self.sets, self.on_bad_sample, self.features = sets, on_bad_sample, features
+    def __init__(
+        self, sets: Sets, on_bad_sample: OnBadSample = "stop", features: str = "none", ring: SlotRing | None = None
+    ) -> None:
+        self.sets, self.on_bad_sample, self.features, self.ring = sets, on_bad_sample, features, ring
 
     def __getitem__(self, request: PackRequest) -> Batch | LoadFailure:  # pyright: ignore[reportIncompatibleMethodOverride]
-        samples: list[Sample] = []
+        samples: list[Stored] = []
         seconds, damaged = 0.0, []
-        for row in request.rows:
-            shards, number = self.sets.place(row)
-            try:
-                samples.append(shards.read(number, mels=self.features != "none"))
-                seconds += float(shards.index["seconds"][number])
-            except ShardError as error:
-                if self.on_bad_sample == "stop":
-                    return LoadFailure(str(error))
-                damaged.append(str(error))
+        for shards, rows in self.sets.places(request.rows):
+            seconds += float(shards.index["seconds"][rows].sum())
+            for found in self._read(shards, rows):
+                if not isinstance(found, ShardError):
+                    samples.append(found)
+                elif self.on_bad_sample == "stop":
+                    return LoadFailure(str(found))
+                else:
+                    damaged.append(str(found))
         ids = self.sets.sets[0].special_ids
-        return collate(samples, seconds, ids, weight=request.weight, features=self.features, damaged=damaged)
+        options = {"weight": request.weight, "features": self.features, "damaged": damaged}
+        if self.ring is None:
+            return collate(samples, seconds, ids, **options)
+        batch = collate(samples, seconds, ids, room=partial(self.ring.room, request.number), **options)
+        if batch.flat.data_ptr() == self.ring.memory[request.number % len(self.ring)].data_ptr():
+            batch.in_slot, batch.flat = len(batch.flat), torch.empty(0, dtype=torch.int32)
+        return batch
+
+    def _read(self, shards: ShardSet, rows: list[int]) -> Iterator[Stored | ShardError]:
+        """The samples of a set's rows, or what is wrong with them."""
+        if self.features == "none":
+            yield from shards.read_arrays(rows)
+            return
+        for row in rows:
+            try:
+                yield shards.read(row, mels=True)
+            except ShardError as error:
+                yield error
 
 
 class Schedule:
@@ -203,7 +232,8 @@ class _Endless:
         self.schedule, self.cursor = schedule, cursor
 
     def __iter__(self) -> Iterator[PackRequest]:
-        return self.schedule.requests(self.cursor)
+        for number, request in enumerate(self.schedule.requests(self.cursor)):
+            yield replace(request, number=number)
 
 
 @dataclass(frozen=True)
@@ -249,14 +279,18 @@ class Loader:
 
     def __init__(self, schedule: Schedule, options: LoaderOptions, cursor: Cursor | None = None) -> None:
         self.options, self.waits, self.damaged = options, Waits(), list[str]()
+        self._ring, self._number = None, 0
+        if options.workers:
+            ints = INTS_A_POSITION * schedule.tokens_per_pack + 64
+            self._ring = SlotRing(options.workers * PREFETCH + 2, ints)
         self._loader: DataLoader[Any] = DataLoader(
-            PackDataset(schedule.sets, options.on_bad_sample, options.features),
+            PackDataset(schedule.sets, options.on_bad_sample, options.features, self._ring),
             batch_size=None,
             sampler=_Endless(schedule, cursor or Cursor()),  # pyright: ignore[reportArgumentType]
             num_workers=options.workers,
-            pin_memory=options.pin_memory,
+            pin_memory=options.pin_memory and (self._ring is None or options.features != "none"),
             persistent_workers=options.workers > 0,
-            prefetch_factor=4 if options.workers else None,
+            prefetch_factor=PREFETCH if options.workers else None,
             multiprocessing_context=options.start_method if options.workers else None,
             worker_init_fn=_one_thread,
         )
@@ -271,6 +305,9 @@ class Loader:
         self.waits.add(time.perf_counter() - began, first=first)
         if isinstance(batch, LoadFailure):
             raise ShardError(f"{batch.message} [--on_bad_sample skip goes on without such samples]")
+        if self._ring is not None and batch.in_slot:
+            batch.flat = self._ring.take(self._number, batch.in_slot, pin_memory=self.options.pin_memory)
+        self._number += 1
         self.damaged += batch.damaged
         if len(self.damaged) > self.options.max_bad_samples:
             limit = self.options.max_bad_samples

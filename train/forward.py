@@ -62,7 +62,7 @@ def hidden_states(model: HiggsAudioModel, batch: Batch) -> torch.Tensor:
 
 def embed_audio(model: HiggsAudioModel, codes_KA: torch.Tensor) -> torch.Tensor:
     """Sum (or mean) of the codebooks' embeddings of each frame: [A, H]."""
-    first_row = torch.arange(len(codes_KA), device=codes_KA.device, dtype=codes_KA.dtype) * model.audio_codebook_size
+    first_row = torch.arange(len(codes_KA), device=codes_KA.device, dtype=torch.int32) * model.audio_codebook_size
     embedded_KAH = model.audio_codebook_embeddings(codes_KA + first_row[:, None])
     embedded_AH = embedded_KAH.mean(0) if model.config.audio_embed_avg else embedded_KAH.sum(0)
     return linear(model.audio_out_embed_projector, embedded_AH) if model.use_audio_out_embed_projector else embedded_AH

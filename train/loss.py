@@ -124,7 +124,7 @@ def pack_loss(
     counts = batch["label_counts"].float()
     if with_audio:
         audio = _head_loss(
-            model, heads.audio_lm_head, hidden_NH, batch["audio_rows"], batch["audio_labels"], label_weights[1:]
+            model, heads.audio_lm_head, hidden_NH, batch["audio_rows"], batch["audio_labels_KL"].t(), label_weights[1:]
         )
     else:
         nothing = label_weights.new_zeros(len(label_weights) - 1)
