@@ -32,7 +32,8 @@ from higgs_tune.shards.format import Sample
 from higgs_tune.shards.reader import ShardSet
 from higgs_tune.shards.sequence import SpecialIds
 from higgs_tune.shards.writer import SetWriter, ValidationSplit
-from higgs_tune.train.data import Loader, LoaderOptions, Schedule, World
+from higgs_tune.train.data import Loader, LoaderOptions
+from higgs_tune.train.schedule import Schedule, World
 from machine import describe_machine
 from torch.utils.data import DataLoader, Dataset
 from transformers import DacConfig, HubertConfig

@@ -189,11 +189,18 @@ def _ranges(starts: np.ndarray, widths: np.ndarray) -> np.ndarray:
     return np.repeat(starts - (ends - widths), widths) + np.arange(int(ends[-1]) if len(ends) else 0)
 
 
-def expand(samples: Sequence[Stored], ids: SpecialIds, before: Sequence[Sequence[int]] | None = None) -> Expanded:
+def expand(
+    samples: Sequence[Stored],
+    ids: SpecialIds,
+    before: Sequence[Sequence[int]] | None = None,
+    *,
+    train_inputs: bool = False,
+) -> Expanded:
     """Expand samples, one after another.
 
     Args:
         before: `mel_positions` of each sample; None where the model takes no Whisper features.
+        train_inputs: label the codes of input segments (reference audio) too.
 
     Raises:
         ShardError: the number of placeholders and of segments differ in a sample, or the codebooks do.
@@ -218,7 +225,7 @@ def expand(samples: Sequence[Stored], ids: SpecialIds, before: Sequence[Sequence
     labelled = is_text & (label_ids >= 0)
     codes = _segments(samples)
     segment_is_out = is_out[place_at]
-    trained = segment_is_out & (label_ids[place_at] >= 0)
+    trained = np.where(segment_is_out, label_ids[place_at] >= 0, train_inputs)
     return Expanded(
         lengths=np.diff(ends[np.cumsum(counts) - 1], prepend=0) if len(counts) else counts,
         text_at=starts[is_text],

@@ -19,7 +19,8 @@ from higgs_tune.shards.errors import ShardError, UserError
 from higgs_tune.shards.plan import PlanInput, plan_epoch
 from higgs_tune.shards.reader import ShardSet
 from higgs_tune.train.batch import Batch
-from higgs_tune.train.data import Cursor, Loader, LoaderOptions, PackRequest, Schedule, World
+from higgs_tune.train.data import Loader, LoaderOptions
+from higgs_tune.train.schedule import Cursor, PackRequest, Schedule, World
 from hypothesis import given, settings
 from hypothesis import strategies as st
 

@@ -16,12 +16,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
 
 from ..shards.format import Sample
-from ..shards.sequence import SpecialIds, Stored, expand, mel_positions
+from ..shards.sequence import Expanded, SpecialIds, Stored, expand, mel_positions, tower_frames
 
 SHORT = ("codes_KA", "audio_labels_KL")  # arrays kept as int16: most of the bytes
 MEL_WINDOW = 3000  # mel frames of Whisper's 30 s
@@ -32,10 +33,13 @@ Layout = dict[str, tuple[int, tuple[int, ...], bool]]
 class Batch:
     """A pack. `batch["name"]` is a view into `flat`.
 
-    text_ids [P - M]; token_rows [P - M], mel_rows [M] (which text rows they fill, only with Whisper features);
+    text_ids [P - M]; with Whisper features token_rows [P - M] and mel_rows [M] (which text rows they fill), and with
+    `mel` features mel_source [M] (frame of the tower's output, over all windows);
     codes_KA [K, A]; positions [N] (in each sample, sorted order); to_sequence [N], to_sorted [N];
     text_rows [Lt], text_labels [Lt]; audio_rows [La], audio_labels_KL [K, La] (rows of the sorted order, -100: none);
-    label_counts [1 + K]: text labels, then audio labels of each codebook.
+    label_counts [1 + K]: text labels, then audio labels of each codebook; pairs [1]: samples with reference and target;
+    cu_all, cu_text, cu_audio [samples + 1]: where each sample's positions, text rows and audio rows begin;
+    for the contrastive loss owners [A] (2 * sample, and 1 more for a target) and speakers [samples].
 
     Attributes:
         flat: int32, everything above (codes and audio labels as pairs of int16); on the device after `to`.
@@ -47,6 +51,7 @@ class Batch:
         mel_frames: true mel frames of each window (host).
         weight: 0 for a pack that only keeps the ranks in step at the end of an epoch, else 1.
         damaged: what was wrong with samples that are left out of the pack.
+        reference: arguments of boson's own forward, where that is to be used instead.
         in_slot: length of `flat`, while it waits in shared memory between two processes.
     """
 
@@ -62,6 +67,7 @@ class Batch:
     weight: int = 1
     damaged: list[str] = field(default_factory=list)
     in_slot: int = 0
+    reference: dict[str, Any] | None = None
 
     def __getitem__(self, name: str) -> torch.Tensor:
         offset, shape, short = self.layout[name]
@@ -78,6 +84,9 @@ class Batch:
         """The same batch, its tensors on `device`; the copy does not wait where the host memory is pinned."""
         self.flat = self.flat.to(device, non_blocking=True)
         self.mels = self.mels.to(device, non_blocking=True) if self.mels is not None else None
+        for name, value in (self.reference or {}).items():
+            if isinstance(value, torch.Tensor):
+                (self.reference or {})[name] = value.to(device)
         return self
 
     def pin_memory(self) -> Batch:
@@ -94,6 +103,8 @@ def collate(
     *,
     weight: int = 1,
     features: str = "none",
+    train_inputs: bool = False,
+    speakers: Sequence[int] | None = None,
     damaged: list[str] | None = None,
     room: Callable[[int], torch.Tensor | None] | None = None,
 ) -> Batch:
@@ -105,12 +116,14 @@ def collate(
         ids: the checkpoint's special ids.
         weight: 0 leaves every label out.
         features: Whisper features that the model takes.
+        train_inputs: label reference audio too.
+        speakers: a number for each sample's speaker; adds what the contrastive loss needs.
         damaged: messages about samples that could not be read.
         room: gives memory for `flat` of a wanted size, or None for new memory.
     """
     described = [sample for sample in samples if isinstance(sample, Sample)] if features != "none" else []
     before = [mel_positions(sample, features) for sample in described] or None
-    seen = expand(samples, ids, before)
+    seen = expand(samples, ids, before, train_inputs=train_inputs)
     text_at = np.sort(np.concatenate([seen.text_at, seen.mel_at])) if before else seen.text_at
     to_sorted = np.concatenate([text_at, seen.audio_at])
     to_sequence = np.empty_like(to_sorted)
@@ -128,18 +141,26 @@ def collate(
         "text_labels": seen.text_labels[labels],
         "audio_rows": to_sequence[seen.audio_label_at[labels]],
         "audio_labels_KL": audio_labels_KL,
+        "pairs": np.zeros(1, np.int32),
         "label_counts": np.concatenate([[len(seen.text_labels[labels])], (audio_labels_KL >= 0).sum(1)]),
     }
+    text_lengths, audio_lengths = _counts(text_at, ends), _counts(seen.audio_at, ends)
+    for name, lengths in (("cu_all", seen.lengths), ("cu_text", text_lengths), ("cu_audio", audio_lengths)):
+        arrays[name] = np.concatenate([[0], np.cumsum(lengths)])
+    mels, mel_frames = _mels(described, features)
     if before:
         arrays |= {"token_rows": to_sequence[seen.text_at], "mel_rows": to_sequence[seen.mel_at]}
+    if speakers is not None:
+        arrays |= _pooling(seen, audio_lengths, speakers, weight)
+    if features == "mel":
+        arrays["mel_source"] = _tower_rows(mel_frames)
     flat, layout = _flatten(arrays, room)
-    mels, mel_frames = _mels(described, features)
     return Batch(
         flat=flat,
         layout=layout,
         lengths=seen.lengths.tolist(),
-        text_lengths=_counts(text_at, ends),
-        audio_lengths=_counts(seen.audio_at, ends),
+        text_lengths=text_lengths,
+        audio_lengths=audio_lengths,
         keys=[sample.key for sample in samples],
         seconds=seconds,
         mels=mels,
@@ -147,6 +168,14 @@ def collate(
         weight=weight,
         damaged=damaged or [],
     )
+
+
+def _pooling(seen: Expanded, audio_lengths: list[int], speakers: Sequence[int], weight: int) -> dict[str, np.ndarray]:
+    """Which sample and role each audio row belongs to; with weight 0 no sample has a pair."""
+    sample = np.repeat(np.arange(len(speakers)), audio_lengths)
+    owners = 2 * sample + np.repeat(seen.segment_is_out, seen.segment_width)
+    both = np.bincount(owners, minlength=2 * len(speakers)).reshape(-1, 2).all(1)
+    return {"owners": owners, "speakers": np.array(speakers), "pairs": np.array([both.sum() * weight])}
 
 
 def _counts(at: np.ndarray, ends: np.ndarray) -> list[int]:
@@ -169,6 +198,13 @@ def _mels(samples: list[Sample], features: str) -> tuple[torch.Tensor | None, li
     else:
         stacked = np.concatenate([mel_CF[:, :frames].T for mel_CF, frames in found])
     return torch.from_numpy(stacked), [frames for _, frames in found]
+
+
+def _tower_rows(mel_frames: list[int]) -> np.ndarray:
+    """Which frames of the tower's output, 750 a window, are real."""
+    counts = [tower_frames(frames) for frames in mel_frames]
+    rows = [np.arange(count) + number * (MEL_WINDOW // 4) for number, count in enumerate(counts)]
+    return np.concatenate([np.zeros(0, np.int64), *rows])
 
 
 def mel_window(mel_CF: np.ndarray) -> np.ndarray:
