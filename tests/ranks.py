@@ -42,9 +42,10 @@ def ask(options: dict[str, Any], world: int = 1, **wanted: Any) -> dict[str, Any
 def serve(request: dict[str, Any]) -> dict[str, Any]:
     """What a request may ask for beside a run:
 
-    kills: so often, ranks are killed (signal 9) and the run is resumed; saves: so many of these kills while a checkpoint
-    is being written; signal_after_s: SIGTERM to every rank then; kill_rank: kill one rank at its first checkpoint;
-    nan_at: [step, rank] whose loss becomes NaN; fail_at: [step, rank] that raises; file_limit: largest file in bytes.
+    kills: so often, all ranks are killed (signal 9) and the run is resumed; saves: so many of these kills while a
+    checkpoint is being written; stop_after: each rank gets SIGTERM after this step; kill_rank: kill one rank once there
+    is a checkpoint; nan_at, fail_at, memory_at: [step, rank] whose loss becomes NaN, that raises, that runs out of
+    memory; file_limit: largest file in bytes.
     """
     out = Path(request["options"]["output_dir"])
     killed, killed_saving = 0, 0
@@ -59,10 +60,6 @@ def serve(request: dict[str, Any]) -> dict[str, Any]:
         killed += kill(pids)
     began = time.monotonic()
     pids = start(request)
-    if "signal_after_s" in request:
-        wait_for(bool, pids, request["signal_after_s"])
-        for pid in pids:
-            os.kill(pid, signal.SIGTERM)
     if "kill_rank" in request:
         wait_for(lambda: any(out.glob("checkpoint-*")), pids)
         os.kill(pids[request["kill_rank"]], signal.SIGKILL)
@@ -101,7 +98,7 @@ def fork(request: dict[str, Any], rank: int, port: int) -> int:
         code = 0
     except SystemExit as stopped:
         code = int(stopped.code or 0)
-    except BaseException:
+    except BaseException:  # noqa: BLE001  (this is the end of the process)
         import traceback
 
         traceback.print_exc()
@@ -117,9 +114,25 @@ def inject(request: dict[str, Any], rank: int) -> None:
         import resource
 
         resource.setrlimit(resource.RLIMIT_FSIZE, (request["file_limit"], request["file_limit"]))
+    if "stop_after" in request:
+        _stop_after(request["stop_after"])
     for name in ("nan_at", "fail_at", "memory_at"):
         if name in request and request[name][1] == rank:
             _patch(name, request[name][0], request["options"].get("gradient_accumulation_steps", 1))
+
+
+def _stop_after(step: int) -> None:
+    from higgs_tune.train import loop
+
+    original = loop.train_step
+
+    def patched(run: Any, *args: Any) -> Any:
+        norm = original(run, *args)
+        if run.progress.step == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return norm
+
+    loop.train_step = patched  # pyright: ignore[reportPrivateLocalImportUsage]
 
 
 def _patch(name: str, step: int, accumulation: int) -> None:

@@ -173,6 +173,7 @@ class Loader:
             prefetch_factor=PREFETCH if options.workers else None,
             multiprocessing_context=options.start_method if options.workers else None,
             worker_init_fn=_start_worker,
+            generator=torch.Generator(),  # the process's own would move on, and a resumed run's dropout with it
         )
         self._batches: Iterator[Batch | LoadFailure] | None = None
 

@@ -61,6 +61,7 @@ class Tools:
     saver: Saver | None = None
     speaker: Speaker | None = None
     saved_at: float = field(default_factory=time.monotonic)
+    saved_step: int = 0
 
 
 def train(config: TrainConfig) -> None:
@@ -98,6 +99,7 @@ def _train(config: TrainConfig, place: Place, stop: StopFlag) -> None:
         return
     tokenizer = load_tokenizer(checked.base, run.special_ids)
     tools = Tools(tokenizer, fingerprint(run.peft_model.named_parameters()), checked.validation, stop)
+    tools.saved_step = run.progress.step
     if place.is_main:
         tools.reporter = Reporter(config, run.total_steps, run.progress.step, state.get("written"))
         tools.saver = Saver(config.output_dir, config.save_total_limit)
@@ -169,7 +171,8 @@ def obey(run: Run, tools: Tools, window: Window, counts: list[float]) -> list[fl
     run.bad.read()
     failures = saver.failures() if saver else []
     minutes = (time.monotonic() - tools.saved_at) / 60
-    save_due = bool(saver) and 0 < config.save_every_minutes <= minutes
+    unsaved = run.progress.step != tools.saved_step
+    save_due = bool(saver) and unsaved and 0 < config.save_every_minutes <= minutes
     orders = [bool(tools.stop), save_due, bool(failures) and not config.allow_failed_saves, run.bad.too_many]
     agreed = run.place.agree([*counts, *map(float, orders)])
     stop, save_due, failed, bad = (value > 0 for value in agreed[len(counts) :])
@@ -180,7 +183,7 @@ def obey(run: Run, tools: Tools, window: Window, counts: list[float]) -> list[fl
         raise UserError(f"a checkpoint could not be saved: {'; '.join(failures) or 'see rank 0'}", hint=hint)
     if bad:
         run.bad.refuse()
-    if stop or save_due:
+    if (stop and unsaved) or save_due:
         save(run, tools, window)
     if stop:
         finish_saves(run, tools)
@@ -262,7 +265,7 @@ def save(run: Run, tools: Tools, window: Window) -> None:
     taken = snapshot(run, window, tools.reporter.written if tools.reporter else {})
     if tools.saver and taken:
         tools.saver.checkpoint(taken)
-    tools.saved_at = time.monotonic()
+    tools.saved_at, tools.saved_step = time.monotonic(), run.progress.step
 
 
 def finish_saves(run: Run, tools: Tools) -> None:
