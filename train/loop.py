@@ -22,6 +22,7 @@ from ..shards.errors import UserError
 from .assemble import build, check, checkpoint_bytes, describe_run
 from .checkpoint import VERSION, Snapshot
 from .config import TrainConfig
+from .data import naming_dead_workers
 from .diagnostics import UpdateWatch, assert_frozen, fingerprint, look_at_predictions
 from .faults import StopFlag, Stopped, together
 from .metrics import loss_metrics, max_memory_gb
@@ -105,7 +106,8 @@ def _train(config: TrainConfig, place: Place, stop: StopFlag) -> None:
         tools.saver = Saver(config.output_dir, config.save_total_limit)
     if config.sample_steps:
         tools.speaker = Speaker(run, tokenizer, checked.features)
-    run_steps(run, tools, window)
+    with naming_dead_workers():
+        run_steps(run, tools, window)
     save_result(run, tools, checked.base)
 
 
