@@ -25,6 +25,12 @@ _ID_FIELDS = {
 }
 
 
+NATIVE_HINT = (
+    "This is the transformers-native layout. Boson's original is revision 10840182ca4ad5d9d9113b60b9bb3c1ef1ba3f84 "
+    "of bosonai/higgs-audio-v2-generation-3B-base."
+)
+
+
 def read_config(path: Path) -> dict[str, Any]:
     """A checkpoint's config.json.
 
@@ -44,6 +50,7 @@ def read_config(path: Path) -> dict[str, Any]:
             where=file,
             expected="model_type higgs_audio",
             got=config.get("model_type"),
+            hint=NATIVE_HINT if config.get("model_type") == "higgs_audio_v2" else "",
         )
     return config
 

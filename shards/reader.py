@@ -18,7 +18,7 @@ import numpy as np
 import xxhash
 
 from .errors import ShardError, UserError
-from .format import FORMAT_VERSION, SPLIT_VAL, Sample, checksum, decode_mels, decode_sample, index_dtype
+from .format import FORMAT_VERSION, SPLIT_VAL, Sample, checksum, decode_mels, decode_sample, index_dtype, mels_fit
 from .remote import Cache, Source
 from .sequence import SpecialIds
 from .writer import MANIFEST
@@ -167,7 +167,7 @@ class ShardSet:
             return sample
         block, where = self._block(entry, "mel_shards", "mel_offset", "mel_length", "mel_xxh3")
         mel_key, arrays = decode_mels(block, where)
-        if mel_key != key or [mel.shape[1] for mel in arrays] != [frames for frames in sample.mel_frames if frames]:
+        if mel_key != key or not mels_fit(arrays, sample.mel_frames):
             expected = f"{key} with {sample.mel_frames} frames"
             got = f"{mel_key} with {[mel.shape[1] for mel in arrays]}"
             raise ShardError("the Whisper features are not the sample's", where=where, expected=expected, got=got)
