@@ -22,6 +22,7 @@ from .manifest import to_chatml
 from .reject import Reject
 
 CSV_SUFFIXES = {".csv": ",", ".tsv": "\t"}
+NEEDED = {"audio", "text", "speaker"}  # columns of a manifest
 EXPECTED = "ChatML (a JSON array, or one object a line), or a manifest with audio, text and speaker"
 
 
@@ -40,9 +41,10 @@ def read_entries(job: Job) -> Iterator[Any]:
             first = row
             break
     rows = itertools.chain(seen, rows)
-    if first is None or "messages" in first or "audio" not in first:
+    table = job.data.is_dir() or job.data.suffix in CSV_SUFFIXES
+    if first is None or "messages" in first or not (table or first.keys() & NEEDED):
         return rows
-    missing = {"text", "speaker"} - first.keys()
+    missing = NEEDED - first.keys()
     if missing:
         raise UserError("the manifest lacks columns", where=job.data, expected=sorted(missing), got=sorted(first))
     return to_chatml(list(rows), job)

@@ -38,15 +38,13 @@ def naive_resample(wave: torch.Tensor, source_hz: int, target_hz: int) -> torch.
     source, target = source_hz // common, target_hz // common
     cutoff = min(source, target) * 0.99
     signal = wave.reshape(-1).double().numpy()
-    out = np.zeros(math.ceil(target * len(signal) / source))
     reach = math.ceil(6 * source / cutoff)
-    for n in range(len(out)):
-        center = (n // target) * source
-        at = np.arange(center - reach, center + reach + source)
-        time = np.clip(((at - center) / source - (n % target) / target) * cutoff, -6, 6)
-        weight = np.sinc(time) * np.cos(time * math.pi / 12) ** 2 * cutoff / source
-        inside = (at >= 0) & (at < len(signal))
-        out[n] = (signal[at[inside]] * weight[inside].astype(np.float32)).sum()
+    n = np.arange(math.ceil(target * len(signal) / source))[:, None]
+    at = n // target * source + np.arange(-reach, reach + source)
+    time = np.clip(((at - n // target * source) / source - (n % target) / target) * cutoff, -6, 6)
+    weight = np.sinc(time) * np.cos(time * math.pi / 12) ** 2 * cutoff / source
+    padded = np.pad(signal, (reach, 2 * (reach + source)))
+    out = (padded[at + reach] * weight.astype(np.float32)).sum(1)
     return torch.from_numpy(out).to(wave.dtype).reshape(*wave.shape[:-1], -1)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -46,16 +47,10 @@ def toy_tokenizer(toy: Path, toy_ids: SpecialIds) -> PreTrainedTokenizerBase:
     return load_tokenizer(toy / "model", toy_ids)
 
 
-def preprocess(toy: Path, data: Path, out: Path, **options: object) -> dict[str, object]:
+def preprocess(toy: Path, data: Path, out: Path, **options: object) -> dict[str, Any]:
     """Run higgs-preprocess in this process on the toy checkpoints."""
-    config = PreprocessConfig(
-        data=data,
-        out=out,
-        model_path=toy / "model",
-        audio_tokenizer_path=toy / "codec",
-        **options,  # pyright: ignore[reportArgumentType]
-    )
-    return build(config)
+    given: dict[str, Any] = {"model_path": toy / "model", "audio_tokenizer_path": toy / "codec", "num_processes": 1}
+    return build(PreprocessConfig(data=data, out=out, **(given | options)))
 
 
 @pytest.fixture(scope="session")
