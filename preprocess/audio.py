@@ -1,7 +1,7 @@
 """From an audio file to the waveform that the codec takes: mono float32 at the codec's rate.
 
 In: a file (or bytes) that libsndfile reads: wav, flac, mp3, ogg, opus. Out: samples, and what is known of the source.
-The mix-down and the resampling are librosa's (mean over channels, soxr HQ), the calls that Boson's tokenizer makes; a
+The mix-down and the resampling are librosa's (mean over channels, soxr HQ), as Boson's tokenizer calls it; a
 cut takes the samples that `librosa.load(offset=…, duration=…)` takes.
 Never: an exception other than `Reject` for a bad file; more samples in memory than the longest clip that is allowed.
 
@@ -23,14 +23,13 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Literal
 
-import librosa
 import numpy as np
-import pyloudnorm
 import soundfile
 
 from ..shards.writer import file_sha256
 from .arrow import arrow_audio, arrow_cell
 from .reject import Reject
+from .resample import resample_soxr
 
 Flag = Literal["silence", "clipping"]
 MAX_CHANNELS = 2
@@ -105,8 +104,8 @@ def load_clip(clip: Clip, sample_rate_hz: int | None, options: AudioOptions) -> 
     mono_S = np.mean(samples_SC.T, axis=0)
     if options.loudness_lufs is not None:
         mono_S = _level(mono_S, rate, options.loudness_lufs, clip.source)
-    if sample_rate_hz not in (None, rate):
-        mono_S = librosa.resample(mono_S, orig_sr=rate, target_sr=sample_rate_hz)
+    if sample_rate_hz is not None:
+        mono_S = resample_soxr(mono_S, rate, sample_rate_hz)
     return Waveform(mono_S, len(samples_SC) / rate, _digest(source, clip.source), flags)
 
 
@@ -253,6 +252,8 @@ def noticed(samples_SC: np.ndarray, rate: int) -> tuple[Flag, ...]:
 
 def _level(mono_S: np.ndarray, rate: int, target_lufs: float, source: str) -> np.ndarray:
     """Boson's `loudness_normalize`: BS.1770 gain on the mono mix, before resampling."""
+    import pyloudnorm  # brings scipy's signal package, which takes a second
+
     try:
         measured = pyloudnorm.Meter(rate).integrated_loudness(mono_S)
     except ValueError as error:

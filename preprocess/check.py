@@ -36,7 +36,7 @@ from .work import Encoded, Features, Work
 
 DURATION_BINS_S = (0, 1, 2, 3, 5, 10, 15, 20, 30, 60)
 TOKEN_BINS = (0, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
-MEL_COMPRESSION = 0.9  # zstandard on float16 log-mel of speech
+MEL_COMPRESSION = 0.8  # zstandard on float16 log-mel of speech
 CORRUPT = ("unreadable_audio", "truncated_audio", "non_finite_audio", "empty_audio")
 PAIR = 2  # clips of a speaker below which no reference can be paired
 FEW_CLIPS = 5  # clips of a speaker below which there is little choice of references

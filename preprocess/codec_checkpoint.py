@@ -18,6 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch.nn.utils import parametrize
 from transformers import DacConfig, HubertConfig
+from transformers.modeling_utils import no_init_weights
 
 from ..shards.errors import UserError
 from ..shards.writer import file_sha256
@@ -60,7 +61,7 @@ def load_codec(path: str | Path, device: str | torch.device = "cpu") -> HiggsCod
         config = _native_config(raw, weights, config_path) if native else _boson_config(raw, weights, config_path)
     except KeyError as error:
         raise UserError(f"the audio tokenizer lacks a weight or setting: {error}", where=folder) from error
-    with torch.device("meta"):
+    with no_init_weights():  # on the meta device, weight norm would import all of torch's compiler: seconds a worker
         codec = HiggsCodec(config)
     fold_position_conv(codec)
     rename = native_name if native else boson_name

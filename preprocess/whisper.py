@@ -18,7 +18,6 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-import librosa
 import numpy as np
 import torch
 from safetensors import safe_open
@@ -27,6 +26,7 @@ from transformers import WhisperFeatureExtractor
 from ..shards.errors import UserError
 from ..shards.format import MEL_TAIL
 from ..shards.sequence import MEL_WINDOW, mel_window, tower_frames
+from .resample import resample_soxr
 from .work import Features
 
 RATE_HZ = 16_000
@@ -41,8 +41,7 @@ def log_mel(wave_S: np.ndarray, rate_hz: int, mel_bins: int) -> list[Features]:
     Args:
         wave_S: float32 [S], mono.
     """
-    if rate_hz != RATE_HZ:
-        wave_S = librosa.resample(wave_S, orig_sr=rate_hz, target_sr=RATE_HZ)
+    wave_S = resample_soxr(wave_S, rate_hz, RATE_HZ)
     return [_chunk(wave_S[at : at + CHUNK_SAMPLES], mel_bins) for at in range(0, len(wave_S), CHUNK_SAMPLES)]
 
 

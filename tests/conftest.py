@@ -47,7 +47,7 @@ def toy_tokenizer(toy: Path, toy_ids: SpecialIds) -> PreTrainedTokenizerBase:
     return load_tokenizer(toy / "model", toy_ids)
 
 
-def preprocess(toy: Path, data: Path, out: Path, **options: object) -> dict[str, Any]:
+def preprocess(toy: Path, data: Path, out: Path, **options: Any) -> dict[str, Any]:
     """Run higgs-preprocess in this process on the toy checkpoints."""
     given: dict[str, Any] = {"model_path": toy / "model", "audio_tokenizer_path": toy / "codec", "num_processes": 1}
     return build(PreprocessConfig(data=data, out=out, **(given | options)))

@@ -18,7 +18,13 @@ from higgs_tune.shards.errors import UserError
 from higgs_tune.shards.reader import ShardSet
 
 OUTSIDE = "/etc/hostname"
-FORMATS = {"wav": {}, "flac": {}, "mp3": {}, "ogg": {}, "opus": {"format": "OGG", "subtype": "OPUS"}}
+FORMATS: dict[str, dict[str, Any]] = {
+    "wav": {},
+    "flac": {},
+    "mp3": {},
+    "ogg": {},
+    "opus": {"format": "OGG", "subtype": "OPUS"},
+}
 
 
 def entry(audio: Any = "good.wav", text: Any = "مرحبا", role: Any = "assistant", **more: Any) -> dict[str, Any]:
@@ -33,13 +39,12 @@ def with_messages(messages: Any) -> dict[str, Any]:
     return {"messages": messages}
 
 
-def header(channels: int, rate: int, *, claimed: int, floats: bool = False) -> bytes:
+def header(channels: int, rate: int, *, claimed: int) -> bytes:
     """A WAV header that says whatever it is told."""
-    width = 4 if floats else 2
-    form = struct.pack("<HHIIHH", 3 if floats else 1, channels, rate, rate * channels * width, channels * width, 8 * width)
-    return b"RIFF" + struct.pack("<I", 36 + claimed) + b"WAVEfmt " + struct.pack("<I", 16) + form + b"data" + struct.pack(
-        "<I", claimed
-    )  # fmt: skip
+    width = 2 * channels
+    form = struct.pack("<HHIIHH", 1, channels, rate, rate * width, width, 16)
+    sizes = [struct.pack("<I", size) for size in (36 + claimed, len(form), claimed)]
+    return b"RIFF" + sizes[0] + b"WAVEfmt " + sizes[1] + form + b"data" + sizes[2]
 
 
 def make_files(root: Path) -> None:
@@ -150,7 +155,10 @@ def corpus() -> dict[str, tuple[Any, str]]:
         "no content": (with_messages([{"role": "user"}]), "malformed_chatml"),
         "zero content": (with_messages([{"role": "user", "content": []}]), "empty_text"),
         "video": (with_messages([{"role": "user", "content": [{"type": "video"}]}]), "malformed_chatml"),
-        "user to a recipient": (with_messages([{"role": "user", "content": [text], "recipient": "x"}]), "malformed_chatml"),
+        "user to a recipient": (
+            with_messages([{"role": "user", "content": [text], "recipient": "x"}]),
+            "malformed_chatml",
+        ),
         "only a user": (with_messages([{"role": "user", "content": [text]}]), "nothing_to_train"),
         "start after the end": (entry(start_index=9), "nothing_to_train"),
         "start in words": (entry(start_index="one"), "malformed_chatml"),

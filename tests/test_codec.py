@@ -18,7 +18,7 @@ from boson_codec import boson_tokenizer, naive_resample, save_boson
 from higgs_tune.preprocess.audio import AudioOptions, Clip, load_clip
 from higgs_tune.preprocess.codec import HiggsCodec
 from higgs_tune.preprocess.codec_checkpoint import load_codec
-from higgs_tune.preprocess.resample import resample_sinc
+from higgs_tune.preprocess.resample import resample_sinc, resample_soxr
 from higgs_tune.shards.errors import UserError
 from safetensors.torch import save_file
 from transformers import HubertConfig
@@ -65,7 +65,7 @@ def test_codes_equal_boson(
 ) -> None:
     """File path in, as boson takes it: its mono mix, its resampling, its codes; and back to sound."""
     path = tmp_path / f"clip.{kind}"
-    container = {"format": "OGG", "subtype": "OPUS"} if kind == "opus" else {}
+    container: dict[str, Any] = {"format": "OGG", "subtype": "OPUS"} if kind == "opus" else {}
     soundfile.write(path, tone(seconds, rate, channels), rate, **container)
     expected = boson.encode(str(path)).numpy()
     wave = load_clip(Clip("clip", str(path)), codec.config.sample_rate_hz, ANY)
@@ -106,6 +106,16 @@ def test_cuts_are_those_of_librosa(tmp_path: Path, kind: str) -> None:
 def test_resampler_equals_the_formula() -> None:
     wave = torch.from_numpy(tone(0.05, 24000)[:, 0])[None]
     torch.testing.assert_close(resample_sinc(wave, 24000, 16000), naive_resample(wave, 24000, 16000), atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize(("source", "target"), [(16000, 24000), (44100, 24000), (22050, 24000), (24000, 16000)])
+@pytest.mark.parametrize("samples", [1, 479, 12347])
+def test_soxr_equals_librosa(source: int, target: int, samples: int) -> None:
+    wave_S = tone(1.0, source)[:samples, 0]
+    expected = librosa.resample(wave_S, orig_sr=source, target_sr=target)
+    found = resample_soxr(wave_S, source, target)
+    assert found.dtype == np.float32
+    np.testing.assert_array_equal(found, expected)
 
 
 def test_toy_roundtrips_through_the_same_loader(toy: Path) -> None:

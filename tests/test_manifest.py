@@ -198,9 +198,9 @@ def test_dataset_folders(toy: Path, folder: Path) -> None:
         assert reference["sha256"] != target["sha256"]
         assert target["source"] == f"data-0000{int(row > 6)}-of-00002.arrow#audio:{row if row < 7 else row - 7}"
     for change, message in (
-        (lambda: (folder / "dataset" / "data-00001-of-00002.arrow").unlink(), "files of the dataset are missing"),
+        ((folder / "dataset" / "data-00001-of-00002.arrow").unlink, "files of the dataset are missing"),
         (lambda: (folder / "dataset" / "state.json").write_text("{}"), "cannot read the dataset's state"),
-        (lambda: (folder / "dataset" / "state.json").unlink(), "not a datasets folder"),
+        ((folder / "dataset" / "state.json").unlink, "not a datasets folder"),
         (lambda: (folder / "dataset" / "dataset_dict.json").write_text('{"splits": ["train"]}'), "Give one of: train"),
     ):
         change()
@@ -219,5 +219,7 @@ def test_damaged_tables(toy: Path, folder: Path) -> None:
     assert isinstance(made[1], Reject)
     assert made[1].detail == "line 3: expected 3 fields, got 2"
     (folder / "data.csv").write_text("path,sentence\n0.wav,one\n")
-    with pytest.raises(UserError, match=r"lacks columns .*expected \['audio', 'speaker', 'text'\], got \['path', 'sentence'\]"):
+    with pytest.raises(
+        UserError, match=r"lacks columns .*expected \['audio', 'speaker', 'text'\], got \['path', 'sentence'\]"
+    ):
         preprocess(toy, folder / "data.csv", folder / "out")

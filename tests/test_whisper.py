@@ -180,7 +180,7 @@ def test_long_target_with_features_is_a_named_reject(toy: Path, long_set: Path) 
 def tower_model(toy: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The toy's checkpoint with a small audio tower."""
     folder = tmp_path_factory.mktemp("tower")
-    config = HiggsAudioConfig.from_pretrained(toy / "model")
+    config: Any = HiggsAudioConfig.from_pretrained(toy / "model")
     config.skip_audio_tower, config.encode_whisper_embed = False, True
     config.audio_encoder_config = HiggsAudioEncoderConfig(num_mel_bins=128, **SMALL_TOWER)
     torch.manual_seed(1)
