@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -24,6 +25,7 @@ from .config import PreprocessConfig
 Task = Callable[[int], Any]
 MAX_AUTO_PROCESSES = 8
 TASKS_A_PROCESS = 2  # with fewer, starting another process costs more than it saves
+KNOCK_S = 10.0
 RETRIES = 10  # of a Ray task whose worker or node died
 
 
@@ -147,6 +149,21 @@ def _end_with(sentinel: int) -> None:
     os._exit(1)
 
 
+def _knock(address: str) -> None:
+    """Refuse an address where nothing listens; Ray itself would try for minutes.
+
+    Raises:
+        UserError: nothing answers at `host:port` or `ray://host:port`.
+    """
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not host or not port.isdecimal():
+        return
+    try:
+        socket.create_connection((host, int(port)), KNOCK_S).close()
+    except OSError as error:
+        raise UserError(f"cannot reach Ray: {error}", where=address) from error
+
+
 def _run_ray(task: Task, numbers: list[int], config: PreprocessConfig, stop: Stop) -> Iterator[Any]:
     """Each task is retried by Ray when its worker or node dies; each GPU, else each core, runs one at a time."""
     try:
@@ -154,6 +171,7 @@ def _run_ray(task: Task, numbers: list[int], config: PreprocessConfig, stop: Sto
         import ray.exceptions
     except ImportError as error:
         raise UserError("--engine ray needs Ray", hint="Install it with: pip install higgs-tune[ray]") from error
+    _knock(config.ray_address)
     options: dict[str, Any] = {"address": config.ray_address or "local", "log_to_driver": False}
     if not config.ray_address:
         options |= {"include_dashboard": False, "num_cpus": config.num_processes or None}

@@ -95,7 +95,7 @@ def test_stop_finishes_what_is_in_hand(toy: Path, tmp_path: Path, monkeypatch: p
 def test_a_second_build_of_the_same_folder_is_refused(
     toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    data = make_data(tmp_path, 3)
+    data = make_data(tmp_path, 4)
     encode_unit, seen = pipeline.encode_unit, []
 
     def build_again(job: Any, unit: int) -> Any:
@@ -105,7 +105,7 @@ def test_a_second_build_of_the_same_folder_is_refused(
         return encode_unit(job, unit)
 
     monkeypatch.setattr(pipeline, "encode_unit", build_again)
-    assert preprocess(toy, data, tmp_path / "out")["samples"] == 3
+    assert preprocess(toy, data, tmp_path / "out")["samples"] == 4
     assert seen == [0]
 
 
