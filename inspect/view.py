@@ -94,7 +94,7 @@ class Position:
 
 def positions(sample: Sample, shards: ShardSet) -> Iterator[Position]:
     """Every position of a sample, as the model sees it."""
-    seen = expand(sample, shards.special_ids)
+    seen = expand([sample], shards.special_ids)
     tokens = dict(zip(seen.text_at.tolist(), seen.text_ids.tolist(), strict=True))
     codes = dict(zip(seen.audio_at.tolist(), seen.codes_KA.T.tolist(), strict=True))
     text_labels = dict(zip(seen.text_label_at.tolist(), seen.text_labels.tolist(), strict=True))

@@ -15,6 +15,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from ..shards.errors import UserError
 from ..shards.sequence import SpecialIds
 from ..shards.writer import file_sha256
+from .native import NATIVE_TYPE, boson_config
 
 _ID_FIELDS = {
     "audio_in": "audio_in_token_idx",
@@ -25,14 +26,8 @@ _ID_FIELDS = {
 }
 
 
-NATIVE_HINT = (
-    "This is the transformers-native layout. Boson's original is revision 10840182ca4ad5d9d9113b60b9bb3c1ef1ba3f84 "
-    "of bosonai/higgs-audio-v2-generation-3B-base."
-)
-
-
 def read_config(path: Path) -> dict[str, Any]:
-    """A checkpoint's config.json.
+    """A checkpoint's config, in Boson's terms, whichever layout it has.
 
     Raises:
         UserError: it is missing, no JSON, or another model's.
@@ -44,13 +39,14 @@ def read_config(path: Path) -> dict[str, Any]:
         config = json.loads(file.read_text())
     except ValueError as error:
         raise UserError(f"the checkpoint's config is not JSON: {error}", where=file) from error
+    if config.get("model_type") == NATIVE_TYPE:
+        return boson_config(config, path)
     if config.get("model_type") != "higgs_audio":
         raise UserError(
             "not a Higgs Audio v2 checkpoint",
             where=file,
-            expected="model_type higgs_audio",
+            expected="model_type higgs_audio or higgs_audio_v2",
             got=config.get("model_type"),
-            hint=NATIVE_HINT if config.get("model_type") == "higgs_audio_v2" else "",
         )
     return config
 

@@ -27,7 +27,7 @@ def test_show_has_every_position(shards: ShardSet, capsys: pytest.CaptureFixture
     cli.Show(shards.folder, "000000003").run()
     lines = capsys.readouterr().out.splitlines()
     sample = shards.read(3)
-    part = expand(sample, shards.special_ids)
+    part = expand([sample], shards.special_ids)
     table = next(number for number, line in enumerate(lines) if line.split()[:1] == ["position"])
     rows = [line.split() for line in lines[table + 1 :]]
     assert [int(row[0]) for row in rows] == list(range(part.length))

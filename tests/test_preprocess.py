@@ -105,7 +105,7 @@ def test_bad_checkpoints_are_refused(toy: Path, tmp_path: Path) -> None:
     for change, message in (
         ({"model_path": tmp_path}, "no checkpoint here"),
         ({"model_path": toy / "codec"}, "not a Higgs Audio v2 checkpoint"),
-        ({"model_path": tmp_path / "native"}, r"transformers-native layout\. .*revision 10840182ca4ad5"),
+        ({"model_path": tmp_path / "native"}, "the checkpoint's config lacks 'hidden_size'"),
         ({"model_path": tmp_path / "nothing" / "at" / "all"}, "no checkpoint folder here"),
         ({"audio_tokenizer_path": tmp_path}, "no audio tokenizer here"),
         ({"data": tmp_path / "none.json"}, "no data here"),
@@ -115,6 +115,21 @@ def test_bad_checkpoints_are_refused(toy: Path, tmp_path: Path) -> None:
         options: dict[str, Any] = {"data": EXAMPLES, "out": tmp_path / "out", **change}
         with pytest.raises(UserError, match=message):
             preprocess(toy, **options)
+
+
+def test_the_native_layout_of_the_model_gives_the_same_set(toy: Path, shards: ShardSet, tmp_path: Path) -> None:
+    boson = json.loads((toy / "model" / "config.json").read_text())
+    native = boson["text_config"] | {"model_type": "higgs_audio_v2", "num_codebooks": boson["audio_num_codebooks"]}
+    native |= {"rope_parameters": {"rope_type": "default", "rope_theta": 500000.0}}
+    native |= {name: boson[name] for name in ("audio_stream_bos_id", "audio_stream_eos_id")}
+    (tmp_path / "native").mkdir()
+    (tmp_path / "native" / "config.json").write_text(json.dumps(native))
+    for file in (toy / "model").glob("*token*.json"):
+        (tmp_path / "native" / file.name).write_bytes(file.read_bytes())
+    preprocess(toy, EXAMPLES, tmp_path / "out", model_path=tmp_path / "native", val_fraction=0.1, samples_per_shard=16)
+    made = ShardSet(tmp_path / "out")
+    assert made.manifest["shards"] == shards.manifest["shards"]
+    assert made.provenance["model"] == shards.provenance["model"] | {"name": "native"}
 
 
 def test_hub_names_are_pinned(toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,139 +1,212 @@
-"""The loader: from the plan to batches, in order, on stateless workers.
+"""The loader: from requests to batches, in order, on stateless workers.
 
-In: a shard set, a plan for each epoch, this rank's place in the world. Out: an endless stream of `Batch`, pack
-`cursor + a * world + r` for rank r at micro-step a. Never: state in a worker (it gets row numbers, nothing else), a
-rank that runs out before the others: beyond the last pack of an epoch comes a zero-weight pack.
+In: a schedule, where to start. Out: an endless stream of `Batch`. Never: state in a worker (it gets row numbers,
+nothing else), a damaged sample that goes unnoticed, a wait that is not counted.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from ..shards.errors import UserError
-from ..shards.plan import Plan, make_plan
+from ..shards.errors import ShardError, UserError
 from ..shards.reader import ShardSet
+from ..shards.sequence import Stored
 from .batch import Batch, collate
+from .schedule import Cursor, PackRequest, Schedule, Sets
+from .slots import SlotRing
+
+PREFETCH = 4  # batches that each worker makes ahead
+INTS_A_POSITION = 24  # more than a batch holds for a position: 8 codes, 8 labels, indices
+OnBadSample = Literal["stop", "skip"]
 
 
 @dataclass(frozen=True)
-class World:
-    """This process among all: its rank, their number, and their number on this machine."""
+class LoaderOptions:
+    """How batches are made.
 
-    rank: int
-    size: int
-    local_rank: int
-    local_size: int
-
-
-@dataclass(frozen=True)
-class PackRequest:
-    """What a worker is asked for: rows of the index, and whether their labels count."""
-
-    rows: tuple[int, ...]
-    weight: int
-
-
-class PackDataset(Dataset[Batch]):
-    """Rows in, batch out: read, verify, expand, flatten."""
-
-    def __init__(self, shards: ShardSet) -> None:
-        self.shards = shards
-
-    def __getitem__(self, request: PackRequest) -> Batch:  # pyright: ignore[reportIncompatibleMethodOverride]
-        samples = [self.shards.read(row) for row in request.rows]
-        seconds = float(self.shards.index["seconds"][list(request.rows)].sum())
-        return collate(samples, seconds, self.shards.special_ids, weight=request.weight)
-
-
-class Schedule:
-    """Which packs this rank takes, epoch after epoch.
-
-    Args:
-        shards: the set; its training split is planned.
-        tokens_per_pack, seed: see `make_plan`.
-        accumulation: packs of a rank for each optimizer step.
-
-    Raises:
-        UserError: a sample is longer than a pack (named), or there is none to train on.
+    Attributes:
+        workers: loader processes of this rank. start_method: how they start. pin_memory: for a GPU.
+        on_bad_sample: `stop` ends the run at a damaged sample; `skip` leaves it out and names it in the batch, up to
+            max_bad_samples.
+        features: Whisper features that the model takes.
+        train_inputs: label reference audio too. contrastive: add what the contrastive loss needs.
+        reference_pad: padding token for boson's own collator, where its forward is to be used; else None.
     """
 
-    def __init__(self, shards: ShardSet, *, tokens_per_pack: int, seed: int, accumulation: int, world: World) -> None:
-        self.shards, self.seed, self.tokens_per_pack = shards, seed, tokens_per_pack
-        self.accumulation, self.world = accumulation, world
-        self.rows = shards.rows_of(validation=False)
-        self.lengths = np.asarray(shards.index["tokens"][self.rows], np.int64)
-        self._refuse_long()
-        self.first_plan = self.plan(0)
+    workers: int = 0
+    start_method: Literal["fork", "spawn"] = "fork"
+    pin_memory: bool = False
+    on_bad_sample: OnBadSample = "stop"
+    max_bad_samples: int = 100
+    features: str = "none"
+    train_inputs: bool = False
+    contrastive: bool = False
+    reference_pad: int | None = None
 
-    def _refuse_long(self) -> None:
-        if not len(self.rows):
-            raise UserError("the shard set has no training sample", where=self.shards.location)
-        long = self.rows[self.lengths > self.tokens_per_pack]
-        if len(long):
-            keys = ", ".join(key.decode() for key in self.shards.index["key"][long[:10]])
-            raise UserError(
-                f"{len(long)} samples are longer than a pack: {keys}{', …' if len(long) > 10 else ''}",
-                where=self.shards.location,
-                expected=f"at most --tokens_per_pack {self.tokens_per_pack}",
-                got=int(self.lengths.max()),
-            )
 
-    def plan(self, epoch: int) -> Plan:
-        """The packs of an epoch, the same on every rank."""
-        return make_plan(
-            self.rows,
-            self.lengths,
-            tokens_per_pack=self.tokens_per_pack,
-            seed=self.seed,
-            epoch=epoch,
-            set_hash=self.shards.manifest_hash,
-        )
+@dataclass(frozen=True)
+class LoadFailure:
+    """A damaged sample, sent from a worker in place of the batch: what an exception would say."""
 
-    def steps(self, plan: Plan) -> int:
-        """Optimizer steps of an epoch: enough for every pack."""
-        return -(-len(plan) // (self.world.size * self.accumulation))
+    message: str
 
-    def requests(self) -> Iterator[PackRequest]:
-        """This rank's packs, endlessly."""
-        epoch = 0
-        while True:
-            plan = self.first_plan if epoch == 0 else self.plan(epoch)
-            for micro_step in range(self.steps(plan) * self.accumulation):
-                rows = plan.pack(micro_step * self.world.size + self.world.rank)
-                if len(rows):
-                    yield PackRequest(tuple(rows.tolist()), 1)
+
+class PackDataset(Dataset[Batch | LoadFailure]):
+    """Rows in, batch out: read, verify, expand, flatten.
+
+    Args:
+        ring: where batches are put for another process to take; None: they stay in this one.
+    """
+
+    def __init__(self, sets: Sets, options: LoaderOptions, ring: SlotRing | None = None) -> None:
+        self.sets, self.options, self.ring = sets, options, ring
+
+    def __getitem__(self, request: PackRequest) -> Batch | LoadFailure:  # pyright: ignore[reportIncompatibleMethodOverride]
+        samples: list[Stored] = []
+        speakers: list[int] = []
+        seconds, damaged = 0.0, []
+        for shards, rows in self.sets.places(request.rows):
+            seconds += float(shards.index["seconds"][rows].sum())
+            for row, found in zip(rows, self._read(shards, rows), strict=True):
+                if not isinstance(found, ShardError):
+                    samples.append(found)
+                    speakers.append(self.sets.speaker(shards, row) if self.options.contrastive else 0)
+                elif self.options.on_bad_sample == "stop":
+                    return LoadFailure(str(found))
                 else:
-                    yield PackRequest((int(plan.rows[0]),), 0)
-            epoch += 1
+                    damaged.append(str(found))
+        ids = self.sets.sets[0].special_ids
+        batch = collate(
+            samples,
+            seconds,
+            ids,
+            weight=request.weight,
+            features=self.options.features,
+            train_inputs=self.options.train_inputs,
+            speakers=speakers if self.options.contrastive else None,
+            damaged=damaged,
+            room=partial(self.ring.room, request.number) if self.ring else None,
+        )
+        if self.options.reference_pad is not None:
+            mel = self.options.features == "mel"
+            from .reference import boson_inputs  # imports the model; only this mode needs it
+
+            batch.reference = boson_inputs(samples, ids, self.options.reference_pad, mel=mel)
+        if self.ring and batch.flat.data_ptr() == self.ring.memory[request.number % len(self.ring)].data_ptr():
+            batch.in_slot, batch.flat = len(batch.flat), torch.empty(0, dtype=torch.int32)
+        return batch
+
+    def _read(self, shards: ShardSet, rows: list[int]) -> Iterator[Stored | ShardError]:
+        """The samples of a set's rows, or what is wrong with them."""
+        if self.options.features == "none":
+            yield from shards.read_arrays(rows)
+            return
+        for row in rows:
+            try:
+                yield shards.read(row, mels=True)
+            except ShardError as error:
+                yield error
 
 
 class _Endless:
     """An iterable of requests for the DataLoader, which wants one with no end."""
 
-    def __init__(self, schedule: Schedule) -> None:
-        self.schedule = schedule
+    def __init__(self, schedule: Schedule, cursor: Cursor) -> None:
+        self.schedule, self.cursor = schedule, cursor
 
     def __iter__(self) -> Iterator[PackRequest]:
-        return self.schedule.requests()
+        for number, request in enumerate(self.schedule.requests(self.cursor)):
+            yield replace(request, number=number)
 
 
-def make_loader(schedule: Schedule, *, workers: int, pin_memory: bool) -> DataLoader[Batch]:
-    """The endless loader of this rank."""
-    return DataLoader(
-        PackDataset(schedule.shards),
-        batch_size=None,
-        sampler=_Endless(schedule),  # pyright: ignore[reportArgumentType]
-        num_workers=workers,
-        pin_memory=pin_memory,
-        persistent_workers=workers > 0,
-        prefetch_factor=4 if workers else None,
-        worker_init_fn=_one_thread,
-    )
+@dataclass
+class Waits:
+    """Seconds that training waited for each batch, the first one apart."""
+
+    first_s: float = 0.0
+    rest_s: list[float] = field(default_factory=list)
+
+    def add(self, seconds: float, *, first: bool) -> None:
+        if first:
+            self.first_s = seconds
+        else:
+            self.rest_s.append(seconds)
+
+    def summary(self) -> dict[str, float]:
+        """`first_batch_s`, and median, 99th percentile and largest of the others."""
+        rest = self.rest_s or [0.0]
+        p50, p99 = np.percentile(rest, [50, 99]).tolist()
+        return {"first_batch_s": self.first_s, "p50_s": p50, "p99_s": p99, "max_s": max(rest)}
+
+
+class Loader:
+    """The endless loader of one rank; measures how long each batch is waited for.
+
+    Raises (while iterating):
+        ShardError: a sample is damaged, or more than `max_bad_samples` are.
+        UserError: a worker process died.
+    """
+
+    def __init__(self, schedule: Schedule, options: LoaderOptions, cursor: Cursor | None = None) -> None:
+        self.options, self.waits, self.damaged = options, Waits(), list[str]()
+        self._ring, self._number = None, 0
+        if options.workers:
+            ints = INTS_A_POSITION * schedule.tokens_per_pack + 64
+            self._ring = SlotRing(options.workers * PREFETCH + 2, ints)
+        self._loader: DataLoader[Any] = DataLoader(
+            PackDataset(schedule.sets, options, self._ring),
+            batch_size=None,
+            sampler=_Endless(schedule, cursor or Cursor()),  # pyright: ignore[reportArgumentType]
+            num_workers=options.workers,
+            pin_memory=options.pin_memory and (self._ring is None or options.features != "none"),
+            persistent_workers=options.workers > 0,
+            prefetch_factor=PREFETCH if options.workers else None,
+            multiprocessing_context=options.start_method if options.workers else None,
+            worker_init_fn=_one_thread,
+        )
+        self._batches: Iterator[Batch | LoadFailure] | None = None
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self
+
+    def __next__(self) -> Batch:
+        began, first = time.perf_counter(), self._batches is None
+        batch = self._next()
+        self.waits.add(time.perf_counter() - began, first=first)
+        if isinstance(batch, LoadFailure):
+            raise ShardError(f"{batch.message} [--on_bad_sample skip goes on without such samples]")
+        if self._ring is not None and batch.in_slot:
+            batch.flat = self._ring.take(self._number, batch.in_slot, pin_memory=self.options.pin_memory)
+        self._number += 1
+        self.damaged += batch.damaged
+        if len(self.damaged) > self.options.max_bad_samples:
+            limit = self.options.max_bad_samples
+            raise ShardError(f"more than --max_bad_samples {limit} damaged samples; the last: {self.damaged[-1]}")
+        return batch
+
+    def _next(self) -> Batch | LoadFailure:
+        if self._batches is None:
+            self._batches = iter(self._loader)
+        try:
+            return next(self._batches)
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error):
+                raise
+            hint = "Was it killed for memory? Fewer --dataloader_num_workers or --tokens_per_pack need less."
+            raise UserError(f"a loader process died: {error}", hint=hint) from error
+
+    def close(self) -> None:
+        """Stop the worker processes."""
+        self._batches = None
+        self._loader._iterator = None
 
 
 def _one_thread(_worker: int) -> None:
