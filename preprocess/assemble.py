@@ -41,7 +41,7 @@ def set_writer(job: Job) -> SetWriter:
     config = job.config
     ids = special_ids(read_config(job.model), job.model)
     split = ValidationSplit(config.val_fraction, config.val_by)
-    return SetWriter(job.out, ids, split, features=config.whisper_features, url=config.upload_to or None)
+    return SetWriter(job.out, ids, split, features=config.whisper_features, url=job.url)
 
 
 def assemble_shard(job: Job, number: int) -> None:

@@ -46,7 +46,7 @@ def _print_summary(summary: dict[str, Any], config: PreprocessConfig, elapsed: f
         print(f"{config.out} is already built from this data with these options: nothing to do")
         return
     rejects = summary["rejects"]
-    print(f"samples   {summary['samples']} in {config.upload_to or config.out}")
+    print(f"samples   {summary['samples']} in {config.out}")
     print(f"audio     {summary['seconds'] / 3600:.3f} h in samples, {summary['clips']} distinct clips")
     print(f"speed     {summary['encoded_seconds'] / max(elapsed, 1e-9):.1f} hours an hour ({elapsed:.0f} s)")
     spent = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in summary["spent"].items())

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from ..shards.errors import UserError
+from ..shards.remote import is_url
 from .audio import AudioOptions, Flag
 
 
@@ -20,12 +21,14 @@ class PreprocessConfig:
     model_path: Path
     """Checkpoint of the language model, a folder or Hub name[@revision]: config and tokenizer are read; with
     --whisper_features encoder also its audio tower."""
-    out: Path | None = None
-    """Folder that receives the shard set. An interrupted run continues when started again."""
+    out: str | None = None
+    """Folder, or URL that fsspec knows (s3://, hf://, …), that receives the shard set. An interrupted run continues
+    when started again."""
     audio_tokenizer_path: Path | None = None
     """Checkpoint of the audio tokenizer (the codec), a folder or Hub name[@revision]."""
-    upload_to: str = ""
-    """URL (any that fsspec knows) that receives each finished shard; --out then only holds unfinished work."""
+    staging: Path | None = None
+    """Where --out is a URL: local folder for unfinished work, from which each finished shard is uploaded; by default
+    one below $HIGGS_TUNE_CACHE, else ~/.cache/higgs-tune."""
 
     audio_root: Path | None = None
     """Folder that relative audio paths start from and that no path may leave, links resolved; by default relative
@@ -92,7 +95,7 @@ class PreprocessConfig:
 
     def __post_init__(self) -> None:
         for name in ("out", "audio_tokenizer_path"):
-            if getattr(self, name) is None and not self.check:
+            if not getattr(self, name) and not self.check:
                 raise UserError(f"--{name} is missing", hint="Only --check does without.")
         checks = [
             ("val_fraction", 0 <= self.val_fraction <= 1, "0 to 1"),
@@ -108,6 +111,12 @@ class PreprocessConfig:
             ("num_processes", self.num_processes >= 0, "at least 0"),
             ("decode_threads", self.decode_threads >= 1, "at least 1"),
             ("ray_address", not self.ray_address or self.engine == "ray", "--engine ray with it"),
+            ("staging", not self.staging or is_url(self.out or ""), "a URL as --out"),
+            (
+                "staging",
+                bool(self.staging) or not (self.ray_address and is_url(self.out or "")),
+                "a folder that all nodes of the cluster see",
+            ),
             ("json", self.check or not self.json, "--check with it"),
         ]
         for name, good, expected in checks:
@@ -128,6 +137,12 @@ class Job:
     model: Path
     codec: Path | None
     tower: Path
+
+    @property
+    def url(self) -> str | None:
+        """Where the set goes, if that is no local folder."""
+        out = self.config.out
+        return out if out and is_url(out) else None
 
     @property
     def audio_base(self) -> Path:

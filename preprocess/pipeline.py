@@ -15,6 +15,7 @@ engine can run them (engine).
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import asdict
 from functools import partial
@@ -23,7 +24,8 @@ from typing import Any
 
 from ..shards import durable
 from ..shards.errors import UserError
-from ..shards.writer import REJECTS, count_reasons, file_sha256
+from ..shards.remote import Cache, Source, is_url
+from ..shards.writer import MANIFEST, REJECTS, count_reasons, file_sha256
 from . import arrow
 from .assemble import assemble_shard, set_writer
 from .checkpoint import describe_checkpoint
@@ -35,7 +37,7 @@ from .hub import MODEL_FILES, local_checkpoint, name_of
 from .listing import list_work
 from .progress import Progress
 from .whisper import extractor_settings, mel_bins_of, tower_sha256
-from .work import Work
+from .work import HINT, Work
 
 
 def build(config: PreprocessConfig) -> dict[str, Any]:
@@ -52,7 +54,7 @@ def build(config: PreprocessConfig) -> dict[str, Any]:
     job = make_job(config)
     provenance = make_provenance(job)
     work, writer = Work(job.out), set_writer(job)
-    if work.finished(provenance["request"]):
+    if finished(job.url or str(job.out), provenance["request"]):
         return {"already_built": True}
     with Stop() as stop, Progress() as progress, work.locked():
         writer.begin()
@@ -90,6 +92,23 @@ def build(config: PreprocessConfig) -> dict[str, Any]:
     }
 
 
+def finished(location: str, request: dict[str, Any]) -> bool:
+    """True where a folder or URL holds the finished set that is asked for.
+
+    Raises:
+        UserError: it holds another set.
+    """
+    try:
+        manifest = json.loads(Source(location).read(MANIFEST))
+    except FileNotFoundError:
+        return False
+    except ValueError as error:
+        raise UserError(f"the manifest here is not JSON: {error}", where=location, hint=HINT) from error
+    if manifest.get("provenance", {}).get("request") != request:
+        raise UserError("this folder holds a shard set made from other data or options", where=location, hint=HINT)
+    return True
+
+
 def make_job(config: PreprocessConfig) -> Job:
     """Find everything that the options name: absolute paths, checkpoints from the Hub as local folders.
 
@@ -98,13 +117,22 @@ def make_job(config: PreprocessConfig) -> Job:
     """
     if not config.data.exists():
         raise UserError("no data here", where=config.data)
-    codec_given, out = config.audio_tokenizer_path, config.out or Path()
+    codec_given, out = config.audio_tokenizer_path, local_out(config)
     model = local_checkpoint(config.model_path, MODEL_FILES)
     codec = local_checkpoint(codec_given) if codec_given else None
     tower = local_checkpoint(config.whisper_path) if config.whisper_path else model
     if config.whisper_features == "encoder" and not config.whisper_path:
         tower = local_checkpoint(config.model_path)  # the weights too
     return Job(config, config.data.absolute(), out.absolute(), model, codec, tower)
+
+
+def local_out(config: PreprocessConfig) -> Path:
+    """The folder that the set is built in; a set that goes to a URL always has the same one, so it can be continued."""
+    out = config.out or ""
+    if not is_url(out):
+        return Path(out)
+    name = hashlib.sha256(out.rstrip("/").encode()).hexdigest()[:16]
+    return config.staging or Cache.default().folder / "staging" / name
 
 
 def make_provenance(job: Job) -> dict[str, Any]:
@@ -129,7 +157,7 @@ def make_provenance(job: Job) -> dict[str, Any]:
 
 # options that say where and how the work runs, not what it makes
 MACHINE_ONLY = {
-    *("data", "out", "upload_to", "model_path", "audio_tokenizer_path", "whisper_path", "audio_root"),
+    *("data", "out", "staging", "model_path", "audio_tokenizer_path", "whisper_path", "audio_root"),
     *("engine", "ray_address", "num_processes", "decode_threads", "device"),
     *("check", "json", "max_reject_share", "debug"),
 }

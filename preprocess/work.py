@@ -23,7 +23,7 @@ import numpy as np
 
 from ..shards import durable
 from ..shards.errors import UserError
-from ..shards.writer import MANIFEST, WORK
+from ..shards.writer import WORK
 from .audio import Clip
 from .reject import Reject
 
@@ -56,19 +56,6 @@ class Work:
 
     def path(self, kind: str, number: int, suffix: str) -> Path:
         return self.folder / f"{kind}-{number:06d}.{suffix}"
-
-    def finished(self, request: dict[str, Any]) -> bool:
-        """True where the folder holds the finished set that is asked for.
-
-        Raises:
-            UserError: it holds another set.
-        """
-        manifest = self.out / MANIFEST
-        if manifest.is_file():
-            if json.loads(manifest.read_bytes()).get("provenance", {}).get("request") == request:
-                return True
-            raise UserError("this folder holds a shard set made from other data or options", where=self.out, hint=HINT)
-        return False
 
     def begin(self, request: dict[str, Any]) -> None:
         """Open or take up the work folder.

@@ -48,7 +48,7 @@ def write_csv(path: Path, rows: list[Row]) -> Path:
 
 def entries(toy: Path, data: Path, **options: Any) -> list[Any]:
     config = PreprocessConfig(
-        data=data, out=data.parent / "out", model_path=toy / "model", audio_tokenizer_path=toy / "codec", **options
+        data=data, out=str(data.parent / "out"), model_path=toy / "model", audio_tokenizer_path=toy / "codec", **options
     )
     return list(read_entries(make_job(config)))
 

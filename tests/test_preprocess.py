@@ -112,7 +112,7 @@ def test_bad_checkpoints_are_refused(toy: Path, tmp_path: Path) -> None:
         ({"ref_drop": 1.5}, r"--ref_drop is out of range, expected 0 to 1, got 1\.5"),
         ({"audio_tokenizer_path": None}, "--audio_tokenizer_path is missing"),
     ):
-        options: dict[str, Any] = {"data": EXAMPLES, "out": tmp_path / "out", **change}
+        options: dict[str, Any] = {"data": EXAMPLES, "out": str(tmp_path / "out"), **change}
         with pytest.raises(UserError, match=message):
             preprocess(toy, **options)
 
@@ -164,14 +164,57 @@ def test_precision_is_part_of_the_provenance(toy: Path, tmp_path: Path) -> None:
         preprocess(toy, EXAMPLES, tmp_path / "out")
 
 
-def test_a_set_can_be_built_into_a_url(toy: Path, shards: ShardSet, tmp_path: Path) -> None:
-    """Finished shards go up; the local folder keeps none of them."""
-    url = f"memory://{tmp_path.name}"
-    preprocess(toy, EXAMPLES, tmp_path / "staging", upload_to=url, val_fraction=0.1, samples_per_shard=16)
-    assert not list((tmp_path / "staging").glob("*.tar"))
-    remote = fsspec.filesystem("memory")
-    for shard in shards.manifest["shards"]:
-        assert remote.cat(f"/{tmp_path.name}/{shard['name']}") == (Path(shards.location) / shard["name"]).read_bytes()
+@pytest.mark.parametrize("kind", ["memory", "s3"])
+def test_a_set_can_be_built_into_a_url(
+    kind: str,
+    toy: Path,
+    shards: ShardSet,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    request: pytest.FixtureRequest,
+) -> None:
+    """A run that is cut off between two shards is continued to the same files; nothing stays in the local folder."""
+    monkeypatch.setenv("HIGGS_TUNE_CACHE", str(tmp_path / "cache"))
+    url = f"{'memory://bucket' if kind == 'memory' else request.getfixturevalue('s3')}/{tmp_path.name}"
+    options = {"val_fraction": 0.1, "samples_per_shard": 16}
+    assemble_shard = pipeline.assemble_shard
+
+    def stopping(job: Any, number: int) -> None:
+        if number == 2:
+            raise KeyboardInterrupt
+        assemble_shard(job, number)
+
+    monkeypatch.setattr(pipeline, "assemble_shard", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        preprocess(toy, EXAMPLES, url, **options)
+    fs, path = fsspec.core.url_to_fs(url)
+    assert sorted(name.rsplit("/", 1)[1] for name in fs.ls(path, detail=False)) == [
+        "codes-000000.tar",
+        "codes-000001.tar",
+    ]
+    monkeypatch.setattr(pipeline, "assemble_shard", assemble_shard)
+    preprocess(toy, EXAMPLES, url, **options)
+    fs.invalidate_cache()
+    expected = files_of(Path(shards.location))
+    remote = {name.rsplit("/", 1)[1]: fs.cat_file(name) for name in fs.ls(path, detail=False)}
+    assert remote.keys() == expected.keys()
+    assert all(remote[name] == expected[name] for name in expected if name != "manifest.json")
+    assert [str(file) for file in (tmp_path / "cache").rglob("*") if file.is_file()] == []
+    assert preprocess(toy, EXAMPLES, url + "/", **options) == {"already_built": True}
+    with pytest.raises(UserError, match=rf"made from other data or options .*{url}"):
+        preprocess(toy, EXAMPLES, url, val_fraction=0.5)
+    assert ShardSet(url).read(3).meta == shards.read(3).meta
+
+
+def test_bad_urls_are_clear_errors(toy: Path, tmp_path: Path) -> None:
+    for url, message in (
+        ("nowhere://bucket/set", "cannot open this URL: Protocol not known: nowhere"),
+        ("file:///proc/higgs/set", "cannot write here"),
+    ):
+        with pytest.raises(UserError, match=message):
+            preprocess(toy, EXAMPLES, url, staging=tmp_path)
+    with pytest.raises(UserError, match="--staging is out of range, expected a URL as --out"):
+        preprocess(toy, EXAMPLES, tmp_path / "out", staging=tmp_path)
 
 
 def test_interrupted_run_continues_to_the_same_bytes(
