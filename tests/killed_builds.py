@@ -2,9 +2,10 @@
 
     python tests/killed_builds.py TOY DATA OUT COUNT SEED
 
-Each build is a child of this process, which has everything imported: a fork costs nothing, a start 8 seconds. The
-builds themselves fork their two workers, too; all else is the program as it is. Build number i is hit after a random
-part of the time that an undisturbed one took, by KILLS[i % 4], then started again until it is done.
+Each build is a child of this process, which has everything imported and the checkpoints loaded: a fork costs nothing,
+a start 8 seconds. The builds themselves fork their two workers, too; all else is the program as it is. Build number i
+is hit after a random part of the time that an undisturbed one took, by KILLS[i % 4], then started again until it is
+done.
 Prints one JSON object a build: what hit it, after how long, its exit code, and what it said.
 """
 
@@ -19,9 +20,11 @@ import sys
 import time
 from pathlib import Path
 
+import torch
+import tyro
 from higgs_tune.preprocess import cli, engine, pipeline
+from higgs_tune.preprocess.config import PreprocessConfig
 
-assert pipeline.build  # imported before the forks, not after each
 KILLS = ("group", "parent", "worker", "stop")
 
 
@@ -79,6 +82,9 @@ def main() -> None:
     rng = random.Random(int(sys.argv[5]))
     options = ["--model_path", f"{toy}/model", "--audio_tokenizer_path", f"{toy}/codec", "--whisper_features", "mel"]
     options += ["--num_processes", "2", "--clips_per_unit", "2", "--samples_per_shard", "3", "--data", str(data)]
+    torch.set_num_threads(1)  # a fork takes no threads along
+    warm = ["--num_processes", "1", "--out", str(out / "warm")]
+    pipeline.build(tyro.cli(PreprocessConfig, args=[*options, *warm]))
     began = time.monotonic()
     pid = start([*options, "--out", str(out / "whole")], out / "whole.log")
     code, took = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), time.monotonic() - began
