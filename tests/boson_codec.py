@@ -70,12 +70,21 @@ def _stand_ins() -> dict[str, types.ModuleType]:
     }
 
 
-def boson_tokenizer(hubert: HubertConfig, seed: int = 0) -> Any:
-    """HiggsAudioTokenizer at its real sizes with random weights; `hubert` has hidden size 768."""
+def boson_tokenizer(hubert: HubertConfig, seed: int = 0, *, narrow: int = 1) -> Any:
+    """HiggsAudioTokenizer with random weights, at its real sizes but for `hubert`, whose hidden size is 768.
+
+    Args:
+        narrow: how many times fewer channels its DAC has.
+    """
     with mock.patch.dict(sys.modules, _stand_ins()):
         library = importlib.import_module("boson_multimodal.audio_processing.higgs_audio_tokenizer")
     torch.manual_seed(seed)
-    with mock.patch.object(library, "AutoModel") as auto:
+    dac = library.dac2
+    sizes = {
+        "Encoder": lambda width, *rest, make=dac.Encoder: make(width // narrow, *rest),
+        "Decoder": lambda channels, width, *rest, make=dac.Decoder: make(channels, width // narrow, *rest),
+    }
+    with mock.patch.object(library, "AutoModel") as auto, mock.patch.multiple(dac, **sizes):
         auto.from_pretrained.return_value = HubertModel(hubert)
         tokenizer = library.HiggsAudioTokenizer(**REAL_CONFIG, device="cpu")
     for layer in tokenizer.quantizer.vq.layers:
