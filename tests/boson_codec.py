@@ -10,6 +10,7 @@ import importlib
 import math
 import sys
 import types
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -19,6 +20,7 @@ import torch
 from torch import nn
 from transformers import HubertConfig, HubertModel
 
+Resample = Callable[[torch.Tensor, int, int], torch.Tensor]
 REAL_CONFIG = {
     "n_filters": 32,
     "D": 256,
@@ -48,14 +50,14 @@ def naive_resample(wave: torch.Tensor, source_hz: int, target_hz: int) -> torch.
     return torch.from_numpy(out).to(wave.dtype).reshape(*wave.shape[:-1], -1)
 
 
-def _stand_ins() -> dict[str, types.ModuleType]:
+def _stand_ins(resample: Resample) -> dict[str, types.ModuleType]:
     def module(name: str, **names: Any) -> types.ModuleType:
         made = types.ModuleType(name)
         made.__dict__.update(names)
         return made
 
     layers = importlib.import_module("boson_multimodal.audio_processing.descriptaudiocodec.dac.nn.layers")
-    functional = module("torchaudio.functional", resample=naive_resample)
+    functional = module("torchaudio.functional", resample=resample)
     return {
         "torchaudio": module("torchaudio", functional=functional),
         "torchaudio.functional": functional,
@@ -70,13 +72,16 @@ def _stand_ins() -> dict[str, types.ModuleType]:
     }
 
 
-def boson_tokenizer(hubert: HubertConfig, seed: int = 0, *, narrow: int = 1) -> Any:
+def boson_tokenizer(
+    hubert: HubertConfig, seed: int = 0, *, narrow: int = 1, resample: Resample = naive_resample
+) -> Any:
     """HiggsAudioTokenizer with random weights, at its real sizes but for `hubert`, whose hidden size is 768.
 
     Args:
         narrow: how many times fewer channels its DAC has.
+        resample: stands in for torchaudio's resampler.
     """
-    with mock.patch.dict(sys.modules, _stand_ins()):
+    with mock.patch.dict(sys.modules, _stand_ins(resample)):
         library = importlib.import_module("boson_multimodal.audio_processing.higgs_audio_tokenizer")
     torch.manual_seed(seed)
     dac = library.dac2
