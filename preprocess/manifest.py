@@ -49,8 +49,9 @@ def _checked(row: Any) -> dict[str, Any] | Reject:
     row = {name: None if value == "" else value for name, value in row.items()}
     for name in ("audio", "text"):
         if not isinstance(row.get(name), str):
-            reason = "empty_text" if name == "text" and row.get(name) is None else "malformed_manifest"
-            return Reject(reason, f"{name}: expected a string, got {row.get(name)!r:.60}")
+            empty = name == "text" and row.get(name) is None
+            detail = "text is empty" if empty else f"{name}: expected a string, got {row.get(name)!r:.60}"
+            return Reject("empty_text" if empty else "malformed_manifest", detail)
     for name in ("speaker", "ref_audio", "ref_text"):
         if not isinstance(row.get(name), str | int | None) or isinstance(row.get(name), bool):
             return Reject("malformed_manifest", f"{name}: expected a string, got {row.get(name)!r:.60}")

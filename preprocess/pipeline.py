@@ -78,7 +78,8 @@ def build(config: PreprocessConfig) -> dict[str, Any]:
         rejects = [reject for shard in shards for reject in shard.rejects]
         if not any(len(shard.rows) for shard in shards):
             durable.write_bytes(job.out / REJECTS, b"".join(durable.to_json(reject) + b"\n" for reject in rejects))
-            raise UserError("no sample is left", where=job.data, got=f"rejects by reason: {count_reasons(rejects)}")
+            raise UserError("no sample is left", where=job.data, got=f"rejects by reason: {count_reasons(rejects)}",
+                            hint=f"Each is named in {job.out / REJECTS}.")  # fmt: skip
         totals = writer.finish(listing["shards"], provenance)["totals"]
     return {
         "already_built": False,
@@ -100,7 +101,7 @@ def finished(location: str, request: dict[str, Any]) -> bool:
     """
     try:
         manifest = json.loads(Source(location).read(MANIFEST))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return False
     except ValueError as error:
         raise UserError(f"the manifest here is not JSON: {error}", where=location, hint=HINT) from error

@@ -73,10 +73,14 @@ class Work:
         """Keep a second run out of the folder; the system lifts the lock of a killed one.
 
         Raises:
-            UserError: another run holds it.
+            UserError: another run holds it, or the folder cannot be made or written.
         """
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with (self.folder / "lock").open("w") as file:
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            lock = (self.folder / "lock").open("w")
+        except OSError as error:
+            raise UserError(f"cannot make the folder: {error.strerror}", where=self.out) from error
+        with lock as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:

@@ -109,6 +109,9 @@ def test_bad_checkpoints_are_refused(toy: Path, tmp_path: Path) -> None:
         ({"model_path": tmp_path / "nothing" / "at" / "all"}, "no checkpoint folder here"),
         ({"audio_tokenizer_path": tmp_path}, "no audio tokenizer here"),
         ({"data": tmp_path / "none.json"}, "no data here"),
+        ({"out": "/proc/higgs"}, r"cannot make the folder: .* \(/proc/higgs\)"),
+        ({"out": str(EXAMPLES)}, rf"cannot make the folder: .* \({EXAMPLES}\)"),
+        ({"out": ""}, "--out is missing"),
         ({"ref_drop": 1.5}, r"--ref_drop is out of range, expected 0 to 1, got 1\.5"),
         ({"audio_tokenizer_path": None}, "--audio_tokenizer_path is missing"),
     ):
