@@ -13,6 +13,7 @@ and taken off, since it does not grow with the data; the ratio with it is printe
 from __future__ import annotations
 
 import json
+import os
 import statistics
 import sys
 import tempfile
@@ -58,6 +59,8 @@ class Options:
     """Where both sides encode."""
     num_processes: int = 0
     """Worker processes of ours; 0: as higgs-preprocess chooses."""
+    threads: int = 0
+    """CPU threads of boson's side; 0: all cores."""
 
 
 @dataclass(frozen=True)
@@ -144,22 +147,33 @@ def run_ours(data: Path, out: Path, folder: Path, options: Options, samples: int
     return time.perf_counter() - began, spent
 
 
+def cpu_seconds() -> float:
+    """CPU time of this process and of its children that have ended: what other programs take changes it little."""
+    return sum(os.times()[:4])
+
+
 def compare(share: int, tokenizer: Any, folder: Path, options: Options) -> dict[str, Any]:
     """One scenario: all rounds, then its lines."""
     data = make_data(folder / f"data-{share}", share, options)
     tiny = make_data(folder / f"tiny-{share}", 1, Options(samples=2, seconds=0.5, voices=options.voices))
     took: dict[str, list[float]] = {"ours": [], "boson": [], "start-up": []}
+    cpu: dict[str, list[float]] = {"ours": [], "boson": [], "start-up": []}
     spent: dict[str, dict[str, float]] = {}
     codes: list[np.ndarray] = []
     run_boson(tokenizer, tiny)  # the first calls set things up
     for number in range(options.rounds):
+        at = [cpu_seconds()]
         took["start-up"].append(run_ours(tiny.manifest, folder / f"tiny-{share}-{number}", folder, options, 16)[0])
+        at.append(cpu_seconds())
         seconds, spent["ours"] = run_ours(
             data.manifest, folder / f"out-{share}-{number}", folder, options, options.samples
         )
         took["ours"].append(seconds)
+        at.append(cpu_seconds())
         seconds, spent["boson"], codes = run_boson(tokenizer, data)
         took["boson"].append(seconds)
+        for name, used in zip(("start-up", "ours", "boson"), np.diff([*at, cpu_seconds()]).tolist(), strict=True):
+            cpu[name].append(used)
     built = ShardSet(folder / f"out-{share}-0")
     ours_KT = np.concatenate([built.read(row).codes_KT for row in range(len(built))], axis=1)
     equal = float((ours_KT == np.concatenate(codes, axis=1)).mean())
@@ -174,19 +188,30 @@ def compare(share: int, tokenizer: Any, folder: Path, options: Options) -> dict[
         print(f"{name:<14}{middle:>8.1f} s  ({min(found):.1f} to {max(found):.1f})  {speed}")
     print(f"one process of ours encodes {data.distinct_s / spent['ours']['encode']:.2f} hours of audio an hour")
     print(f"{'start-up':<14}{statistics.median(took['start-up']):>8.1f} s")
-    for name, found in (("ratio", ratios), ("with start-up", whole)):
+    steady_cpu = [a - b for a, b in zip(cpu["ours"], cpu["start-up"], strict=True)]
+    work = [theirs / ours for theirs, ours in zip(cpu["boson"], steady_cpu, strict=True)]
+    for name, found in (("ratio", ratios), ("with start-up", whole), ("of CPU time", work)):
         print(f"{name:<14}{statistics.median(found):>8.2f}x ({min(found):.2f} to {max(found):.2f})")
     for name, parts in spent.items():
         print(
             f"{name} spent, in the last round: " + ", ".join(f"{what} {value:.1f} s" for what, value in parts.items())
         )
     print(f"equal codes   {equal:.4%}")
-    return {"share": share, "seconds": took, "ratios": ratios, "with_start_up": whole, "spent": spent, "equal": equal}
+    return {
+        "share": share,
+        "seconds": took,
+        "cpu_seconds": cpu,
+        "ratios": ratios,
+        "with_start_up": whole,
+        "spent": spent,
+        "equal": equal,
+    }
 
 
 def main() -> None:
     options = tyro.cli(Options)
     print(describe_machine())
+    torch.set_num_threads(options.threads or len(os.sched_getaffinity(0)))
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         make_toy(ToyConfig(out=folder / "toy", chatml=ROOT / "examples/arabic/chatml.json"))

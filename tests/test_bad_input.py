@@ -6,14 +6,16 @@ import base64
 import hashlib
 import json
 import os
+import re
 import struct
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
 import soundfile
-from conftest import preprocess
+from conftest import ROOT, preprocess
+from higgs_tune.preprocess.audio import Flag
 from higgs_tune.shards.errors import UserError
 from higgs_tune.shards.reader import ShardSet
 
@@ -208,6 +210,13 @@ def test_every_kind_is_a_named_reject_and_nothing_else_is_lost(toy: Path, tmp_pa
         segments = shards.read(row).meta["segments"]
         digests = [hashlib.sha256((tmp_path / file).read_bytes()).hexdigest() for file in ("good.wav", name)]
         assert [segment["sha256"] for segment in segments] == digests
+
+
+def test_every_reason_is_documented() -> None:
+    source = "".join(file.read_text() for file in (ROOT / "preprocess").glob("*.py"))
+    reasons = set(re.findall(r'Reject\(\s*"([a-z_]+)"', source)) | set(get_args(Flag))
+    table = (ROOT / "docs" / "preprocessing.md").read_text().split("## Rejects")[1]
+    assert set(re.findall(r"`([a-z_]+)`", "".join(re.findall(r"^\|([^|]*)\|", table, re.MULTILINE)))) == reasons
 
 
 def test_files_may_be_anywhere_below_the_root(toy: Path, tmp_path: Path) -> None:
