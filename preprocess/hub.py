@@ -36,7 +36,7 @@ def local_checkpoint(given: Path, files: tuple[str, ...] = WEIGHT_FILES) -> Path
         return given.absolute()
     named = _NAME.fullmatch(given.as_posix())
     if named is None or given.exists():
-        raise UserError("no checkpoint folder here", where=given)
+        raise UserError("no checkpoint here", where=given, expected="a folder, or owner/name of a Hub repository")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 

@@ -21,6 +21,7 @@ from higgs_tune.preprocess import encode, pipeline
 from higgs_tune.preprocess.hub import local_checkpoint
 from higgs_tune.shards.errors import UserError
 from higgs_tune.shards.reader import ShardSet
+from higgs_tune.train.setup import resolve_model
 from huggingface_hub.errors import LocalEntryNotFoundError
 from transformers import PreTrainedTokenizerBase
 
@@ -106,7 +107,7 @@ def test_bad_checkpoints_are_refused(toy: Path, tmp_path: Path) -> None:
         ({"model_path": tmp_path}, "no checkpoint here"),
         ({"model_path": toy / "codec"}, "not a Higgs Audio v2 checkpoint"),
         ({"model_path": tmp_path / "native"}, "the checkpoint's config lacks 'hidden_size'"),
-        ({"model_path": tmp_path / "nothing" / "at" / "all"}, "no checkpoint folder here"),
+        ({"model_path": tmp_path / "nothing" / "at" / "all"}, "no checkpoint here .*expected a folder, or owner"),
         ({"audio_tokenizer_path": tmp_path}, "no audio tokenizer here"),
         ({"data": tmp_path / "none.json"}, "no data here"),
         ({"out": "/proc/higgs"}, r"cannot make the folder: .* \(/proc/higgs\)"),
@@ -155,6 +156,8 @@ def test_hub_names_are_pinned(toy: Path, tmp_path: Path, monkeypatch: pytest.Mon
     assert (made["codec"]["name"], made["codec"]["revision"]) == (str(codec), pinned[1])
     local_checkpoint(Path("someone/else@v1.0"))
     assert asked[-1] == ("someone/else", "v1.0", True)
+    assert resolve_model(model) == (toy / "model", None)  # the trainer's way: the weights, too
+    assert asked[-1] == (str(model), pinned[0], True)
     with pytest.raises(UserError, match=r"as a Hub repository: Cannot find the requested files \(who/nothing\)\. Give"):
         local_checkpoint(Path("who/nothing"))
 
