@@ -219,7 +219,7 @@ class SetWriter:
         return path.stat().st_size if path.is_file() else None
 
     def finish(self, shards: int, provenance: dict[str, Any]) -> dict[str, Any]:
-        """Write index, rejects and, last, the manifest; then remove the work folder.
+        """Write index, rejects and, last, the manifest; then remove the work folder, or all that was staged.
 
         Args:
             shards: their number; all must be committed.
@@ -232,6 +232,7 @@ class SetWriter:
         done = [part for part in parts if part is not None]
         if len(done) != shards:
             raise ShardError("shards are not committed", where=self.folder, expected=shards, got=len(done))
+        durable.remove_leftovers(self.folder)  # of workers that died and were replaced
         index, names = join_index([part.rows for part in done], [part.speakers for part in done])
         rejects = [reject for part in done for reject in part.rejects]
         self._put(INDEX, npy_bytes(index))
@@ -249,6 +250,9 @@ class SetWriter:
         }
         self._put(MANIFEST, durable.to_json(manifest, indent=1) + b"\n")
         shutil.rmtree(self.folder / WORK)
+        if self.target:
+            for name in (MANIFEST, INDEX, REJECTS):
+                (self.folder / name).unlink()
         return manifest
 
     def _put(self, name: str, data: bytes) -> None:
