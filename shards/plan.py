@@ -4,6 +4,10 @@ In: the length of every sample, a token budget, a seed, an epoch. Out: an ordere
 budget long. Never: files, randomness beyond the seed, knowledge of ranks or workers. The same inputs give the same
 plan on every machine; rank r of `world` takes at micro-step a the pack `cursor + a * world + r`.
 
+Several sets: without weights their samples are packed together. With weights, each set is packed by itself; an epoch
+holds every pack of the first set once, and of every other set as many as its weight asks for, taken from an endless
+run of that set's own epochs where the epoch before left off.
+
 Packing is best fit, decreasing, over the whole epoch: samples are taken from long to short (equal lengths in random
 order), each goes into the fullest pack that still holds it. Samples of one length are placed together, so the work
 grows with the number of distinct lengths, not of samples.
@@ -21,6 +25,23 @@ import numpy as np
 from .errors import UserError
 
 PLAN_VERSION = 1
+
+
+@dataclass(frozen=True)
+class PlanInput:
+    """One shard set as the plan sees it.
+
+    Attributes:
+        rows: int64 [samples], row numbers, unique over all sets.
+        lengths: int64 [samples], positions of each of them.
+        set_hash: names the data (its manifest hash).
+        weight: share of the packs; compared between sets.
+    """
+
+    rows: np.ndarray
+    lengths: np.ndarray
+    set_hash: str
+    weight: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -43,6 +64,13 @@ class Plan:
         if number >= len(self):
             return self.rows[:0]
         return self.rows[self.bounds[number] : self.bounds[number + 1]]
+
+    def take(self, numbers: np.ndarray) -> Plan:
+        """The plan of some of the packs, in the given order."""
+        sizes = np.diff(self.bounds)[numbers]
+        bounds = np.concatenate([[0], np.cumsum(sizes)])
+        first = np.repeat(self.bounds[numbers] - bounds[:-1], sizes)
+        return Plan(self.rows[first + np.arange(bounds[-1])], bounds)
 
     @cached_property
     def hash(self) -> str:
@@ -77,6 +105,55 @@ def make_plan(
     sizes = np.bincount(rank_of_pack[pack_of], minlength=packs)
     bounds = np.concatenate([[0], np.cumsum(sizes)])
     return Plan(np.asarray(rows)[shuffled[order[by_pack]]], bounds)
+
+
+def plan_epoch(inputs: list[PlanInput], *, tokens_per_pack: int, seed: int, epoch: int, weighted: bool) -> Plan:
+    """Plan one epoch over one or several sets.
+
+    Args:
+        inputs: the sets; with weights, the first is the one that an epoch holds exactly once.
+        weighted: mix by weight; else all samples are packed together.
+
+    Raises:
+        UserError: a sample is longer than a pack, or a weighted set is empty.
+    """
+    options = {"tokens_per_pack": tokens_per_pack, "seed": seed}
+    if not weighted:
+        rows = np.concatenate([given.rows for given in inputs])
+        lengths = np.concatenate([given.lengths for given in inputs])
+        return make_plan(rows, lengths, set_hash=",".join(given.set_hash for given in inputs), epoch=epoch, **options)
+    plans = []
+    main = make_plan(inputs[0].rows, inputs[0].lengths, set_hash=inputs[0].set_hash, epoch=epoch, **options)
+    for given in inputs:
+        count = round(len(main) * given.weight / inputs[0].weight)
+        plans.append(main if given is inputs[0] else _endless(given, epoch * count, count, options))
+    joined = _join(plans)
+    name = ",".join(given.set_hash for given in inputs)
+    return joined.take(_generator(seed, epoch, name, tokens_per_pack).permutation(len(joined)))
+
+
+def _endless(given: PlanInput, start: int, count: int, options: dict[str, int]) -> Plan:
+    """`count` packs from position `start` of a set's own epochs, one after another."""
+    if count and not len(given.rows):
+        raise UserError("a set with a weight has no training sample", got=given.set_hash)
+    parts, own_epoch = [], None
+    while count:
+        if own_epoch is None:
+            plan = make_plan(given.rows, given.lengths, set_hash=given.set_hash, epoch=0, **options)
+            own_epoch = start // len(plan)  # every epoch of a set has the same number of packs
+            start -= own_epoch * len(plan)
+        plan = make_plan(given.rows, given.lengths, set_hash=given.set_hash, epoch=own_epoch, **options)
+        taken = min(count, len(plan) - start)
+        parts.append(plan.take(np.arange(start, start + taken)))
+        start, count, own_epoch = 0, count - taken, own_epoch + 1
+    return _join(parts)
+
+
+def _join(plans: list[Plan]) -> Plan:
+    sizes = [np.diff(plan.bounds) for plan in plans]
+    rows = [plan.rows for plan in plans]
+    empty = np.zeros(0, np.int64)
+    return Plan(np.concatenate([empty, *rows]), np.concatenate([[0], np.cumsum(np.concatenate([empty, *sizes]))]))
 
 
 def _generator(seed: int, epoch: int, set_hash: str, tokens_per_pack: int) -> np.random.Generator:

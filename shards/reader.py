@@ -110,7 +110,7 @@ class ShardSet:
             index = np.load(path, mmap_mode="r", allow_pickle=False)
         except (OSError, ValueError) as error:
             raise ShardError(f"cannot read the index: {error}", where=path) from error
-        digest = xxhash.xxh3_64_hexdigest(index.view(np.uint8))
+        digest = xxhash.xxh3_64_hexdigest(index.view(np.uint8).data)
         if digest != entry["xxh3"] or index.dtype != index_dtype(index.dtype["key"].itemsize):
             raise ShardError(
                 "the index is not the manifest's", where=path, expected=f"xxh3 {entry['xxh3']}", got=digest

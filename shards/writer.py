@@ -236,11 +236,12 @@ class SetWriter:
         rejects = [reject for part in done for reject in part.rejects]
         self._put(INDEX, npy_bytes(index))
         self._put(REJECTS, b"".join(durable.to_json(reject) + b"\n" for reject in rejects))
+        digest = xxhash.xxh3_64_hexdigest(index.view(np.uint8).data)
         manifest = {
             "format_version": FORMAT_VERSION,
             "shards": [asdict(part.files[0]) for part in done],
             "mel_shards": [asdict(part.files[1]) for part in done if len(part.files) > 1],
-            "index": self._entry(INDEX) | {"rows": len(index), "xxh3": xxhash.xxh3_64_hexdigest(index.view(np.uint8))},
+            "index": self._entry(INDEX) | {"rows": len(index), "xxh3": digest},
             "rejects": self._entry(REJECTS) | {"rows": len(rejects), "by_reason": count_reasons(rejects)},
             "totals": totals(index),
             "speakers": names,

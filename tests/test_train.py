@@ -34,7 +34,7 @@ OPTIONS: dict[str, Any] = {
 
 def run(shards: ShardSet, model_path: Path, out: Path, stage: str, **options: Any) -> list[dict[str, Any]]:
     """Train in this process; return the lines of metrics.jsonl."""
-    paths = {"model_path": model_path, "train_data_dir": shards.folder, "output_dir": out}
+    paths = {"model_path": model_path, "train_data_dir": (shards.location,), "output_dir": out}
     train(TrainConfig(training_stage=stage, **paths, **(OPTIONS | options)))  # pyright: ignore[reportArgumentType]
     return metrics_of(out)
 
@@ -81,7 +81,7 @@ def test_written_adapter_on_boson_gives_the_trainers_logits(toy: Path, stage2: P
     samples, ids = [shards.read(row) for row in range(3)], shards.special_ids
     pad = tuned.config.pad_token_id  # pyright: ignore
     model = load(toy / "model")
-    config = TrainConfig("stage2", stage2, shards.folder, Path())
+    config = TrainConfig("stage2", stage2, (shards.location,), Path())
     add_lora(model, lora_options(config, stage2), "stage2", toy / "model", stage2)
     with torch.no_grad():
         reference = tuned.eval()(**boson_inputs(boson_collate(samples, ids, pad)))
@@ -102,8 +102,8 @@ def test_stage2_begins_with_stage1s_loss(shards: ShardSet, toy: Path, stage1: Pa
     first = metrics_of(stage2)[0]
     from higgs_tune.train.data import Schedule, World
 
-    schedule = Schedule(shards, tokens_per_pack=2048, seed=42, accumulation=1, world=World(0, 1, 0, 1))
-    samples = [shards.read(row) for row in schedule.first_plan.pack(0)]
+    schedule = Schedule([shards], tokens_per_pack=2048, seed=42, accumulation=1, world=World(0, 1, 0, 1))
+    samples = [shards.read(row) for row in schedule.plan(0).pack(0)]
     pad = tuned.config.pad_token_id  # pyright: ignore
     inputs = boson_inputs(boson_collate(samples, shards.special_ids, pad))
     with torch.no_grad():
@@ -134,7 +134,7 @@ def one_process(shards: ShardSet, toy: Path, tmp_path_factory: pytest.TempPathFa
 def test_two_processes_equal_one(shards: ShardSet, toy: Path, one_process: Path, tmp_path: Path) -> None:
     """The same packs, once on two ranks, once accumulated on one: same losses, same weights."""
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    flags = {"training_stage": "single", "model_path": toy / "model", "train_data_dir": shards.folder}
+    flags = {"training_stage": "single", "model_path": toy / "model", "train_data_dir": shards.location}
     flags |= {"output_dir": tmp_path, "max_steps": 5, **OPTIONS, "tokens_per_pack": 1024}
     command = [*launch, "-m", "higgs_tune.train", *(f"--{name}={value}" for name, value in flags.items())]
     subprocess.run(command, check=True, capture_output=True, timeout=120)
@@ -158,8 +158,8 @@ def test_packing_does_not_change_the_step(shards: ShardSet, toy: Path, one_proce
     """One step over all samples of the first two packs equals a loop of single samples with the same weighting."""
     from higgs_tune.train.data import Schedule, World
 
-    schedule = Schedule(shards, tokens_per_pack=1024, seed=42, accumulation=2, world=World(0, 1, 0, 1))
-    rows = np.concatenate([schedule.first_plan.pack(i) for i in range(2)])
+    schedule = Schedule([shards], tokens_per_pack=1024, seed=42, accumulation=2, world=World(0, 1, 0, 1))
+    rows = np.concatenate([schedule.plan(0).pack(i) for i in range(2)])
     model = load(toy / "model")
     singles = [collate([shards.read(int(row))], 0.0, shards.special_ids) for row in rows]
     counts = torch.stack([batch["label_counts"] for batch in singles]).sum(0).float()
@@ -176,14 +176,14 @@ def test_packing_does_not_change_the_step(shards: ShardSet, toy: Path, one_proce
     ("change", "message"),
     [
         ({"model_path": Path("/nowhere")}, "no checkpoint here"),
-        ({"train_data_dir": Path("/nowhere")}, "no shard set here"),
+        ({"train_data_dir": ("/nowhere",)}, "no shard set here"),
         ({"tokens_per_pack": 64}, "longer than a pack"),
         ({"lora_preset": "everything"}, "lora_preset"),
         ({"learning_rate": -1.0}, "learning_rate"),
     ],
 )
 def test_user_errors(shards: ShardSet, toy: Path, tmp_path: Path, change: dict[str, Any], message: str) -> None:
-    paths = {"model_path": toy / "model", "train_data_dir": shards.folder, "output_dir": tmp_path}
+    paths = {"model_path": toy / "model", "train_data_dir": (shards.location,), "output_dir": tmp_path}
     options: dict[str, Any] = {**paths, **OPTIONS, **change}
     with pytest.raises(UserError, match=message):
         train(TrainConfig(training_stage="stage1", **options))

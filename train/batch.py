@@ -11,7 +11,7 @@ Shapes: N positions (P text, then A audio), K codebooks, Lt text labels, La audi
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -37,6 +37,7 @@ class Batch:
         keys: the samples' keys.
         seconds: audio of its samples.
         weight: 0 for a pack that only keeps the ranks in step at the end of an epoch, else 1.
+        damaged: what was wrong with samples that are left out of the pack.
     """
 
     flat: torch.Tensor
@@ -47,6 +48,7 @@ class Batch:
     keys: list[str]
     seconds: float
     weight: int = 1
+    damaged: list[str] = field(default_factory=list)
 
     def __getitem__(self, name: str) -> torch.Tensor:
         offset, shape = self.layout[name]
@@ -68,7 +70,15 @@ class Batch:
         return self
 
 
-def collate(samples: list[Sample], seconds: float, ids: SpecialIds, *, weight: int = 1) -> Batch:
+def collate(
+    samples: list[Sample],
+    seconds: float,
+    ids: SpecialIds,
+    *,
+    weight: int = 1,
+    features: str = "none",
+    damaged: list[str] | None = None,
+) -> Batch:
     """Make the batch of one pack.
 
     Args:
@@ -76,8 +86,10 @@ def collate(samples: list[Sample], seconds: float, ids: SpecialIds, *, weight: i
         seconds: audio in it.
         ids: the checkpoint's special ids.
         weight: 0 leaves every label out.
+        features: Whisper features that the model takes.
+        damaged: messages about samples that could not be read.
     """
-    parts = [expand(sample, ids) for sample in samples]
+    parts = [expand(sample, ids, features) for sample in samples]
     starts = np.cumsum([0] + [part.length for part in parts])
     text_at = _shifted([part.text_at for part in parts], starts)
     audio_at = _shifted([part.audio_at for part in parts], starts)
@@ -112,6 +124,7 @@ def collate(samples: list[Sample], seconds: float, ids: SpecialIds, *, weight: i
         keys=[sample.key for sample in samples],
         seconds=seconds,
         weight=weight,
+        damaged=damaged or [],
     )
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from ..shards.errors import UserError
+from ..shards.remote import Cache
 from .lora import PRESETS
 
 
@@ -19,8 +20,8 @@ class TrainConfig:
     """stage1: text loss only, every audio parameter frozen. stage2: both losses. single: stage2 without stage1."""
     model_path: Path
     """Base checkpoint folder, or the output folder of an earlier stage."""
-    train_data_dir: Path
-    """Shard set to train on."""
+    train_data_dir: tuple[str, ...]
+    """Shard sets to train on: folders, or URLs that fsspec knows (s3://, hf://, …)."""
     output_dir: Path
     """Folder that receives config, metrics and the adapter."""
     overwrite_output_dir: bool = False
@@ -56,8 +57,20 @@ class TrainConfig:
     lora_preset: str | None = None
     """comprehensive, text_only, audio_focused or attention_only; by default text_only in stage1, else comprehensive."""
 
+    mix_weights: tuple[float, ...] | None = None
+    """Share of packs from each set; an epoch is then one pass over the first. By default all are packed together."""
+    on_bad_sample: Literal["stop", "skip"] = "stop"
+    """What to do about a damaged sample: stop the run, or leave it out, counted and logged."""
+    max_bad_samples: int = 100
+    """Damaged samples that a rank skips before it stops all the same."""
+    cache_dir: Path | None = None
+    """Where files of remote sets are kept; by default $HIGGS_TUNE_CACHE, else ~/.cache/higgs-tune."""
+    cache_max_gb: float | None = None
+    """Size of that cache in GB; by default without limit."""
     dataloader_num_workers: int | None = None
     """Loader processes of each rank; by default up to 4, as the machine's cores allow."""
+    dataloader_start_method: Literal["fork", "spawn"] = "fork"
+    """How loader processes are started."""
     logging_steps: int = 10
     """Steps between two lines of metrics.jsonl."""
     seed: int = 42
@@ -81,6 +94,10 @@ class TrainConfig:
             ("lora_alpha", self.lora_alpha is None or self.lora_alpha > 0, "more than 0"),
             ("lora_dropout", 0 <= self.lora_dropout < 1, "0 to 1"),
             ("lora_preset", self.lora_preset is None or self.lora_preset in PRESETS, ", ".join(PRESETS)),
+            ("train_data_dir", len(self.train_data_dir) >= 1, "at least one"),
+            ("mix_weights", self._good_weights(), "a weight above 0 for each --train_data_dir"),
+            ("max_bad_samples", self.max_bad_samples >= 0, "at least 0"),
+            ("cache_max_gb", self.cache_max_gb is None or self.cache_max_gb > 0, "more than 0"),
             (
                 "dataloader_num_workers",
                 self.dataloader_num_workers is None or self.dataloader_num_workers >= 0,
@@ -91,6 +108,15 @@ class TrainConfig:
         for name, good, expected in checks:
             if not good:
                 raise UserError(f"--{name} is out of range", expected=expected, got=getattr(self, name))
+
+    def _good_weights(self) -> bool:
+        weights = self.mix_weights
+        return weights is None or (len(weights) == len(self.train_data_dir) and min(weights) > 0)
+
+    def cache(self) -> Cache:
+        """Where files of remote sets are kept."""
+        default = Cache.default(None if self.cache_max_gb is None else int(self.cache_max_gb * 1e9))
+        return default if self.cache_dir is None else Cache(self.cache_dir, default.max_bytes)
 
     def loader_workers(self, local_world: int) -> int:
         """Loader processes of one rank on this machine."""

@@ -27,7 +27,7 @@ from ..shards.errors import UserError
 from ..shards.reader import ShardSet
 from .batch import Batch
 from .config import TrainConfig
-from .data import Schedule, World, make_loader
+from .data import Loader, LoaderOptions, Schedule, World
 from .forward import hidden_states
 from .lora import DEFAULT_PRESET, LoraOptions, add_lora, read_adapter_config, trainable
 from .loss import LossParts, LossWeights, pack_loss
@@ -48,29 +48,29 @@ def train(config: TrainConfig) -> None:
         if world.rank == 0:
             prepare_folder(config.output_dir, overwrite=config.overwrite_output_dir)
         base, adapter = resolve_model(config.model_path)
-        shards = ShardSet(config.train_data_dir)
-        check_provenance(shards, base)
+        sets = [ShardSet(location, config.cache()) for location in config.train_data_dir]
+        for shards in sets:
+            check_provenance(shards, base)
         # 2. model, frozen but for LoRA
         torch.manual_seed(config.seed)  # the same new weights on every rank
         model = load_model(base, device=device, dtype=torch.bfloat16 if device.type == "cuda" else torch.float32)
         peft_model = add_lora(model, lora_options(config, adapter), config.training_stage, base, adapter)
         # 3. plan and loader
         schedule = Schedule(
-            shards,
+            sets,
+            mix_weights=config.mix_weights,
             tokens_per_pack=config.tokens_per_pack,
             seed=config.seed,
             accumulation=config.gradient_accumulation_steps,
             world=world,
         )
-        loader = make_loader(
-            schedule, workers=config.loader_workers(world.local_size), pin_memory=device.type == "cuda"
-        )
+        loader = Loader(schedule, loader_options(config, world, device))
         # 4. steps
         run = make_run(config, model, peft_model, schedule, world, device)
         if world.rank == 0:
             save_config(config, {"base_model": str(base), "total_steps": run.total_steps})
             print(describe_run(run), flush=True)
-        run_steps(run, iter(loader))
+        run_steps(run, loader)
         # 5. save
         if world.rank == 0:
             save_adapter(peft_model, config.output_dir)
@@ -118,6 +118,16 @@ def check_provenance(shards: ShardSet, base: Path) -> None:
                 expected=have[name],
                 got=made_for[name],
             )
+
+
+def loader_options(config: TrainConfig, world: World, device: torch.device) -> LoaderOptions:
+    return LoaderOptions(
+        workers=config.loader_workers(world.local_size),
+        start_method=config.dataloader_start_method,
+        pin_memory=device.type == "cuda",
+        on_bad_sample=config.on_bad_sample,
+        max_bad_samples=config.max_bad_samples,
+    )
 
 
 def lora_options(config: TrainConfig, adapter: Path | None) -> LoraOptions:
@@ -196,7 +206,7 @@ def make_run(
 ) -> Run:
     """Optimizer, schedule of the learning rate, and DDP around the model."""
     parameters = trainable(peft_model)
-    steps_per_epoch = schedule.steps(schedule.first_plan)
+    steps_per_epoch = schedule.steps(schedule.plan(0))
     total = config.max_steps if config.max_steps > 0 else math.ceil(config.num_train_epochs * steps_per_epoch)
     warmup = math.ceil(0.03 * total) if config.warmup_steps is None else config.warmup_steps
     optimizer = AdamW(
