@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ..shards.errors import UserError
-from ..shards.reader import ShardSet
+from ..shards.sequence import SpecialIds
 
 REPLACEMENT = "\ufffd"  # what decoding gives for bytes that are no whole character
 
@@ -22,12 +22,12 @@ class Checkpoints:
     """Where tokenizer and codec of a set are: what the user gave, else what the manifest remembers.
 
     Attributes:
-        shards: the set.
+        provenance: of the set.
         model_path, audio_tokenizer_path: given on the command line, or None.
         device: where the codec runs; `auto`: a GPU if there is one.
     """
 
-    shards: ShardSet
+    provenance: dict[str, Any]
     model_path: Path | None = None
     audio_tokenizer_path: Path | None = None
     device: str = "auto"
@@ -50,7 +50,7 @@ class Checkpoints:
         return self._find(self.audio_tokenizer_path, "codec", "--audio_tokenizer_path")
 
     def _find(self, given: Path | None, name: str, flag: str) -> Path:
-        remembered = self.shards.provenance.get("paths", {}).get(name)
+        remembered = self.provenance.get("paths", {}).get(name)
         path = given or (Path(remembered) if remembered else None)
         if path is None or not (path / "config.json").is_file():
             raise UserError(f"the {name} that made this set is not here", where=path, hint=f"Name it with {flag}.")
@@ -61,7 +61,7 @@ class Checkpoints:
         """The text tokenizer."""
         from ..preprocess.checkpoint import load_tokenizer
 
-        return load_tokenizer(self.model_folder(), self.shards.special_ids)
+        return load_tokenizer(self.model_folder(), SpecialIds(**self.provenance["model"]["special_ids"]))
 
     @cached_property
     def codec(self) -> Any:

@@ -15,21 +15,20 @@ to a shard; only `verify --repair-index` writes into a set, and only its index a
 from __future__ import annotations
 
 import json
+import os
+import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import tyro
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 from tyro.conf import Positional, arg
 
 from ..shards.errors import UserError, run_command
 from ..shards.reader import ShardSet
 from .checkpoints import Checkpoints
 from .stats import scan, statistics
-from .view import printable
+from .tables import print_diff, print_statistics, print_verdict
 
 Output = Annotated[Path, arg(aliases=["-o"])]
 
@@ -57,23 +56,12 @@ class Stats:
         if self.json:
             print(json.dumps(found, ensure_ascii=False, indent=1))
             return
-        table = Table(show_header=False, box=None)
-        for name, value in found.items():
-            table.add_row(name.replace("_", " "), Text(printable(_readable(value))))
-        Console().print(table)
+        print_statistics(found)
 
 
 def _at_least(name: str, value: int | None, least: int = 1) -> None:
     if value is not None and value < least:
         raise UserError(f"--{name} is out of range", expected=f"at least {least}", got=value)
-
-
-def _readable(value: Any) -> str:
-    if isinstance(value, dict):
-        return ", ".join(f"{name} {_readable(item)}" for name, item in value.items()) or "none"
-    if isinstance(value, list):
-        return " ".join(map(_readable, value))
-    return f"{value:,.3f}" if isinstance(value, float) else str(value)
 
 
 @dataclass(frozen=True)
@@ -111,7 +99,7 @@ class Show:
         if self.raw:
             show.print_raw(console, sample, shards, row)
             return
-        checkpoints = Checkpoints(shards, self.model_path)
+        checkpoints = Checkpoints(shards.provenance, self.model_path)
         if self.as_trained:
             options = {"tokens_per_pack": self.tokens_per_pack, "seed": self.seed, "epoch": self.epoch}
             packed = show.find_pack(shards, row, **options)
@@ -149,7 +137,7 @@ class Decode:
         from .decode import decode_to_files
 
         shards = ShardSet(self.shards)
-        checkpoints = Checkpoints(shards, None, self.audio_tokenizer_path, self.device)
+        checkpoints = Checkpoints(shards.provenance, None, self.audio_tokenizer_path, self.device)
         single = self.output.suffix == ".wav" or self.compare is not None
         kind = self.segment if self.segment != "auto" else "target" if single else "all"
         if self.compare is not None and not self.compare.is_file():
@@ -160,6 +148,68 @@ class Decode:
             from .compare import compare_files
 
             compare_files(self.compare, paths[0])
+
+
+@dataclass(frozen=True)
+class Verify:
+    """Every checksum, header, index row and rule of a local set. Exit code 0: sound, 1: something is wrong."""
+
+    shards: Positional[Path]
+    """Folder of the shard set."""
+    jobs: int | None = None
+    """Processes; by default one a core."""
+    deep: bool = False
+    """Also make every sample's tokens again from its messages, and decompress Whisper features."""
+    json: bool = False
+    """Print JSON."""
+    repair_index: bool = False
+    """Rebuild the index from intact shards, then verify. Shards are never touched."""
+    model_path: Path | None = None
+    """Checkpoint to compare the provenance with; by default the one that the manifest remembers, if it is there."""
+    audio_tokenizer_path: Path | None = None
+    """Codec to compare the provenance with; by default the one that the manifest remembers, if it is there."""
+    debug: bool = False
+    """Show tracebacks of user errors."""
+
+    def run(self) -> None:
+        from .repair import repair_index
+        from .verify import VerifyOptions, verify
+
+        _at_least("jobs", self.jobs)
+        jobs = self.jobs or os.cpu_count() or 1
+        options = VerifyOptions(jobs, self.deep, self.model_path, self.audio_tokenizer_path)
+        if self.repair_index:
+            print(repair_index(self.shards, options), file=sys.stderr)
+        verdict = verify(self.shards, options)
+        if self.json:
+            print(json.dumps(verdict.to_dict(), ensure_ascii=False, indent=1))
+        else:
+            print_verdict(verdict)
+        sys.exit(1 if verdict.findings else 0)
+
+
+@dataclass(frozen=True)
+class Diff:
+    """What two shard sets do not share. Exit code 0: nothing, 1: something."""
+
+    a: Positional[str]
+    """Folder or URL of the first set."""
+    b: Positional[str]
+    """Folder or URL of the second set."""
+    json: bool = False
+    """Print JSON."""
+    debug: bool = False
+    """Show tracebacks of user errors."""
+
+    def run(self) -> None:
+        from .diff import diff
+
+        found = diff(ShardSet(self.a), ShardSet(self.b))
+        if self.json:
+            print(json.dumps(found.to_dict(), ensure_ascii=False, indent=1))
+        else:
+            print_diff(found)
+        sys.exit(0 if found.equal else 1)
 
 
 @dataclass(frozen=True)
@@ -191,7 +241,7 @@ class Report:
 
         _at_least("max_samples", self.max_samples)
         shards = ShardSet(self.shards)
-        checkpoints = Checkpoints(shards, self.model_path, self.audio_tokenizer_path, self.device)
+        checkpoints = Checkpoints(shards.provenance, self.model_path, self.audio_tokenizer_path, self.device)
         run = read_run(self.run_dir) if self.run_dir else None
         options = {"max_samples": self.max_samples, "run": run, "audio": not self.no_audio}
         shown = write_report(shards, checkpoints, self.output, **options)
@@ -224,7 +274,7 @@ class Serve:
         from .serve import HOST, open_server
 
         shards = ShardSet(self.shards)
-        checkpoints = Checkpoints(shards, self.model_path, self.audio_tokenizer_path, self.device)
+        checkpoints = Checkpoints(shards.provenance, self.model_path, self.audio_tokenizer_path, self.device)
         checkpoints.model_folder()
         if not self.no_audio:
             checkpoints.codec_folder()
@@ -239,5 +289,13 @@ def main() -> None:
 
 
 def _main() -> None:
-    commands = {"stats": Stats, "show": Show, "decode": Decode, "report": Report, "serve": Serve}
+    commands = {
+        "stats": Stats,
+        "show": Show,
+        "decode": Decode,
+        "verify": Verify,
+        "diff": Diff,
+        "report": Report,
+        "serve": Serve,
+    }
     tyro.extras.subcommand_cli_from_dict(commands, prog="higgs-inspect", description=__doc__).run()
