@@ -27,6 +27,7 @@ from tyro.conf import Positional, arg
 from ..shards.errors import UserError, run_command
 from ..shards.reader import ShardSet
 from .checkpoints import Checkpoints
+from .packing import Packed, Packing, find_pack, packing_of_run
 from .stats import scan, statistics
 from .tables import print_diff, print_statistics, print_verdict
 
@@ -82,6 +83,8 @@ class Show:
     """For --as_trained: seed of the run."""
     epoch: int = 0
     """For --as_trained: epoch, from 0."""
+    run_dir: Annotated[Path | None, arg(name="run")] = None
+    """For --as_trained: output folder of a training run, whose data, budget and seed are taken."""
     model_path: Path | None = None
     """Checkpoint whose tokenizer made the set; by default the one that the manifest remembers."""
     debug: bool = False
@@ -100,14 +103,18 @@ class Show:
             show.print_raw(console, sample, shards, row)
             return
         checkpoints = Checkpoints(shards.provenance, self.model_path)
-        if self.as_trained:
-            options = {"tokens_per_pack": self.tokens_per_pack, "seed": self.seed, "epoch": self.epoch}
-            packed = show.find_pack(shards, row, **options)
-            show.print_header(console, sample, shards, row)
-            show.print_as_trained(console, sample, shards, row, checkpoints, packed, self.tokens_per_pack)
-            return
+        packed = self._packed(shards, row) if self.as_trained else None
         show.print_header(console, sample, shards, row)
-        show.print_sequence(console, sample, shards, checkpoints)
+        if packed:
+            show.print_as_trained(console, sample, shards, checkpoints, packed)
+        else:
+            show.print_sequence(console, sample, shards, checkpoints)
+
+    def _packed(self, shards: ShardSet, row: int) -> Packed:
+        _at_least("tokens_per_pack", self.tokens_per_pack)
+        _at_least("epoch", self.epoch, 0)
+        packing = Packing([shards], self.tokens_per_pack, self.seed)
+        return find_pack(shards, row, packing_of_run(self.run_dir, shards) if self.run_dir else packing, self.epoch)
 
 
 @dataclass(frozen=True)

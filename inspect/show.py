@@ -9,20 +9,16 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterable
-from dataclasses import dataclass
 
-import numpy as np
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from ..shards.errors import UserError
 from ..shards.format import Sample
-from ..shards.plan import make_plan
 from ..shards.reader import ShardSet
 from ..shards.sequence import SpecialIds
 from .checkpoints import Checkpoints
-from .stats import packed_lengths
+from .packing import Packed
 from .view import Position, facts, positions, printable, segments_of, turns_of, visible
 
 ISOLATE, END_ISOLATE = "\u2068", "\u2069"  # first strong isolate: the text's own direction decides
@@ -110,57 +106,17 @@ def print_raw(console: Console, sample: Sample, shards: ShardSet, row: int) -> N
         console.print(Text(f"features {number} {mel.dtype}{list(mel.shape)}, {low:.3f} to {high:.3f}"))
 
 
-@dataclass(frozen=True)
-class Packed:
-    """Where a sample stands in an epoch.
-
-    pack: number of its pack, of `packs`. rows: the samples of the pack, in order. starts: position of each in the pack.
-    length: positions of the pack.
-    """
-
-    pack: int
-    packs: int
-    rows: list[int]
-    starts: list[int]
-    length: int
-
-
-def find_pack(shards: ShardSet, row: int, *, tokens_per_pack: int, seed: int, epoch: int) -> Packed:
-    """The pack that holds a sample in an epoch of training on this set alone.
-
-    Raises:
-        UserError: the sample is held out for validation, or is longer than a pack.
-    """
-    rows, lengths = shards.rows_of(validation=False), packed_lengths(shards)
-    key = shards.index["key"][row].decode()
-    if row not in rows:
-        raise UserError(
-            "the sample is held out for validation: it is in no pack", where=f"{shards.location}, key {key}"
-        )
-    if lengths[row] > tokens_per_pack:
-        expected = f"at most --tokens_per_pack {tokens_per_pack}"
-        raise UserError(
-            "the sample is longer than a pack", where=f"key {key}", expected=expected, got=int(lengths[row])
-        )
-    rows = rows[lengths[rows] <= tokens_per_pack]
-    options = {"tokens_per_pack": tokens_per_pack, "seed": seed, "epoch": epoch, "set_hash": shards.manifest_hash}
-    plan = make_plan(rows, lengths[rows], **options)
-    pack = int(np.searchsorted(plan.bounds, np.flatnonzero(plan.rows == row)[0], side="right")) - 1
-    inside = plan.pack(pack)
-    ends = np.cumsum(lengths[inside])
-    return Packed(pack, len(plan), inside.tolist(), (ends - lengths[inside]).tolist(), int(ends[-1]))
-
-
 def print_as_trained(
-    console: Console, sample: Sample, shards: ShardSet, row: int, checkpoints: Checkpoints, found: Packed, budget: int
+    console: Console, sample: Sample, shards: ShardSet, checkpoints: Checkpoints, packed: Packed
 ) -> None:
     """The sample's place in its pack, its neighbours, and its sequence with the labels as the loss takes them."""
-    fill = found.length / budget
-    console.print(Text(f"pack {found.pack} of {found.packs}: {found.length} of {budget} positions, fill {fill:.1%}"))
-    for other, start in zip(found.rows, found.starts, strict=True):
-        mark = ">" if other == row else " "
-        console.print(Text(f"{mark} {start:>7}  {shards.index['key'][other].decode()}"))
-    start = found.starts[found.rows.index(row)]
+    fill = f"{packed.length} of {packed.tokens_per_pack} positions, fill {packed.length / packed.tokens_per_pack:.1%}"
+    console.print(Text(f"pack {packed.pack} of {packed.packs}: {fill}"))
+    homes = {neighbour.location for neighbour in packed.neighbours}
+    for neighbour in packed.neighbours:
+        home = f"  {neighbour.location}" if len(homes) > 1 else ""
+        console.print(Text(f"{'>' if neighbour.is_sample else ' '} {neighbour.start:>7}  {neighbour.key}{home}"))
+    start = next(neighbour.start for neighbour in packed.neighbours if neighbour.is_sample)
     console.print(Text("position: in the sample, as the rotary embedding gets it; attention does not leave the sample"))
     console.print(Text("label: what this position is trained to predict, the token of the next position; ·: nothing"))
     rows = list(positions(sample, shards.special_ids, shards.features))

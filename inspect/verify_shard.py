@@ -19,7 +19,7 @@ import numpy as np
 from ..shards.errors import ShardError
 from ..shards.format import CODES, MAX_KEY_CHARS, MEL, META, TOKENS, Sample, checksum, decode_mels, decode_sample
 from ..shards.format import index_dtype as row_dtype
-from ..shards.writer import ValidationSplit, index_counts
+from ..shards.writer import INDEX, ValidationSplit, index_counts
 from .damage import Finding, Member, describe_mel, describe_sample, walk
 from .rules import Rules, meta_problems
 from .view import speaker_of
@@ -84,7 +84,7 @@ def check_file(view: memoryview, entry: dict[str, Any], others: dict[str, str]) 
     got = hashlib.sha256(view).hexdigest()
     if got == entry["sha256"] and len(view) == entry["bytes"]:
         return None
-    if got in others:
+    if others.get(got, name) != name:
         return Finding("swapped_file", f"it holds what the manifest says of {others[got]}", name)
     if len(view) != entry["bytes"]:
         return Finding("wrong_size", f"expected {entry['bytes']} bytes, got {len(view)}", name)
@@ -155,18 +155,23 @@ def _against_index(
     if task.rows is None:
         checked.findings += damage
         return set()
-    name, wrong, lost = task.entry["name"], {}, []
+    name, wrong, lost, intact = task.entry["name"], {}, [], checked.whole
     for entry in task.rows:
         key, offset, length = entry["key"].decode(), int(entry["offset"]), int(entry["length"])
         block = bytes(view[offset : offset + length])
         if len(block) == length and checksum(block) == entry["xxh3"]:
             continue
         wrong[key] = (offset, offset + length)
-        if offset >= len(view):
+        if intact:
+            detail = (
+                f"bytes {offset} to {offset + length} of {name}, which is as the manifest says, are not this sample"
+            )
+            checked.findings.append(Finding("wrong_index_row", detail, INDEX, key, offset))
+        elif offset >= len(view):
             lost.append(key)
         elif len(wrong) <= MOST_ROW_FINDINGS:
             checked.findings.append(_damaged(name, key, offset, length, block))
-    if len(wrong) > MOST_ROW_FINDINGS:
+    if len(wrong) > MOST_ROW_FINDINGS and not intact:
         detail = f"and {len(wrong) - MOST_ROW_FINDINGS} more samples"
         checked.findings.append(Finding("damaged_sample", detail, name))
     if lost:
