@@ -19,7 +19,7 @@ from ..shards.format import checksum
 from ..shards.reader import ShardSet
 from .charts import code_charts, data_charts
 from .checkpoints import Checkpoints
-from .clips import ogg, ogg_of_file
+from .clips import decode_all, ogg_of_file
 from .pages import as_base64, detail, list_row, packed_codes, searchable, set_info
 from .run import Run, run_page
 from .shell import Blob, for_html, render
@@ -86,13 +86,13 @@ def write_report(
 def _blobs(details: list[Blob], clips: _Clips, codec: Any, run: Run | None) -> Iterator[Blob]:
     """Details, then codes and audio of each clip, then the run's audio."""
     yield from details
-    with Progress() as progress:
-        progress.start("decode", len(clips.codes) if codec else 0, "clips")
-        for name, codes_KT in clips.codes.items():
-            yield Blob(f"codes-{name}", as_base64(packed_codes(codes_KT)))
-            if codec:
-                wave_S = codec.decode(codes_KT)
-                yield Blob(f"clip-{name}", as_base64(ogg(wave_S, codec.config.sample_rate_hz)))
+    for name, codes_KT in clips.codes.items():
+        yield Blob(f"codes-{name}", as_base64(packed_codes(codes_KT)))
+    if codec:
+        with Progress() as progress:
+            progress.start("decode", len(clips.codes), "clips")
+            for name, audio in decode_all(codec, clips.codes.items()):
+                yield Blob(f"clip-{name}", as_base64(audio))
                 progress.advance(1)
     for number, path in enumerate(run.audio if run else ()):
         yield Blob(f"clip-run/{number}", as_base64(ogg_of_file(path)))
