@@ -43,7 +43,7 @@ def codes_from_sequence(sample: Sample, segment: Segment, ids: SpecialIds) -> np
     Raises:
         ShardError: they are not the stored codes.
     """
-    seen = expand(sample, ids)
+    seen = expand([sample], ids)
     start, width, _ = seen.segments[segment.number]
     first = int(np.searchsorted(seen.audio_at, start))
     codes_KT = undelay(seen.codes_KA[:, first : first + width]).astype(np.uint16)

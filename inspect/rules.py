@@ -118,7 +118,7 @@ class Rules:
     def _audio_labels(self, sample: Sample) -> Iterator[tuple[str, str]]:
         """First column without a label, each codebook's EOS once, nothing else but codes; and nothing for the rest."""
         try:
-            seen = expand(sample, self.ids)
+            seen = expand([sample], self.ids)
         except ShardError as error:
             yield "wrong_segments", str(error)
             return

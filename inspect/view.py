@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from ..shards.format import FRAME_RATE_HZ, Sample
-from ..shards.sequence import IGNORE, SpecialIds, expand
+from ..shards.sequence import IGNORE, SpecialIds, expand, mel_positions
 
 MODALITIES = ("text", "whisper", "audio_in", "audio_out")
 DOTTED_CIRCLE = "\u25cc"  # carries a combining mark that stands alone
@@ -123,7 +123,7 @@ class Position:
 
 def positions(sample: Sample, ids: SpecialIds, features: str = "none") -> Iterator[Position]:
     """Every position of a sample, as the model sees it."""
-    seen = expand(sample, ids, features)
+    seen = expand([sample], ids, [mel_positions(sample, features)])
     tokens = dict(zip(seen.text_at.tolist(), seen.text_ids.tolist(), strict=True))
     codes = dict(zip(seen.audio_at.tolist(), seen.codes_KA.T.tolist(), strict=True))
     text_labels = dict(zip((seen.text_label_at + 1).tolist(), seen.text_labels.tolist(), strict=True))

@@ -15,6 +15,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from ..shards.errors import UserError
 from ..shards.sequence import SpecialIds
 from ..shards.writer import file_sha256
+from .native import NATIVE_TYPE, boson_config
 
 _ID_FIELDS = {
     "audio_in": "audio_in_token_idx",
@@ -26,7 +27,7 @@ _ID_FIELDS = {
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """A checkpoint's config.json.
+    """A checkpoint's config, in Boson's terms, whichever layout it has.
 
     Raises:
         UserError: it is missing, no JSON, or another model's.
@@ -38,6 +39,8 @@ def read_config(path: Path) -> dict[str, Any]:
         config = json.loads(file.read_text())
     except ValueError as error:
         raise UserError(f"the checkpoint's config is not JSON: {error}", where=file) from error
+    if config.get("model_type") == NATIVE_TYPE:
+        return boson_config(config, path)
     if config.get("model_type") != "higgs_audio":
         raise UserError(
             "not a Higgs Audio v2 checkpoint",

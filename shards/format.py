@@ -73,7 +73,8 @@ class Sample:
         tokens_2L: int32 [2, L]; row 0 input ids, row 1 label ids (-100: no label), not shifted.
         codes_KT: uint16 [K, T]; the raw codes of all segments, one after the other.
         mels: Whisper features, float16 [C, F] for each segment whose metadata has `mel_frames`, in order: C mel bins
-            and F mel frames, or C tower channels and F tower frames. Empty where there are none, or they were not read.
+            and F mel frames, or C tower channels and F tower frames; F is at least `mel_frames` (a mel window that
+            begins in the audio may reach past it). Empty where there are none, or they were not read.
     """
 
     key: str
@@ -91,6 +92,16 @@ class Sample:
     def mel_frames(self) -> list[int]:
         """Frames of Whisper features of each audio segment; 0 where it has none."""
         return [segment.get("mel_frames", 0) for segment in self.meta["segments"]]
+
+
+@dataclass(frozen=True, slots=True)
+class Arrays:
+    """A sample without its metadata: what a training step needs. See `Sample`."""
+
+    key: str
+    tokens_2L: np.ndarray
+    codes_KT: np.ndarray
+    segment_frames: list[int]
 
 
 def checksum(data: bytes | memoryview) -> int:
@@ -139,10 +150,16 @@ def encode_sample(sample: Sample) -> bytes:
     )
 
 
+def same_or_more(counts: list[int], least: list[int]) -> bool:
+    """True where there are as many counts as wanted, each large enough."""
+    return len(counts) == len(least) and all(count >= want for count, want in zip(counts, least, strict=True))
+
+
 def encode_mels(sample: Sample) -> bytes:
     """The tar member of a sample's Whisper features: its arrays as .npy, one after another, in one zstandard frame."""
     shapes = [mel.shape[1] for mel in sample.mels]
-    if shapes != [frames for frames in sample.mel_frames if frames] or any(m.dtype != np.float16 for m in sample.mels):
+    frames = [frames for frames in sample.mel_frames if frames]
+    if not same_or_more(shapes, frames) or any(mel.dtype != np.float16 for mel in sample.mels):
         raise ValueError(f"sample {sample.key!r}: mel_frames {sample.mel_frames}, arrays {shapes}")
     compressor = zstandard.ZstdCompressor(level=ZSTD_LEVEL, write_checksum=True)
     return tar_member(f"{sample.key}.{MEL}", compressor.compress(b"".join(_npy(mel) for mel in sample.mels)))
@@ -171,15 +188,15 @@ _NPY_HEADER = re.compile(
 _DTYPES = {b"<i4": np.dtype("<i4"), b"<u2": np.dtype("<u2"), b"<f2": np.dtype("<f2")}
 
 
-def parse_npy(payload: bytes | memoryview, where: str) -> tuple[np.ndarray, int]:
-    """The first 2-D array of .npy bytes, without a copy, and where it ends; only what this format writes.
+def parse_npy(payload: bytes | memoryview, where: str, at: int = 0) -> tuple[np.ndarray, int]:
+    """The 2-D array of .npy bytes that starts at `at`, without a copy, and where it ends; only what this format writes.
 
     Raises:
         ShardError: another header, or the bytes end early.
     """
-    match = _NPY_HEADER.match(payload)
+    match = _NPY_HEADER.match(payload, at)
     if match is None:
-        raise ShardError("not an array of this format", where=where, got=bytes(payload[:16]))
+        raise ShardError("not an array of this format", where=where, got=bytes(payload[at : at + 16]))
     dtype, shape = _DTYPES[match[2]], (int(match[3]), int(match[4]))
     end = match.end() + dtype.itemsize * shape[0] * shape[1]
     if len(payload) < end:
@@ -229,6 +246,30 @@ def split_members(block: bytes, where: str) -> list[tuple[str, memoryview]]:
     return members
 
 
+_FRAMES = re.compile(rb'"frames":(\d+)')
+
+
+def decode_arrays(block: bytes, where: str) -> Arrays:
+    """The arrays of a sample out of bytes whose checksum is right; several times faster than `decode_sample`.
+
+    The number of frames of each segment is read out of the metadata without parsing all of it: its keys are sorted,
+    quotes inside strings are escaped, so what follows the last `"segments":[` holds `"frames":` for segments alone.
+
+    Raises:
+        ShardError: the bytes are not one sample of this format.
+    """
+    try:
+        meta_at = 2 * TAR_BLOCK + -(-int(block[124:135], 8) // TAR_BLOCK) * TAR_BLOCK
+        tokens_at = meta_at + -(-int(block[meta_at - 388 : meta_at - 377], 8) // TAR_BLOCK) * TAR_BLOCK + TAR_BLOCK
+        codes_KT, _ = parse_npy(block, where, TAR_BLOCK)
+        tokens_2L, _ = parse_npy(block, where, tokens_at)
+        frames = _FRAMES.findall(block, block.rindex(b'"segments":[', meta_at, tokens_at), tokens_at)
+        key = block[: block.index(b".")].decode("ascii")
+    except ValueError as error:
+        raise ShardError(f"not a sample of this format: {error}", where=where) from error
+    return Arrays(key, tokens_2L, codes_KT, [int(count) for count in frames])
+
+
 def decode_sample(block: bytes, where: str) -> Sample:
     """Inverse of `encode_sample`.
 
@@ -268,7 +309,6 @@ def decode_mels(block: bytes, where: str) -> tuple[str, tuple[np.ndarray, ...]]:
         raise ShardError("bytes after the zstandard data", where=where, got=f"{len(decompressor.unused_data)} bytes")
     arrays, at = [], 0
     while at < len(data):
-        array, size = parse_npy(memoryview(data)[at:], where)
+        array, at = parse_npy(data, where, at)
         arrays.append(array)
-        at += size
     return name.removesuffix(f".{MEL}"), tuple(arrays)

@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 from collections import OrderedDict
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,18 @@ import numpy as np
 import xxhash
 
 from .errors import ShardError, UserError
-from .format import FORMAT_VERSION, SPLIT_VAL, Sample, checksum, decode_mels, decode_sample, index_dtype
+from .format import (
+    FORMAT_VERSION,
+    SPLIT_VAL,
+    Arrays,
+    Sample,
+    checksum,
+    decode_arrays,
+    decode_mels,
+    decode_sample,
+    index_dtype,
+    same_or_more,
+)
 from .remote import Cache, Source
 from .sequence import SpecialIds
 from .writer import MANIFEST
@@ -115,7 +127,7 @@ class ShardSet:
             raise ShardError(
                 "the index is not the manifest's", where=path, expected=f"xxh3 {entry['xxh3']}", got=digest
             )
-        return index
+        return index.view(np.ndarray)  # the same memory, without memmap's cost at each access
 
     @property
     def provenance(self) -> dict[str, Any]:
@@ -167,11 +179,28 @@ class ShardSet:
             return sample
         block, where = self._block(entry, "mel_shards", "mel_offset", "mel_length", "mel_xxh3")
         mel_key, arrays = decode_mels(block, where)
-        if mel_key != key or [mel.shape[1] for mel in arrays] != [frames for frames in sample.mel_frames if frames]:
-            expected = f"{key} with {sample.mel_frames} frames"
-            got = f"{mel_key} with {[mel.shape[1] for mel in arrays]}"
+        frames = [frames for frames in sample.mel_frames if frames]
+        if mel_key != key or not same_or_more([mel.shape[1] for mel in arrays], frames):
+            expected, got = f"{key} with {frames} frames", f"{mel_key} with {[mel.shape[1] for mel in arrays]}"
             raise ShardError("the Whisper features are not the sample's", where=where, expected=expected, got=got)
         return Sample(sample.key, sample.meta, sample.tokens_2L, sample.codes_KT, arrays)
+
+    def read_arrays(self, rows: Sequence[int]) -> Iterator[Arrays | ShardError]:
+        """Read and verify samples without their metadata, in the given order; an error stands for a damaged one."""
+        entries = self.index[list(rows)]
+        columns = (entries[name].tolist() for name in ("key", "shard", "offset", "length", "xxh3"))
+        for row, key, shard, offset, length, digest in zip(rows, *columns, strict=True):
+            try:
+                block = os.pread(self._open(self.manifest["shards"][shard]), length, offset)
+                if len(block) != length or checksum(block) != digest:
+                    self.read(row)  # says what is wrong
+                arrays = decode_arrays(block, key)
+                if arrays.key != key.decode():
+                    self.read(row)
+            except ShardError as error:
+                yield error
+            else:
+                yield arrays
 
     def _block(self, entry: Any, files: str, at: str, size: str, digest: str) -> tuple[bytes, str]:
         """The bytes of a sample's members in one of its shards, and how errors name the place."""

@@ -1,7 +1,8 @@
-"""From a stored sample to the sequence that the model sees: placeholders expanded, delay pattern, shifted labels.
+"""From stored samples to the sequence that the model sees: placeholders expanded, delay pattern, shifted labels.
 
-In: a `Sample` and the checkpoint's special ids. Out: an `Expanded`: which positions hold text and which hold audio
-frames, the delayed codes, and for every supervised prediction its position and target. Never: torch, padding, files.
+In: the samples of a pack (or one sample) and the checkpoint's special ids. Out: an `Expanded`: which positions hold
+text and which hold audio frames, the delayed codes, and for every supervised prediction its position and target.
+Never: torch, padding, files.
 
 Shapes: N positions, P text positions, M positions of Whisper features, A audio positions (input and output segments),
 K codebooks, T frames of a segment; a segment takes W = T + 2 + K - 1 positions: BOS and EOS columns, and the shift of
@@ -11,15 +12,37 @@ The delay pattern is that of MusicGen (https://arxiv.org/abs/2306.05284, section
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import overload
+from typing import Any, Protocol, overload
 
 import numpy as np
 
 from .errors import ShardError
-from .format import Sample
 
 IGNORE = -100
+
+
+class Stored(Protocol):
+    """What expansion needs of a sample: `format.Sample`, or `format.Arrays` without its metadata."""
+
+    @property
+    def key(self) -> str: ...
+    @property
+    def tokens_2L(self) -> np.ndarray: ...
+    @property
+    def codes_KT(self) -> np.ndarray: ...
+    @property
+    def segment_frames(self) -> list[int]: ...
+
+
+class Described(Stored, Protocol):
+    """A sample with its metadata."""
+
+    @property
+    def meta(self) -> dict[str, Any]: ...
+    @property
+    def mel_frames(self) -> list[int]: ...
 
 
 @dataclass(frozen=True)
@@ -38,22 +61,23 @@ class SpecialIds:
 
 @dataclass(frozen=True)
 class Expanded:
-    """One sample as the model sees it; all positions count from the start of the sample.
+    """Samples as the model sees them, one after another; all positions count from the start of the first.
 
     A prediction at position p has its target at p + 1: `text_label_at` and `audio_label_at` hold p.
 
     Attributes:
-        length: N.
+        lengths: int64 [samples], positions of each sample.
         text_at: int64 [P], positions of text tokens; text_ids: int32 [P].
         mel_at: int64 [M], positions of Whisper features, segment after segment.
-        audio_at: int64 [A], positions of audio frames; codes_KA: int32 [K, A], delayed, with BOS and EOS.
+        audio_at: int64 [A], positions of audio frames; codes_KA: int16 [K, A], delayed, with BOS and EOS.
         text_label_at: int64 [labels], ascending; text_labels: int32 [labels].
         audio_label_at: int64 [B], positions of output frames that predict something;
-        audio_labels_KB: int32 [K, B], -100 where a codebook predicts nothing there.
-        segments: (first position, positions, is output) of each audio segment.
+        audio_labels_KB: int16 [K, B], -100 where a codebook predicts nothing there.
+        segment_at, segment_width: int64 [segments], first position and positions of each audio segment's codes;
+        segment_is_out: bool [segments].
     """
 
-    length: int
+    lengths: np.ndarray
     text_at: np.ndarray
     text_ids: np.ndarray
     mel_at: np.ndarray
@@ -63,7 +87,21 @@ class Expanded:
     text_labels: np.ndarray
     audio_label_at: np.ndarray
     audio_labels_KB: np.ndarray
-    segments: list[tuple[int, int, bool]]
+    segment_at: np.ndarray
+    segment_width: np.ndarray
+    segment_is_out: np.ndarray
+
+    @property
+    def length(self) -> int:
+        """N."""
+        return int(self.lengths.sum())
+
+    @property
+    def segments(self) -> list[tuple[int, int, bool]]:
+        """(first position, positions, is output) of each audio segment's codes."""
+        return list(
+            zip(self.segment_at.tolist(), self.segment_width.tolist(), self.segment_is_out.tolist(), strict=True)
+        )
 
 
 @overload
@@ -80,7 +118,7 @@ def tower_frames(mel_frames: int) -> int:
     return ((mel_frames - 1) // 2 + 1 - 2) // 2 + 1 if mel_frames else 0
 
 
-def mel_positions(sample: Sample, features: str) -> list[int]:
+def mel_positions(sample: Described, features: str) -> list[int]:
     """Positions of Whisper features before each segment's codes.
 
     Args:
@@ -102,19 +140,12 @@ def packed_length(token_count: int, segment_frames: list[int], codebooks: int) -
 def _diagonal_view(buffer_KW: np.ndarray, first: int, width: int) -> np.ndarray:
     """A writable view [K, width] whose row k starts at column `first + k` of the buffer."""
     row, column = buffer_KW.strides
-    return np.lib.stride_tricks.as_strided(
-        buffer_KW[:, first:], (len(buffer_KW), width), (row + column, column), writeable=True
-    )
+    return np.ndarray((len(buffer_KW), width), buffer_KW.dtype, buffer_KW, first * column, (row + column, column))
 
 
 def delay(codes_KT: np.ndarray, ids: SpecialIds) -> np.ndarray:
-    """int32 [K, W]: codebook k shifted right by k between BOS columns (1024) and EOS columns (1025)."""
-    codebooks, frames = codes_KT.shape
-    width = segment_positions(frames, codebooks)
-    out_KW = np.full((codebooks, width), ids.stream_eos, np.int32)
-    out_KW[np.tri(codebooks, width, dtype=bool)] = ids.stream_bos
-    _diagonal_view(out_KW, 1, frames)[:] = codes_KT
-    return out_KW
+    """int16 [K, W]: codebook k shifted right by k between BOS columns (1024) and EOS columns (1025)."""
+    return _delayed([codes_KT], segment_positions(np.array([codes_KT.shape[1]]), ids.codebooks), ids)
 
 
 def undelay(delayed_KW: np.ndarray) -> np.ndarray:
@@ -123,85 +154,125 @@ def undelay(delayed_KW: np.ndarray) -> np.ndarray:
     return _diagonal_view(np.ascontiguousarray(delayed_KW), 1, width - 1 - codebooks).copy()
 
 
-def delayed_labels(codes_KT: np.ndarray, ids: SpecialIds) -> np.ndarray:
-    """int32 [K, W - 1]: column j holds what position j of the segment predicts, the content of column j + 1.
+def _delayed(codes: list[np.ndarray], widths: np.ndarray, ids: SpecialIds) -> np.ndarray:
+    """The delayed codes of several segments, one after another: int16 [K, A]."""
+    out_KA = np.full((ids.codebooks, int(widths.sum())), ids.stream_eos, np.int16)
+    begins = np.tri(ids.codebooks, dtype=bool)
+    start = 0
+    for codes_KT, width in zip(codes, widths.tolist(), strict=True):
+        np.copyto(out_KA[:, start : start + ids.codebooks], ids.stream_bos, where=begins)
+        _diagonal_view(out_KA, start + 1, codes_KT.shape[1])[:] = codes_KT
+        start += width
+    return out_KA
 
-    Fillers are -100; each codebook's EOS is supervised once.
+
+def _delayed_labels(codes: list[np.ndarray], ids: SpecialIds) -> np.ndarray:
+    """What the positions of several segments predict, each segment's last one left out: int16 [K, B].
+
+    Column j of a segment holds the content of its delayed column j + 1; fillers are -100; each codebook's EOS is
+    supervised once.
     """
-    codebooks, frames = codes_KT.shape
-    out_KB = np.full((codebooks, segment_positions(frames, codebooks) - 1), IGNORE, np.int32)
-    labels = _diagonal_view(out_KB, 0, frames + 1)
-    labels[:, :frames] = codes_KT
-    labels[:, frames] = ids.stream_eos
+    widths = [segment_positions(codes_KT.shape[1], ids.codebooks) - 1 for codes_KT in codes]
+    out_KB = np.full((ids.codebooks, sum(widths)), IGNORE, np.int16)
+    start = 0
+    for codes_KT, width in zip(codes, widths, strict=True):
+        labels = _diagonal_view(out_KB, start, codes_KT.shape[1] + 1)
+        labels[:, :-1] = codes_KT
+        labels[:, -1] = ids.stream_eos
+        start += width
     return out_KB
 
 
-def expand(sample: Sample, ids: SpecialIds, features: str = "none") -> Expanded:
-    """Expand one stored sample.
+def _ranges(starts: np.ndarray, widths: np.ndarray) -> np.ndarray:
+    """start, start + 1, …, start + width - 1 of every range, one after another."""
+    ends = np.cumsum(widths)
+    return np.repeat(starts - (ends - widths), widths) + np.arange(int(ends[-1]) if len(ends) else 0)
+
+
+def expand(
+    samples: Sequence[Stored],
+    ids: SpecialIds,
+    before: Sequence[Sequence[int]] | None = None,
+    *,
+    train_inputs: bool = False,
+) -> Expanded:
+    """Expand samples, one after another.
 
     Args:
-        features: which Whisper features the model takes: `none`, `mel` or `encoder`.
+        before: `mel_positions` of each sample; None where the model takes no Whisper features.
+        train_inputs: label the codes of input segments (reference audio) too.
 
     Raises:
-        ShardError: the number of placeholders and of segments differ, or the codebooks do.
+        ShardError: the number of placeholders and of segments differ in a sample, or the codebooks do.
     """
-    input_ids, label_ids = sample.tokens_2L
-    frames = np.asarray(sample.segment_frames, np.int64)
+    nothing = np.zeros((2, 0), np.int32)
+    input_ids, label_ids = np.concatenate([nothing, *[sample.tokens_2L for sample in samples]], axis=1)
+    counts = np.array([sample.tokens_2L.shape[1] for sample in samples], np.int64)
+    frames = [count for sample in samples for count in sample.segment_frames]
     is_out = input_ids == ids.audio_out
     place_at = np.flatnonzero(is_out | (input_ids == ids.audio_in))
-    _check(sample, ids, len(place_at), len(frames))
+    _check(samples, ids, counts, place_at, label_ids)
 
+    segment_width = segment_positions(np.array(frames, np.int64), ids.codebooks)
+    mel_width = np.array([m for sample in before for m in sample], np.int64) if before else np.zeros_like(segment_width)
     widths = np.ones(len(input_ids), np.int64)
-    before = mel_positions(sample, features)
-    widths[place_at] = segment_positions(frames, ids.codebooks) + before
+    widths[place_at] = segment_width + mel_width
     ends = np.cumsum(widths)
     starts = ends - widths
+    segment_at = starts[place_at] + mel_width
     is_text = np.ones(len(input_ids), bool)
     is_text[place_at] = False
     labelled = is_text & (label_ids >= 0)
-
-    segments, codes, mel_at, audio_at, label_at, labels, first = [], [], [], [], [], [], 0
-    for token, segment_frames, mels in zip(place_at.tolist(), frames.tolist(), before, strict=True):
-        raw_KT = sample.codes_KT[:, first : first + segment_frames]
-        first += segment_frames
-        start, width = int(starts[token]) + mels, int(widths[token]) - mels
-        mel_at.append(np.arange(start - mels, start))
-        segments.append((start, width, bool(is_out[token])))
-        codes.append(delay(raw_KT, ids))
-        audio_at.append(np.arange(start, start + width))
-        if is_out[token] and label_ids[token] >= 0:
-            label_at.append(np.arange(start, start + width - 1))
-            labels.append(delayed_labels(raw_KT, ids))
+    codes = _segments(samples)
+    segment_is_out = is_out[place_at]
+    trained = np.where(segment_is_out, label_ids[place_at] >= 0, train_inputs)
     return Expanded(
-        length=int(ends[-1]) if len(ends) else 0,
+        lengths=np.diff(ends[np.cumsum(counts) - 1], prepend=0) if len(counts) else counts,
         text_at=starts[is_text],
         text_ids=input_ids[is_text],
-        mel_at=_join(mel_at, np.zeros(0, np.int64)),
-        audio_at=_join(audio_at, np.zeros(0, np.int64)),
-        codes_KA=_join(codes, np.zeros((ids.codebooks, 0), np.int32)),
+        mel_at=_ranges(starts[place_at], mel_width),
+        audio_at=_ranges(segment_at, segment_width),
+        codes_KA=_delayed(codes, segment_width, ids),
         text_label_at=starts[labelled] - 1,
         text_labels=label_ids[labelled],
-        audio_label_at=_join(label_at, np.zeros(0, np.int64)),
-        audio_labels_KB=_join(labels, np.zeros((ids.codebooks, 0), np.int32)),
-        segments=segments,
+        audio_label_at=_ranges(segment_at[trained], segment_width[trained] - 1),
+        audio_labels_KB=_delayed_labels([codes[i] for i in np.flatnonzero(trained)], ids),
+        segment_at=segment_at,
+        segment_width=segment_width,
+        segment_is_out=segment_is_out,
     )
 
 
-def _join(parts: list[np.ndarray], empty: np.ndarray) -> np.ndarray:
-    return np.concatenate(parts, axis=-1) if parts else empty
+def _segments(samples: Sequence[Stored]) -> list[np.ndarray]:
+    """The raw codes [K, T] of every segment of every sample."""
+    segments = []
+    for sample in samples:
+        start = 0
+        for frames in sample.segment_frames:
+            segments.append(sample.codes_KT[:, start : start + frames])
+            start += frames
+    return segments
 
 
-def _check(sample: Sample, ids: SpecialIds, placeholders: int, segments: int) -> None:
-    where = f"sample {sample.key}"
-    if placeholders != segments:
-        raise ShardError("audio placeholders and segments differ", where=where, expected=segments, got=placeholders)
-    if len(sample.codes_KT) != ids.codebooks:
-        raise ShardError("wrong number of codebooks", where=where, expected=ids.codebooks, got=len(sample.codes_KT))
-    if len(sample.tokens_2L[1]) and sample.tokens_2L[1, 0] >= 0:
-        raise ShardError("the first position has a label, and nothing predicts it", where=where)
+def _check(
+    samples: Sequence[Stored], ids: SpecialIds, counts: np.ndarray, place_at: np.ndarray, label_ids: np.ndarray
+) -> None:
+    """Raise ShardError for the first sample that breaks a rule."""
+    ends = np.cumsum(counts)
+    placeholders = np.diff(np.searchsorted(place_at, ends), prepend=0)
+    segments = [len(sample.segment_frames) for sample in samples]
+    for number in np.flatnonzero(placeholders != segments).tolist():
+        where, got = f"sample {samples[number].key}", int(placeholders[number])
+        raise ShardError("audio placeholders and segments differ", where=where, expected=segments[number], got=got)
+    for number in np.flatnonzero(label_ids[(ends - counts)[counts > 0]] >= 0):
+        raise ShardError("the first position has a label, and nothing predicts it", where=f"sample {number} of a pack")
+    for sample in samples:
+        if len(sample.codes_KT) != ids.codebooks:
+            where, got = f"sample {sample.key}", len(sample.codes_KT)
+            raise ShardError("wrong number of codebooks", where=where, expected=ids.codebooks, got=got)
 
 
-def label_counts(sample: Sample, ids: SpecialIds) -> tuple[int, int]:
+def label_counts(sample: Stored, ids: SpecialIds) -> tuple[int, int]:
     """(supervised text predictions, supervised audio predictions of one codebook) of a sample."""
-    expanded = expand(sample, ids)
+    expanded = expand([sample], ids)
     return len(expanded.text_labels), int((expanded.audio_labels_KB[0] >= 0).sum())

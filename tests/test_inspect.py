@@ -18,10 +18,10 @@ from higgs_tune.inspect.view import printable, segments_of, target_text, visible
 from higgs_tune.preprocess.codec_checkpoint import load_codec
 from higgs_tune.shards.errors import UserError
 from higgs_tune.shards.reader import ShardSet
-from higgs_tune.train.data import Schedule, World
+from higgs_tune.train.reference import boson_inputs
+from higgs_tune.train.schedule import Schedule, World
 from inspect_sets import HOSTILE, SampleMaker, write_set
 from PIL import Image
-from samples import boson_collate
 
 Captured = pytest.CaptureFixture[str]
 
@@ -63,21 +63,19 @@ def test_show_is_bosons_batch(toy: Path, toy_ids: Any, tmp_path: Path, capsys: C
     made = write_set(tmp_path / "set", toy, [[maker(0), maker(1)]])
     cli.Show(str(made.folder), "clip-000001").run()
     rows = table_of(capsys.readouterr().out, "position")
-    batch = boson_collate([maker(1)], toy_ids, pad_token_id=0)
+    batch = boson_inputs([maker(1)], toy_ids, 0)
     assert [int(row[0]) for row in rows] == list(range(len(rows)))
     text = [row for row in rows if row[1] == "text"]
-    assert batch.label_ids is not None
     tokens = maker(1).tokens_2L.shape[1]  # the collator pads
-    input_ids, label_ids = batch.input_ids[0, :tokens].numpy(), batch.label_ids[0, :tokens].numpy()
+    input_ids, label_ids = batch["input_ids"][0, :tokens].numpy(), batch["label_ids"][0, :tokens].numpy()
     is_text = (input_ids != toy_ids.audio_in) & (input_ids != toy_ids.audio_out)
     assert [int(row[2]) for row in text] == input_ids[is_text].tolist()
     assert [-100 if row[4] == "·" else int(row[4]) for row in text] == label_ids[is_text].tolist()
     for modality, codes, labels in (
-        ("audio_in", batch.audio_in_ids, None),
-        ("audio_out", batch.audio_out_ids, batch.label_audio_ids),
+        ("audio_in", batch["audio_in_ids"], None),
+        ("audio_out", batch["audio_out_ids"], batch["label_audio_ids"]),
     ):
         shown = [row[2:] for row in rows if row[1] == modality]
-        assert codes is not None
         assert [[int(code) for code in row[:8]] for row in shown] == codes.T.tolist()
         got = [[-100 if label == "·" else int(label) for label in row[8:]] for row in shown]
         assert got == (labels.T.tolist() if labels is not None else [[-100] * 8] * len(shown))

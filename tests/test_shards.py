@@ -15,9 +15,10 @@ from higgs_tune.shards.format import decode_sample, encode_sample
 from higgs_tune.shards.plan import make_plan
 from higgs_tune.shards.reader import ShardSet
 from higgs_tune.shards.sequence import SpecialIds, delay, expand, packed_length, undelay
+from higgs_tune.train.reference import boson_inputs
 from hypothesis import given
 from hypothesis import strategies as st
-from samples import boson_collate, random_sample
+from samples import random_sample
 from transformers import PreTrainedTokenizerBase
 
 IDS = SpecialIds(audio_in=5, audio_out=6, stream_bos=1024, stream_eos=1025, codebooks=8)
@@ -40,18 +41,18 @@ def test_expansion_is_bosons(toy_tokenizer: PreTrainedTokenizerBase, toy_ids: Sp
     for number in range(20):
         options = {"turns": 1 + number % 3, "start_index": (None, 3, 99)[number % 3] if number % 3 < 2 else None}
         sample = random_sample("s", rng, toy_tokenizer, toy_ids, **options)
-        batch = boson_collate([sample], toy_ids, 0, round_to=1)
-        part = expand(sample, toy_ids)
+        batch = boson_inputs([sample], toy_ids, 0)
+        part = expand([sample], toy_ids)
         assert part.length == packed_length(sample.tokens_2L.shape[1], sample.segment_frames, toy_ids.codebooks)
         outputs = [np.arange(start, start + width) for start, width, is_out in part.segments if is_out]
         out_at = np.isin(part.audio_at, np.concatenate(outputs))
-        np.testing.assert_array_equal(part.codes_KA[:, out_at], batch.audio_out_ids)
-        np.testing.assert_array_equal(part.codes_KA[:, ~out_at], batch.audio_in_ids)
+        np.testing.assert_array_equal(part.codes_KA[:, out_at], batch["audio_out_ids"])
+        np.testing.assert_array_equal(part.codes_KA[:, ~out_at], batch["audio_in_ids"])
         labels = np.full((toy_ids.codebooks, part.length), -100)
         labels[:, part.audio_label_at] = part.audio_labels_KB
-        shifted = np.concatenate([batch.label_audio_ids[:, 1:], np.full((8, 1), -100)], axis=1)  # pyright: ignore
+        shifted = np.concatenate([batch["label_audio_ids"][:, 1:], np.full((8, 1), -100)], axis=1)  # pyright: ignore
         np.testing.assert_array_equal(labels[:, np.concatenate(outputs)], shifted)
-        kept = [int(label) for label in batch.label_ids[0] if label >= 0]  # pyright: ignore[reportOptionalSubscript]
+        kept = [int(label) for label in batch["label_ids"][0] if label >= 0]
         assert part.text_labels.tolist() == kept
         assert (part.text_label_at + 1 == part.text_at[np.isin(part.text_at - 1, part.text_label_at)]).all()
 

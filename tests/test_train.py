@@ -16,13 +16,14 @@ from higgs_tune.shards.reader import ShardSet
 from higgs_tune.train.batch import collate
 from higgs_tune.train.config import TrainConfig
 from higgs_tune.train.forward import hidden_states
-from higgs_tune.train.loop import lora_options, train
+from higgs_tune.train.loop import train
 from higgs_tune.train.lora import AUDIO_PARAMETER, add_lora
-from higgs_tune.train.loss import LossWeights, pack_loss
+from higgs_tune.train.loss import LossOptions, pack_loss
 from higgs_tune.train.model import HiggsAudioModel, load_model
+from higgs_tune.train.reference import boson_inputs
+from higgs_tune.train.setup import trainable_options
 from peft import PeftModel
 from safetensors.torch import load_file
-from samples import boson_collate, boson_inputs
 
 OPTIONS: dict[str, Any] = {
     "tokens_per_pack": 2048,
@@ -58,7 +59,7 @@ def stage2(shards: ShardSet, stage1: Path) -> Path:
 
 
 def load(path: Path) -> HiggsAudioModel:
-    return load_model(path, device=torch.device("cpu"), dtype=torch.float32)
+    return load_model(path, device=torch.device("cpu"), dtype=torch.float32).model
 
 
 def test_stage1_moves_every_text_target_and_no_audio_parameter(toy: Path, stage1: Path) -> None:
@@ -82,9 +83,9 @@ def test_written_adapter_on_boson_gives_the_trainers_logits(toy: Path, stage2: P
     pad = tuned.config.pad_token_id  # pyright: ignore
     model = load(toy / "model")
     config = TrainConfig("stage2", stage2, (shards.location,), Path())
-    add_lora(model, lora_options(config, stage2), "stage2", toy / "model", stage2)
+    add_lora(model, trainable_options(config, stage2), "stage2", toy / "model", stage2)
     with torch.no_grad():
-        reference = tuned.eval()(**boson_inputs(boson_collate(samples, ids, pad)))
+        reference = tuned.eval()(**boson_inputs(samples, ids, pad))
         batch = collate(samples, 0.0, ids)
         hidden = model.norm(hidden_states(model, batch))[batch["to_sequence"].long()]
         logits = model.audio_decoder_proj.text_lm_head(hidden)
@@ -100,12 +101,12 @@ def test_stage2_begins_with_stage1s_loss(shards: ShardSet, toy: Path, stage1: Pa
     """Its first step is on the first pack; stage 1's adapter, loaded by plain PEFT, has the same losses there."""
     tuned = PeftModel.from_pretrained(HiggsAudioModel.from_pretrained(toy / "model"), str(stage1))  # pyright: ignore
     first = metrics_of(stage2)[0]
-    from higgs_tune.train.data import Schedule, World
+    from higgs_tune.train.schedule import Schedule, World
 
     schedule = Schedule([shards], tokens_per_pack=2048, seed=42, accumulation=1, world=World(0, 1, 0, 1))
     samples = [shards.read(row) for row in schedule.plan(0).pack(0)]
     pad = tuned.config.pad_token_id  # pyright: ignore
-    inputs = boson_inputs(boson_collate(samples, shards.special_ids, pad))
+    inputs = boson_inputs(samples, shards.special_ids, pad)
     with torch.no_grad():
         out = tuned.eval()(**inputs)
     cross_entropy = torch.nn.functional.cross_entropy
@@ -156,18 +157,18 @@ def assert_same_run(one: Path, other: Path) -> None:
 
 def test_packing_does_not_change_the_step(shards: ShardSet, toy: Path, one_process: Path) -> None:
     """One step over all samples of the first two packs equals a loop of single samples with the same weighting."""
-    from higgs_tune.train.data import Schedule, World
+    from higgs_tune.train.schedule import Schedule, World
 
     schedule = Schedule([shards], tokens_per_pack=1024, seed=42, accumulation=2, world=World(0, 1, 0, 1))
     rows = np.concatenate([schedule.plan(0).pack(i) for i in range(2)])
     model = load(toy / "model")
     singles = [collate([shards.read(int(row))], 0.0, shards.special_ids) for row in rows]
-    counts = torch.stack([batch["label_counts"] for batch in singles]).sum(0).float()
-    weights = LossWeights(1.0, 1.0).per_label(counts)
+    options = LossOptions()
+    counts = torch.stack([torch.cat([batch["label_counts"], batch["pairs"]]) for batch in singles]).sum(0).float()
+    weights = options.per_label(counts)
     with torch.no_grad():
         total = sum(
-            float(pack_loss(model, hidden_states(model, batch), batch, weights, with_audio=True).total)
-            for batch in singles
+            float(pack_loss(model, hidden_states(model, batch), batch, weights, options).total) for batch in singles
         )
     assert metrics_of(one_process)[0]["loss"] == pytest.approx(total, rel=1e-5)
 
@@ -178,7 +179,7 @@ def test_packing_does_not_change_the_step(shards: ShardSet, toy: Path, one_proce
         ({"model_path": Path("/nowhere")}, "no checkpoint here"),
         ({"train_data_dir": ("/nowhere",)}, "no shard set here"),
         ({"tokens_per_pack": 64}, "longer than a pack"),
-        ({"lora_preset": "everything"}, "lora_preset"),
+        ({"lora_preset": "text_only", "lora_target_modules": "x"}, "lora_preset"),
         ({"learning_rate": -1.0}, "learning_rate"),
     ],
 )

@@ -4,40 +4,55 @@ In: the stored samples of a pack. Out: a `Batch`, all integers in one flat tenso
 and the loss need. Never: padding, boolean masks, anything that the step would have to compute on the host.
 
 The residual stream is kept sorted by modality: text rows first, in order of position, then audio rows, so that each
-FFN works on a plain slice. `to_sequence` and `to_sorted` lead from one order to the other for the attention.
+FFN works on a plain slice. Whisper features take the text path, so their rows are text rows. `to_sequence` and
+`to_sorted` lead from one order to the other for the attention.
 
-Shapes: N positions (P text, then A audio), K codebooks, Lt text labels, La audio label rows.
+Shapes: N positions (P text rows, then A audio rows), of the text rows M Whisper frames; K codebooks, Lt text labels,
+La audio label rows, S segments with Whisper features, C mel bins or tower channels.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
 
 from ..shards.format import Sample
-from ..shards.sequence import Expanded, SpecialIds, expand
+from ..shards.sequence import Expanded, SpecialIds, Stored, expand, mel_positions, tower_frames
 
-Layout = dict[str, tuple[int, tuple[int, ...]]]
+SHORT = ("codes_KA", "audio_labels_KL")  # arrays kept as int16: most of the bytes
+MEL_WINDOW = 3000  # mel frames of Whisper's 30 s
+Layout = dict[str, tuple[int, tuple[int, ...], bool]]
 
 
 @dataclass
 class Batch:
     """A pack. `batch["name"]` is a view into `flat`.
 
-    text_ids [P]; codes_KA [K, A]; positions [N] (in each sample, sorted order); to_sequence [N], to_sorted [N];
-    text_rows [Lt], text_labels [Lt]; audio_rows [La], audio_labels [La, K] (rows of the sorted order, -100: none);
-    label_counts [1 + K]: text labels, then audio labels of each codebook.
+    text_ids [P - M]; with Whisper features token_rows [P - M] and mel_rows [M] (which text rows they fill), and with
+    `mel` features mel_source [M] (frame of the tower's output, over all windows);
+    codes_KA [K, A]; positions [N] (in each sample, sorted order); to_sequence [N], to_sorted [N];
+    text_rows [Lt], text_labels [Lt]; audio_rows [La], audio_labels_KL [K, La] (rows of the sorted order, -100: none);
+    label_counts [1 + K]: text labels, then audio labels of each codebook; pairs [1]: samples with reference and target;
+    cu_all, cu_text, cu_audio [samples + 1]: where each sample's positions, text rows and audio rows begin;
+    for the contrastive loss owners [A] (2 * sample, and 1 more for a target) and speakers [samples].
 
     Attributes:
-        flat: int32, everything above; on the device after `to`.
-        layout: offset and shape of each array in `flat`.
+        flat: int32, everything above (codes and audio labels as pairs of int16); on the device after `to`.
+        layout: offset in `flat` and shape of each array, and whether it is int16.
         lengths, text_lengths, audio_lengths: positions, text rows and audio rows of each sample (host).
         keys: the samples' keys.
         seconds: audio of its samples.
+        mels: float16; with `mel` features [S, C, 3000], each segment's padded 30 s window; with `encoder` [M, C].
+        mel_frames: true mel frames of each window (host).
         weight: 0 for a pack that only keeps the ranks in step at the end of an epoch, else 1.
         damaged: what was wrong with samples that are left out of the pack.
+        reference: arguments of boson's own forward, where that is to be used instead.
+        in_slot: length of `flat`, while it waits in shared memory between two processes.
     """
 
     flat: torch.Tensor
@@ -47,12 +62,18 @@ class Batch:
     audio_lengths: list[int]
     keys: list[str]
     seconds: float
+    mels: torch.Tensor | None = None
+    mel_frames: list[int] = field(default_factory=list)
     weight: int = 1
     damaged: list[str] = field(default_factory=list)
+    in_slot: int = 0
+    reference: dict[str, Any] | None = None
 
     def __getitem__(self, name: str) -> torch.Tensor:
-        offset, shape = self.layout[name]
-        return self.flat[offset : offset + int(np.prod(shape, dtype=np.int64))].view(shape)
+        offset, shape, short = self.layout[name]
+        size = math.prod(shape)
+        words = self.flat[offset : offset + _words(size, short)]
+        return (words.view(torch.int16)[:size] if short else words).view(shape)
 
     @property
     def positions(self) -> int:
@@ -60,88 +81,163 @@ class Batch:
         return sum(self.lengths)
 
     def to(self, device: torch.device) -> Batch:
-        """The same batch, its flat tensor on `device`; the copy does not wait where the host memory is pinned."""
+        """The same batch, its tensors on `device`; the copy does not wait where the host memory is pinned."""
         self.flat = self.flat.to(device, non_blocking=True)
+        self.mels = self.mels.to(device, non_blocking=True) if self.mels is not None else None
+        for name, value in (self.reference or {}).items():
+            if isinstance(value, torch.Tensor):
+                (self.reference or {})[name] = value.to(device)
         return self
 
     def pin_memory(self) -> Batch:
         """Called by the DataLoader."""
         self.flat = self.flat.pin_memory()
+        self.mels = self.mels.pin_memory() if self.mels is not None else None
         return self
 
 
 def collate(
-    samples: list[Sample],
+    samples: Sequence[Stored],
     seconds: float,
     ids: SpecialIds,
     *,
     weight: int = 1,
     features: str = "none",
+    train_inputs: bool = False,
+    speakers: Sequence[int] | None = None,
     damaged: list[str] | None = None,
+    room: Callable[[int], torch.Tensor | None] | None = None,
 ) -> Batch:
     """Make the batch of one pack.
 
     Args:
-        samples: the pack's samples, in order.
+        samples: the pack's samples, in order; `format.Sample` where the model takes Whisper features.
         seconds: audio in it.
         ids: the checkpoint's special ids.
         weight: 0 leaves every label out.
         features: Whisper features that the model takes.
+        train_inputs: label reference audio too.
+        speakers: a number for each sample's speaker; adds what the contrastive loss needs.
         damaged: messages about samples that could not be read.
+        room: gives memory for `flat` of a wanted size, or None for new memory.
     """
-    parts = [expand(sample, ids, features) for sample in samples]
-    starts = np.cumsum([0] + [part.length for part in parts])
-    text_at = _shifted([part.text_at for part in parts], starts)
-    audio_at = _shifted([part.audio_at for part in parts], starts)
-    to_sorted = np.concatenate([text_at, audio_at])
+    described = [sample for sample in samples if isinstance(sample, Sample)] if features != "none" else []
+    before = [mel_positions(sample, features) for sample in described] or None
+    seen = expand(samples, ids, before, train_inputs=train_inputs)
+    text_at = np.sort(np.concatenate([seen.text_at, seen.mel_at])) if before else seen.text_at
+    to_sorted = np.concatenate([text_at, seen.audio_at])
     to_sequence = np.empty_like(to_sorted)
     to_sequence[to_sorted] = np.arange(len(to_sorted))
-    labelled: list[Expanded] = parts if weight else []
-    text_rows = to_sequence[_shifted([part.text_label_at for part in labelled], starts)]
-    audio_rows = to_sequence[_shifted([part.audio_label_at for part in labelled], starts)]
-    audio_labels = [part.audio_labels_KB for part in labelled]
-    audio_labels_KB = np.concatenate([np.zeros((ids.codebooks, 0), np.int32), *audio_labels], axis=1)
-    text_labels = np.concatenate([np.zeros(0, np.int32), *[part.text_labels for part in labelled]])
+    ends = np.cumsum(seen.lengths)
+    labels = slice(None) if weight else slice(0)
+    audio_labels_KL = seen.audio_labels_KB[:, labels]
     arrays = {
-        "text_ids": np.concatenate([part.text_ids for part in parts]),
-        "codes_KA": np.concatenate([part.codes_KA for part in parts], axis=1),
-        "positions": np.concatenate([np.arange(part.length) for part in parts])[to_sorted],
+        "text_ids": seen.text_ids,
+        "codes_KA": seen.codes_KA,
+        "positions": to_sorted - np.repeat(ends - seen.lengths, seen.lengths)[to_sorted],
         "to_sequence": to_sequence,
         "to_sorted": to_sorted,
-        "text_rows": text_rows,
-        "text_labels": text_labels,
-        "audio_rows": audio_rows,
-        "audio_labels": audio_labels_KB.T,
-        "label_counts": np.array([len(text_labels), *(audio_labels_KB >= 0).sum(1)], np.int64),
+        "text_rows": to_sequence[seen.text_label_at[labels]],
+        "text_labels": seen.text_labels[labels],
+        "audio_rows": to_sequence[seen.audio_label_at[labels]],
+        "audio_labels_KL": audio_labels_KL,
+        "pairs": np.zeros(1, np.int32),
+        "label_counts": np.concatenate([[len(seen.text_labels[labels])], (audio_labels_KL >= 0).sum(1)]),
     }
-    flat, layout = _flatten(arrays)
+    text_lengths, audio_lengths = _counts(text_at, ends), _counts(seen.audio_at, ends)
+    for name, lengths in (("cu_all", seen.lengths), ("cu_text", text_lengths), ("cu_audio", audio_lengths)):
+        arrays[name] = np.concatenate([[0], np.cumsum(lengths)])
+    mels, mel_frames = _mels(described, features)
+    if before:
+        arrays |= {"token_rows": to_sequence[seen.text_at], "mel_rows": to_sequence[seen.mel_at]}
+    if speakers is not None:
+        arrays |= _pooling(seen, audio_lengths, speakers, weight)
+    if features == "mel":
+        arrays["mel_source"] = _tower_rows(mel_frames)
+    flat, layout = _flatten(arrays, room)
     return Batch(
         flat=flat,
         layout=layout,
-        lengths=[part.length for part in parts],
-        text_lengths=[len(part.text_at) for part in parts],
-        audio_lengths=[len(part.audio_at) for part in parts],
+        lengths=seen.lengths.tolist(),
+        text_lengths=text_lengths,
+        audio_lengths=audio_lengths,
         keys=[sample.key for sample in samples],
         seconds=seconds,
+        mels=mels,
+        mel_frames=mel_frames,
         weight=weight,
         damaged=damaged or [],
     )
 
 
-def _shifted(positions: list[np.ndarray], starts: np.ndarray) -> np.ndarray:
-    """Positions within each sample as positions within the pack."""
-    return np.concatenate([np.zeros(0, np.int64), *[at + start for at, start in zip(positions, starts, strict=False)]])
+def _pooling(seen: Expanded, audio_lengths: list[int], speakers: Sequence[int], weight: int) -> dict[str, np.ndarray]:
+    """Which sample and role each audio row belongs to; with weight 0 no sample has a pair."""
+    sample = np.repeat(np.arange(len(speakers)), audio_lengths)
+    owners = 2 * sample + np.repeat(seen.segment_is_out, seen.segment_width)
+    both = np.bincount(owners, minlength=2 * len(speakers)).reshape(-1, 2).all(1)
+    return {"owners": owners, "speakers": np.array(speakers), "pairs": np.array([both.sum() * weight])}
 
 
-def _flatten(arrays: dict[str, np.ndarray]) -> tuple[torch.Tensor, Layout]:
+def _counts(at: np.ndarray, ends: np.ndarray) -> list[int]:
+    """How many of the ascending positions fall into each sample."""
+    return np.diff(np.searchsorted(at, ends), prepend=0).tolist()
+
+
+def _mels(samples: list[Sample], features: str) -> tuple[torch.Tensor | None, list[int]]:
+    """Whisper features of all input segments, and the true frames of each."""
+    found = [
+        (mel, segment["mel_frames"])
+        for sample in samples
+        for mel, segment in zip(sample.mels, (s for s in sample.meta["segments"] if s.get("mel_frames")), strict=True)
+        if segment["role"] != "assistant"
+    ]
+    if not found:
+        return None, []
+    if features == "mel":
+        stacked = np.stack([mel_window(mel_CF) for mel_CF, _ in found])
+    else:
+        stacked = np.concatenate([mel_CF[:, :frames].T for mel_CF, frames in found])
+    return torch.from_numpy(stacked), [frames for _, frames in found]
+
+
+def _tower_rows(mel_frames: list[int]) -> np.ndarray:
+    """Which frames of the tower's output, 750 a window, are real."""
+    counts = [tower_frames(frames) for frames in mel_frames]
+    rows = [np.arange(count) + number * (MEL_WINDOW // 4) for number, count in enumerate(counts)]
+    return np.concatenate([np.zeros(0, np.int64), *rows])
+
+
+def mel_window(mel_CF: np.ndarray) -> np.ndarray:
+    """The 30 s window [C, 3000] that a stored log-mel was cut from.
+
+    Whisper's features are log10 of the mel energies, floored at 1e-10 and at 8 below the maximum, then (x + 4) / 4.
+    Padding is silence, so beyond the stored frames stands the floor.
+    """
+    window = np.empty((len(mel_CF), MEL_WINDOW), mel_CF.dtype)
+    window[:, mel_CF.shape[1] :] = max((-10 + 4) / 4, float(mel_CF.max()) - 8 / 4)
+    window[:, : mel_CF.shape[1]] = mel_CF
+    return window
+
+
+def _flatten(
+    arrays: dict[str, np.ndarray], room: Callable[[int], torch.Tensor | None] | None
+) -> tuple[torch.Tensor, Layout]:
     layout: Layout = {}
     offset = 0
     for name, array in arrays.items():
-        layout[name] = (offset, array.shape)
-        offset += array.size
-    flat = torch.empty(offset, dtype=torch.int32)
+        short = name in SHORT
+        layout[name] = (offset, array.shape, short)
+        offset += _words(array.size, short)
+    flat = room(offset) if room else None
+    flat = torch.empty(offset, dtype=torch.int32) if flat is None else flat
     host = flat.numpy()
     for name, array in arrays.items():
-        start = layout[name][0]
-        host[start : start + array.size] = array.reshape(-1)
+        start, shape, short = layout[name]
+        words = host[start : start + _words(array.size, short)]
+        (words.view(np.int16)[: array.size] if short else words).reshape(shape)[...] = array
     return flat, layout
+
+
+def _words(size: int, short: bool) -> int:
+    """int32 words that an array takes."""
+    return -(-size // 2) if short else size

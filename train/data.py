@@ -1,17 +1,14 @@
-"""The loader: from the plan to batches, in order, on stateless workers.
+"""The loader: from requests to batches, in order, on stateless workers.
 
-In: shard sets, this rank's place in the world, where to start. Out: an endless stream of `Batch`: pack
-`cursor + a * world + r` for rank r at micro-step a. Never: state in a worker (it gets row numbers, nothing else), a
-rank that runs out before the others (beyond the last pack of an epoch comes a zero-weight pack), a damaged sample that
-goes unnoticed.
+In: a schedule, where to start. Out: an endless stream of `Batch`. Never: state in a worker (it gets row numbers,
+nothing else), a damaged sample that goes unnoticed, a wait that is not counted.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Literal
 
@@ -20,38 +17,39 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from ..shards.errors import ShardError, UserError
-from ..shards.format import Sample
-from ..shards.plan import Plan, PlanInput, plan_epoch
 from ..shards.reader import ShardSet
+from ..shards.sequence import Stored
 from .batch import Batch, collate
+from .schedule import Cursor, PackRequest, Schedule, Sets
+from .slots import SlotRing
 
+PREFETCH = 4  # batches that each worker makes ahead
+INTS_A_POSITION = 24  # more than a batch holds for a position: 8 codes, 8 labels, indices
 OnBadSample = Literal["stop", "skip"]
 
 
 @dataclass(frozen=True)
-class World:
-    """This process among all: its rank, their number, and their number on this machine."""
+class LoaderOptions:
+    """How batches are made.
 
-    rank: int
-    size: int
-    local_rank: int
-    local_size: int
+    Attributes:
+        workers: loader processes of this rank. start_method: how they start. pin_memory: for a GPU.
+        on_bad_sample: `stop` ends the run at a damaged sample; `skip` leaves it out and names it in the batch, up to
+            max_bad_samples.
+        features: Whisper features that the model takes.
+        train_inputs: label reference audio too. contrastive: add what the contrastive loss needs.
+        reference_pad: padding token for boson's own collator, where its forward is to be used; else None.
+    """
 
-
-@dataclass(frozen=True)
-class Cursor:
-    """Where training stands: the next pack of an epoch. Independent of the number of ranks."""
-
-    epoch: int = 0
-    pack: int = 0
-
-
-@dataclass(frozen=True)
-class PackRequest:
-    """What a worker is asked for: rows (over all sets), and whether their labels count."""
-
-    rows: tuple[int, ...]
-    weight: int
+    workers: int = 0
+    start_method: Literal["fork", "spawn"] = "fork"
+    pin_memory: bool = False
+    on_bad_sample: OnBadSample = "stop"
+    max_bad_samples: int = 100
+    features: str = "none"
+    train_inputs: bool = False
+    contrastive: bool = False
+    reference_pad: int | None = None
 
 
 @dataclass(frozen=True)
@@ -61,139 +59,61 @@ class LoadFailure:
     message: str
 
 
-class Sets:
-    """Several shard sets under one row number: the rows of the first, then those of the second, and so on."""
-
-    def __init__(self, sets: Sequence[ShardSet]) -> None:
-        self.sets = list(sets)
-        self.starts = np.cumsum([0, *[len(shards) for shards in sets]])
-
-    def place(self, row: int) -> tuple[ShardSet, int]:
-        """The set of a row, and the row's number in it."""
-        number = int(np.searchsorted(self.starts, row, side="right")) - 1
-        return self.sets[number], row - int(self.starts[number])
-
-
 class PackDataset(Dataset[Batch | LoadFailure]):
     """Rows in, batch out: read, verify, expand, flatten.
 
     Args:
-        on_bad_sample: `stop` sends a failure; `skip` leaves the sample out and names it in the batch.
-        features: Whisper features that the model takes.
+        ring: where batches are put for another process to take; None: they stay in this one.
     """
 
-    def __init__(self, sets: Sets, on_bad_sample: OnBadSample = "stop", features: str = "none") -> None:
-        self.sets, self.on_bad_sample, self.features = sets, on_bad_sample, features
+    def __init__(self, sets: Sets, options: LoaderOptions, ring: SlotRing | None = None) -> None:
+        self.sets, self.options, self.ring = sets, options, ring
 
     def __getitem__(self, request: PackRequest) -> Batch | LoadFailure:  # pyright: ignore[reportIncompatibleMethodOverride]
-        samples: list[Sample] = []
+        samples: list[Stored] = []
+        speakers: list[int] = []
         seconds, damaged = 0.0, []
-        for row in request.rows:
-            shards, number = self.sets.place(row)
-            try:
-                samples.append(shards.read(number, mels=self.features != "none"))
-                seconds += float(shards.index["seconds"][number])
-            except ShardError as error:
-                if self.on_bad_sample == "stop":
-                    return LoadFailure(str(error))
-                damaged.append(str(error))
-        ids = self.sets.sets[0].special_ids
-        return collate(samples, seconds, ids, weight=request.weight, features=self.features, damaged=damaged)
-
-
-class Schedule:
-    """Which packs this rank takes, epoch after epoch, from a cursor on.
-
-    Args:
-        sets: shard sets; their training splits are planned.
-        mix_weights: a weight for each set (see `plan_epoch`), or None to pack all samples together.
-        tokens_per_pack, seed: see `make_plan`.
-        accumulation: packs of a rank for each optimizer step.
-        features: Whisper features that the model takes; they count as positions.
-
-    Raises:
-        UserError: a sample is longer than a pack (named), or there is none to train on.
-    """
-
-    def __init__(
-        self,
-        sets: Sequence[ShardSet],
-        *,
-        tokens_per_pack: int,
-        seed: int,
-        accumulation: int,
-        world: World,
-        mix_weights: tuple[float, ...] | None = None,
-        features: str = "none",
-    ) -> None:
-        self.sets, self.seed, self.tokens_per_pack = Sets(sets), seed, tokens_per_pack
-        self.accumulation, self.world, self.weighted = accumulation, world, mix_weights is not None
-        weights = mix_weights or (1.0,) * len(sets)
-        self.inputs = [
-            _plan_input(shards, int(start), weight, features, tokens_per_pack)
-            for shards, start, weight in zip(sets, self.sets.starts[:-1], weights, strict=True)
-        ]
-        if not sum(len(given.rows) for given in self.inputs):
-            raise UserError("no training sample", where=", ".join(shards.location for shards in sets))
-        self._plans: dict[int, Future[Plan]] = {}
-        self._planner = ThreadPoolExecutor(1, thread_name_prefix="plan")
-
-    def plan(self, epoch: int) -> Plan:
-        """The packs of an epoch, the same on every rank; the one after it is made meanwhile."""
-        plan = self._planned(epoch).result()
-        self._planned(epoch + 1)
-        for old in [number for number in self._plans if number < epoch]:
-            del self._plans[old]
-        return plan
-
-    def _planned(self, epoch: int) -> Future[Plan]:
-        if epoch not in self._plans:
-            options = {"tokens_per_pack": self.tokens_per_pack, "seed": self.seed, "weighted": self.weighted}
-            self._plans[epoch] = self._planner.submit(partial(plan_epoch, self.inputs, epoch=epoch, **options))
-        return self._plans[epoch]
-
-    @property
-    def packs_per_step(self) -> int:
-        """Packs of all ranks in one optimizer step."""
-        return self.world.size * self.accumulation
-
-    def steps(self, plan: Plan) -> int:
-        """Optimizer steps of a whole epoch: enough for every pack."""
-        return -(-len(plan) // self.packs_per_step)
-
-    def after(self, cursor: Cursor) -> Cursor:
-        """Where training stands after one more optimizer step."""
-        pack = cursor.pack + self.packs_per_step
-        return Cursor(cursor.epoch, pack) if pack < len(self.plan(cursor.epoch)) else Cursor(cursor.epoch + 1, 0)
-
-    def requests(self, cursor: Cursor) -> Iterator[PackRequest]:
-        """This rank's packs from a cursor on, endlessly."""
-        while True:
-            plan = self.plan(cursor.epoch)
-            for micro_step in range(self.accumulation):
-                rows = plan.pack(cursor.pack + micro_step * self.world.size + self.world.rank)
-                if len(rows):
-                    yield PackRequest(tuple(rows.tolist()), 1)
+        for shards, rows in self.sets.places(request.rows):
+            seconds += float(shards.index["seconds"][rows].sum())
+            for row, found in zip(rows, self._read(shards, rows), strict=True):
+                if not isinstance(found, ShardError):
+                    samples.append(found)
+                    speakers.append(self.sets.speaker(shards, row) if self.options.contrastive else 0)
+                elif self.options.on_bad_sample == "stop":
+                    return LoadFailure(str(found))
                 else:
-                    yield PackRequest((int(plan.rows[0]),), 0)
-            cursor = self.after(cursor)
-
-
-def _plan_input(shards: ShardSet, start: int, weight: float, features: str, tokens_per_pack: int) -> PlanInput:
-    rows = shards.rows_of(validation=False)
-    lengths = np.asarray(shards.index["tokens"][rows], np.int64)
-    if features != "none":
-        lengths = lengths + shards.index["mel_tokens"][rows]
-    long = rows[lengths > tokens_per_pack]
-    if len(long):
-        keys = ", ".join(key.decode() for key in shards.index["key"][long[:10]])
-        raise UserError(
-            f"{len(long)} samples are longer than a pack: {keys}{', …' if len(long) > 10 else ''}",
-            where=shards.location,
-            expected=f"at most --tokens_per_pack {tokens_per_pack}",
-            got=int(lengths.max()),
+                    damaged.append(str(found))
+        ids = self.sets.sets[0].special_ids
+        batch = collate(
+            samples,
+            seconds,
+            ids,
+            weight=request.weight,
+            features=self.options.features,
+            train_inputs=self.options.train_inputs,
+            speakers=speakers if self.options.contrastive else None,
+            damaged=damaged,
+            room=partial(self.ring.room, request.number) if self.ring else None,
         )
-    return PlanInput(rows + start, lengths, shards.manifest_hash, weight)
+        if self.options.reference_pad is not None:
+            mel = self.options.features == "mel"
+            from .reference import boson_inputs  # imports the model; only this mode needs it
+
+            batch.reference = boson_inputs(samples, ids, self.options.reference_pad, mel=mel)
+        if self.ring and batch.flat.data_ptr() == self.ring.memory[request.number % len(self.ring)].data_ptr():
+            batch.in_slot, batch.flat = len(batch.flat), torch.empty(0, dtype=torch.int32)
+        return batch
+
+    def _read(self, shards: ShardSet, rows: list[int]) -> Iterator[Stored | ShardError]:
+        """The samples of a set's rows, or what is wrong with them."""
+        if self.options.features == "none":
+            yield from shards.read_arrays(rows)
+            return
+        for row in rows:
+            try:
+                yield shards.read(row, mels=True)
+            except ShardError as error:
+                yield error
 
 
 class _Endless:
@@ -203,20 +123,8 @@ class _Endless:
         self.schedule, self.cursor = schedule, cursor
 
     def __iter__(self) -> Iterator[PackRequest]:
-        return self.schedule.requests(self.cursor)
-
-
-@dataclass(frozen=True)
-class LoaderOptions:
-    """workers: processes of this rank. start_method: how they start. pin_memory: for a GPU. on_bad_sample,
-    max_bad_samples: what to do about damaged samples. features: Whisper features that the model takes."""
-
-    workers: int = 0
-    start_method: Literal["fork", "spawn"] = "fork"
-    pin_memory: bool = False
-    on_bad_sample: OnBadSample = "stop"
-    max_bad_samples: int = 100
-    features: str = "none"
+        for number, request in enumerate(self.schedule.requests(self.cursor)):
+            yield replace(request, number=number)
 
 
 @dataclass
@@ -249,14 +157,18 @@ class Loader:
 
     def __init__(self, schedule: Schedule, options: LoaderOptions, cursor: Cursor | None = None) -> None:
         self.options, self.waits, self.damaged = options, Waits(), list[str]()
+        self._ring, self._number = None, 0
+        if options.workers:
+            ints = INTS_A_POSITION * schedule.tokens_per_pack + 64
+            self._ring = SlotRing(options.workers * PREFETCH + 2, ints)
         self._loader: DataLoader[Any] = DataLoader(
-            PackDataset(schedule.sets, options.on_bad_sample, options.features),
+            PackDataset(schedule.sets, options, self._ring),
             batch_size=None,
             sampler=_Endless(schedule, cursor or Cursor()),  # pyright: ignore[reportArgumentType]
             num_workers=options.workers,
-            pin_memory=options.pin_memory,
+            pin_memory=options.pin_memory and (self._ring is None or options.features != "none"),
             persistent_workers=options.workers > 0,
-            prefetch_factor=4 if options.workers else None,
+            prefetch_factor=PREFETCH if options.workers else None,
             multiprocessing_context=options.start_method if options.workers else None,
             worker_init_fn=_one_thread,
         )
@@ -271,6 +183,9 @@ class Loader:
         self.waits.add(time.perf_counter() - began, first=first)
         if isinstance(batch, LoadFailure):
             raise ShardError(f"{batch.message} [--on_bad_sample skip goes on without such samples]")
+        if self._ring is not None and batch.in_slot:
+            batch.flat = self._ring.take(self._number, batch.in_slot, pin_memory=self.options.pin_memory)
+        self._number += 1
         self.damaged += batch.damaged
         if len(self.damaged) > self.options.max_bad_samples:
             limit = self.options.max_bad_samples

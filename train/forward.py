@@ -14,15 +14,18 @@ Shapes: N positions (P text rows, then A audio rows), H hidden, D head size, h h
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
+from inspect import signature
 from typing import Any
 
 import torch
 import torch.nn.functional as F  # noqa: N812
 from boson_multimodal.model.higgs_audio.modeling_higgs_audio import HiggsAudioDualFFNDecoderLayer
 from torch import nn
+from torch.nn.attention.varlen import varlen_attn
 
 from .batch import Batch
-from .lora import linear
+from .lora import linear, normed
 from .model import HiggsAudioModel
 
 
@@ -30,13 +33,15 @@ from .model import HiggsAudioModel
 class Span:
     """Rows that attend to each other, and how their order relates to the sequence.
 
-    cos_ND, sin_ND: rotary embedding of each row. lengths: rows of each sample. to_sequence, to_sorted: row orders, or
-    None where the rows already stand in sequence order.
+    cos_ND, sin_ND: rotary embedding of each row. lengths: rows of each sample. cu_lengths: where they begin, int32
+    [samples + 1] on the device. to_sequence, to_sorted: row orders, or None where the rows already stand in sequence
+    order.
     """
 
     cos_ND: torch.Tensor
     sin_ND: torch.Tensor
     lengths: list[int]
+    cu_lengths: torch.Tensor
     to_sequence: torch.Tensor | None = None
     to_sorted: torch.Tensor | None = None
 
@@ -52,30 +57,56 @@ class Spans:
 
 def hidden_states(model: HiggsAudioModel, batch: Batch) -> torch.Tensor:
     """The residual stream [N, H] after the last layer, before the final norm, in sorted order."""
-    hidden_NH = torch.cat([model.embed_tokens(batch["text_ids"]), embed_audio(model, batch["codes_KA"])])
-    spans = make_spans(model, batch, hidden_NH)
-    text_rows = len(batch["text_ids"])
+    hidden_NH = torch.cat([embed_text(model, batch), embed_audio(model, batch["codes_KA"])])
+    text_rows = len(hidden_NH) - batch["codes_KA"].shape[1]
+    spans = make_spans(model, batch, hidden_NH, text_rows)
     for layer in model.layers:
         hidden_NH = decoder_layer(layer, hidden_NH, text_rows, spans)
     return hidden_NH
 
 
+def embed_text(model: HiggsAudioModel, batch: Batch) -> torch.Tensor:
+    """The text rows [P, H]: token embeddings, and Whisper features where the model takes them."""
+    tokens_PH = model.embed_tokens(batch["text_ids"])
+    if "mel_rows" not in batch.layout:
+        return tokens_PH
+    features_MH = whisper_features(model, batch).to(tokens_PH.dtype)
+    order = torch.cat([batch["token_rows"], batch["mel_rows"]])
+    return torch.cat([tokens_PH, features_MH])[torch.argsort(order)]
+
+
+def whisper_features(model: HiggsAudioModel, batch: Batch) -> torch.Tensor:
+    """What stands at the rows of Whisper features: [M, H]. The tower and its projector are boson's."""
+    assert model.audio_encoder_proj is not None
+    weight = model.audio_encoder_proj.linear.weight
+    if batch.mels is None:
+        return weight.new_zeros(0, len(weight))
+    if batch.mels.ndim == 2:  # the tower's output
+        return model.audio_encoder_proj(batch.mels.to(weight.dtype))
+    frames = torch.tensor(batch.mel_frames, device=weight.device)
+    mask = torch.arange(batch.mels.shape[-1], device=weight.device) < frames[:, None]
+    features_SFH, _ = model._apply_audio_tower(batch.mels.to(weight.dtype), mask)
+    assert features_SFH is not None
+    return features_SFH.flatten(0, 1).index_select(0, batch["mel_source"])
+
+
 def embed_audio(model: HiggsAudioModel, codes_KA: torch.Tensor) -> torch.Tensor:
     """Sum (or mean) of the codebooks' embeddings of each frame: [A, H]."""
-    first_row = torch.arange(len(codes_KA), device=codes_KA.device, dtype=codes_KA.dtype) * model.audio_codebook_size
+    first_row = torch.arange(len(codes_KA), device=codes_KA.device, dtype=torch.int32) * model.audio_codebook_size
     embedded_KAH = model.audio_codebook_embeddings(codes_KA + first_row[:, None])
+    embedded_KAH = embedded_KAH.to(model.embed_tokens.weight.dtype)
     embedded_AH = embedded_KAH.mean(0) if model.config.audio_embed_avg else embedded_KAH.sum(0)
     return linear(model.audio_out_embed_projector, embedded_AH) if model.use_audio_out_embed_projector else embedded_AH
 
 
-def make_spans(model: HiggsAudioModel, batch: Batch, like: torch.Tensor) -> Spans:
+def make_spans(model: HiggsAudioModel, batch: Batch, like: torch.Tensor, text_rows: int) -> Spans:
     """Rotary embeddings and row orders of a batch."""
     cos, sin = (table[0] for table in model.rotary_emb(like, batch["positions"][None]))
-    text = len(batch["text_ids"])
+    text, audio = slice(None, text_rows), slice(text_rows, None)
     return Spans(
-        every=Span(cos, sin, batch.lengths, batch["to_sequence"], batch["to_sorted"]),
-        text=Span(cos[:text], sin[:text], batch.text_lengths),
-        audio=Span(cos[text:], sin[text:], batch.audio_lengths),
+        every=Span(cos, sin, batch.lengths, batch["cu_all"], batch["to_sequence"], batch["to_sorted"]),
+        text=Span(cos[text], sin[text], batch.text_lengths, batch["cu_text"]),
+        audio=Span(cos[audio], sin[audio], batch.audio_lengths, batch["cu_audio"]),
     )
 
 
@@ -86,21 +117,21 @@ def decoder_layer(layer: nn.Module, hidden_NH: torch.Tensor, text_rows: int, spa
     text_PH, audio_AH = hidden_NH[:text_rows], hidden_NH[text_rows:]
     if layer.fast_forward:
         return torch.cat([_text_layer(layer, text_PH, spans.text), audio_AH])
-    normed_audio_AH = layer.audio_input_layernorm(audio_AH)
+    normed_audio_AH = normed(layer.audio_input_layernorm, audio_AH)
     if layer.use_audio_attention:
         audio_AH = audio_AH + attention(layer.audio_attn, normed_audio_AH, spans.audio)
-        normed_audio_AH = layer.audio_post_audio_attn_layer_norm(audio_AH)
-    normed_NH = torch.cat([layer.input_layernorm(text_PH), normed_audio_AH])
+        normed_audio_AH = normed(layer.audio_post_audio_attn_layer_norm, audio_AH)
+    normed_NH = torch.cat([normed(layer.input_layernorm, text_PH), normed_audio_AH])
     attended_NH = attention(layer.self_attn, normed_NH, spans.every)
     text_PH, audio_AH = text_PH + attended_NH[:text_rows], audio_AH + attended_NH[text_rows:]
-    text_PH = text_PH + feed_forward(layer.mlp, layer.post_attention_layernorm(text_PH))
-    audio_AH = audio_AH + feed_forward(layer.audio_mlp, layer.audio_post_attention_layernorm(audio_AH))
+    text_PH = text_PH + feed_forward(layer.mlp, normed(layer.post_attention_layernorm, text_PH))
+    audio_AH = audio_AH + feed_forward(layer.audio_mlp, normed(layer.audio_post_attention_layernorm, audio_AH))
     return torch.cat([text_PH, audio_AH])
 
 
 def _text_layer(layer: Any, hidden_NH: torch.Tensor, span: Span) -> torch.Tensor:
-    hidden_NH = hidden_NH + attention(layer.self_attn, layer.input_layernorm(hidden_NH), span)
-    return hidden_NH + feed_forward(layer.mlp, layer.post_attention_layernorm(hidden_NH))
+    hidden_NH = hidden_NH + attention(layer.self_attn, normed(layer.input_layernorm, hidden_NH), span)
+    return hidden_NH + feed_forward(layer.mlp, normed(layer.post_attention_layernorm, hidden_NH))
 
 
 def feed_forward(mlp: Any, x_NH: torch.Tensor) -> torch.Tensor:
@@ -117,7 +148,7 @@ def attention(module: Any, x_NH: torch.Tensor, span: Span) -> torch.Tensor:
     q_NhD, k_NhD = rotate(q_NhD, span), rotate(k_NhD, span)
     if span.to_sequence is not None:
         q_NhD, k_NhD, v_NhD = (x.index_select(0, span.to_sequence) for x in (q_NhD, k_NhD, v_NhD))
-    out_NhD = causal_attention(q_NhD, k_NhD, v_NhD, span.lengths)
+    out_NhD = causal_attention(q_NhD, k_NhD, v_NhD, span)
     if span.to_sorted is not None:
         out_NhD = out_NhD.index_select(0, span.to_sorted)
     return linear(module.o_proj, out_NhD.reshape(rows, -1))
@@ -130,11 +161,32 @@ def rotate(x_NhD: torch.Tensor, span: Span) -> torch.Tensor:
     return x_NhD * span.cos_ND[:, None] + turned * span.sin_ND[:, None]
 
 
-def causal_attention(q_NhD: torch.Tensor, k_NhD: torch.Tensor, v_NhD: torch.Tensor, lengths: list[int]) -> torch.Tensor:
-    """Causal attention within each sample: a loop of exact calls, one a sample."""
+def causal_attention(q_NhD: torch.Tensor, k_NhD: torch.Tensor, v_NhD: torch.Tensor, span: Span) -> torch.Tensor:
+    """Causal attention within each sample, blind across samples: [N, h, D]. k and v may have fewer heads."""
+    if q_NhD.is_cuda and q_NhD.dtype in (torch.bfloat16, torch.float16):
+        return _varlen(q_NhD, k_NhD, v_NhD, span)
     outputs = []
-    for q, k, v in zip(q_NhD.split(lengths), k_NhD.split(lengths), v_NhD.split(lengths), strict=True):
+    for q, k, v in zip(*(x.split(span.lengths) for x in (q_NhD, k_NhD, v_NhD)), strict=True):
         q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))  # noqa: PLW2901
         out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
         outputs.append(out[0].transpose(0, 1))
     return torch.cat(outputs) if outputs else torch.zeros_like(q_NhD)
+
+
+def _varlen(q_NhD: torch.Tensor, k_NhD: torch.Tensor, v_NhD: torch.Tensor, span: Span) -> torch.Tensor:
+    """One call of torch's variable-length flash attention."""
+    options: dict[str, Any] = {"window_size": (-1, 0)}  # causal
+    if _varlen_takes_gqa():
+        options["enable_gqa"] = True
+    elif (groups := q_NhD.shape[1] // k_NhD.shape[1]) > 1:
+        k_NhD, v_NhD = k_NhD.repeat_interleave(groups, 1), v_NhD.repeat_interleave(groups, 1)
+    longest = max(span.lengths, default=0)
+    out_NhD = varlen_attn(q_NhD, k_NhD, v_NhD, span.cu_lengths, span.cu_lengths, longest, longest, **options)
+    assert isinstance(out_NhD, torch.Tensor)
+    return out_NhD
+
+
+@cache
+def _varlen_takes_gqa() -> bool:
+    """True from torch 2.12 on."""
+    return "enable_gqa" in signature(varlen_attn).parameters

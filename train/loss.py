@@ -5,11 +5,12 @@ this pack, and the sums that metrics need. Never: a logit where there is no labe
 
 text  = mean CE over all text labels of the step
 audio = weighted mean over codebooks of the mean CE over that codebook's labels of the step
-total = text_loss_weight * text + audio_loss_weight * audio
+total = text_loss_weight * text + audio_loss_weight * audio + contrastive_loss_weight * contrastive
 
-"of the step" means over all ranks and accumulation steps: the result does not depend on how samples are spread.
+"of the step" means over all ranks and accumulation steps: the result does not depend on how samples are spread. The
+contrastive part compares the samples of one pack, so it alone depends on packing.
 
-Shapes: n label rows, K codebooks (1 for text), V classes, H hidden.
+Shapes: n label rows, K codebooks (1 for text), V classes, H hidden, S samples.
 """
 
 from __future__ import annotations
@@ -21,115 +22,153 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 
 from .batch import Batch
+from .lora import normed
 from .model import HiggsAudioModel
 
 CHUNK_ELEMENTS = 1 << 25  # logits held at a time: 128 MB in float32
 IGNORE = -100
+TEMPERATURE = 0.1  # of the contrastive loss
 
 
 @dataclass(frozen=True)
-class LossWeights:
-    """text and audio: weight of each part; codebooks: relative weight of each codebook, or None for equal ones."""
+class LossOptions:
+    """text, audio, contrastive: weight of each part. codebooks: relative weight of each codebook, or None for equal
+    ones. smoothing: label smoothing, 0 to 1. with_text, with_audio: whether the part is computed at all."""
 
-    text: float
-    audio: float
+    text: float = 1.0
+    audio: float = 1.0
+    contrastive: float = 0.0
     codebooks: tuple[float, ...] | None = None
+    smoothing: float = 0.0
+    with_text: bool = True
+    with_audio: bool = True
+
+    def codebook_shares(self, codebooks: int) -> list[float]:
+        """Each codebook's share of the audio loss; they sum to 1."""
+        weights = self.codebooks or (1.0,) * codebooks
+        return [weight / sum(weights) for weight in weights]
 
     def per_label(self, counts: torch.Tensor) -> torch.Tensor:
-        """Weight of one label in the total loss: float32 [1 + K], for text and each codebook.
+        """Weight of one label in the total loss: float32 [2 + K], for text, each codebook, and contrastive pairs.
 
         Args:
-            counts: [1 + K], labels of the whole optimizer step; where there are none, the weight does not matter.
+            counts: [2 + K], of the whole optimizer step; where there are none, the weight does not matter.
         """
-        codebooks = len(counts) - 1
-        share = torch.tensor(self.codebooks or [1.0] * codebooks, dtype=torch.float32)
-        part = torch.cat([torch.tensor([self.text]), self.audio * share / share.sum()])
-        return part.to(counts.device) / counts.clamp(min=1)
+        shares = [self.audio * share for share in self.codebook_shares(len(counts) - 2)]
+        parts = torch.tensor([self.text, *shares, self.contrastive], dtype=torch.float32)
+        return parts.to(counts.device, non_blocking=True) / counts.clamp(min=1)
 
 
 class _HeadCrossEntropy(torch.autograd.Function):
     """Linear head and cross entropy, a chunk of rows at a time; gradients are made in the forward pass.
 
-    Args of `apply`: hidden [n, H]; head weight [K * V, H]; targets int [n, K], -100 for none; label weights [K].
-    Returns: the weighted sum (differentiable); sums [K] of the cross entropies; hits [K] of the largest logit.
+    Args of `apply`: hidden [n, H]; head weight [K * V, H]; targets int [n, K], -100 for none; label weights [K];
+    label smoothing; a class whose loss is summed apart (end of stream), or -1.
+    Returns: the weighted sum (differentiable); [4, K]: sums of the cross entropies, right predictions, sums over
+    targets of the marked class, number of such targets.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, hidden_nH: torch.Tensor, head_VH: torch.Tensor, targets_nK: torch.Tensor, weights_K: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        ctx: Any,
+        hidden_nH: torch.Tensor,
+        head_VH: torch.Tensor,
+        targets_nK: torch.Tensor,
+        weights_K: torch.Tensor,
+        smoothing: float,
+        marked: int,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         codebooks = targets_nK.shape[1]
-        need_hidden, need_head = ctx.needs_input_grad[0], ctx.needs_input_grad[1]
+        need_hidden, need_head = ctx.needs_input_grad[:2]
         grad_hidden = torch.empty_like(hidden_nH) if need_hidden else None
         grad_head = torch.zeros_like(head_VH, dtype=torch.float32) if need_head else None
-        sums, hits = torch.zeros_like(weights_K), torch.zeros_like(weights_K)
+        head_used_VH = head_VH.to(hidden_nH.dtype)
+        stats_4K = torch.zeros(4, codebooks, device=hidden_nH.device)
         step = max(1, CHUNK_ELEMENTS // len(head_VH))
         for start in range(0, len(hidden_nH), step):
-            rows = hidden_nH[start : start + step]
-            targets = targets_nK[start : start + step].long()
-            logits_nKV = F.linear(rows, head_VH).float().view(len(rows), codebooks, -1)
-            labelled = targets >= 0
-            index = targets.clamp(min=0)[..., None]
-            log_norm = logits_nKV.logsumexp(-1)
-            chosen = logits_nKV.gather(-1, index)[..., 0]
-            sums += ((log_norm - chosen) * labelled).sum(0)
-            hits += ((logits_nKV.argmax(-1) == targets) & labelled).sum(0)
+            rows_nH = hidden_nH[start : start + step]
+            target_nK = targets_nK[start : start + step].long()
+            logits_nKV = F.linear(rows_nH, head_used_VH).float().view(len(rows_nH), codebooks, -1)
+            labelled_nK, index_nK1 = target_nK >= 0, target_nK.clamp(min=0)[..., None]
+            log_norm_nK = logits_nKV.logsumexp(-1)
+            wanted_nK = logits_nKV.gather(-1, index_nK1)[..., 0]
+            if smoothing:
+                wanted_nK = (1 - smoothing) * wanted_nK + smoothing * logits_nKV.mean(-1)
+            losses_nK = (log_norm_nK - wanted_nK) * labelled_nK
+            is_marked_nK = target_nK == marked
+            right_nK = logits_nKV.argmax(-1) == target_nK
+            found = (losses_nK, right_nK, losses_nK * is_marked_nK, is_marked_nK)
+            stats_4K += torch.stack([values.float().sum(0) for values in found])
             if need_hidden or need_head:
-                grad = logits_nKV.sub_(log_norm[..., None]).exp_()
-                grad.scatter_add_(-1, index, grad.new_full(index.shape, -1.0))
-                grad.mul_((labelled * weights_K)[..., None])
-                grad_nV = grad.flatten(1).to(hidden_nH.dtype)
+                grad_nKV = logits_nKV.sub_(log_norm_nK[..., None]).exp_()
+                if smoothing:
+                    grad_nKV -= smoothing / grad_nKV.shape[-1]
+                grad_nKV.scatter_add_(-1, index_nK1, grad_nKV.new_full(index_nK1.shape, smoothing - 1.0))
+                grad_nV = grad_nKV.mul_((labelled_nK * weights_K)[..., None]).flatten(1).to(hidden_nH.dtype)
                 if grad_hidden is not None:
-                    grad_hidden[start : start + step] = grad_nV @ head_VH
+                    grad_hidden[start : start + step] = grad_nV @ head_used_VH
                 if grad_head is not None:
-                    grad_head += (grad_nV.t() @ rows).float()
+                    grad_head += (grad_nV.t() @ rows_nH).float()
         ctx.save_for_backward(*(grad for grad in (grad_hidden, grad_head) if grad is not None))
         ctx.head_dtype = head_VH.dtype
-        ctx.mark_non_differentiable(sums, hits)
-        return (sums * weights_K).sum(), sums, hits
+        ctx.mark_non_differentiable(stats_4K)
+        return (stats_4K[0] * weights_K).sum(), stats_4K
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         saved = list(ctx.saved_tensors)
         grad_hidden = saved.pop(0).mul(grads[0]) if ctx.needs_input_grad[0] else None
         grad_head = (saved.pop(0) * grads[0]).to(ctx.head_dtype) if ctx.needs_input_grad[1] else None
-        return grad_hidden, grad_head, None, None
+        return grad_hidden, grad_head, None, None, None, None
 
 
 @dataclass(frozen=True)
 class LossParts:
-    """total: this pack's share of the step's loss (a scalar with gradient). sums, hits, counts: [1 + K], not reduced:
-    cross entropies, right predictions and labels of text and of each codebook."""
+    """This pack's share of the step's loss, and sums over its labels.
+
+    total: a scalar with gradient. sums, hits, counts: [1 + K], not reduced: cross entropies, right predictions and
+    labels of text and of each codebook. eos: [2, K], the part of `sums` and `counts` that is about the end of the
+    stream. contrastive: [2], its sum and its number of pairs.
+    """
 
     total: torch.Tensor
     sums: torch.Tensor
     hits: torch.Tensor
     counts: torch.Tensor
+    eos: torch.Tensor
+    contrastive: torch.Tensor
 
 
 def pack_loss(
-    model: HiggsAudioModel, hidden_NH: torch.Tensor, batch: Batch, label_weights: torch.Tensor, *, with_audio: bool
+    model: HiggsAudioModel, hidden_NH: torch.Tensor, batch: Batch, label_weights: torch.Tensor, options: LossOptions
 ) -> LossParts:
     """The loss share of one pack.
 
     Args:
         hidden_NH: what `hidden_states` returned.
-        label_weights: [1 + K], from `LossWeights.per_label`.
-        with_audio: False leaves the audio head out (stage 1); its sums are 0.
+        label_weights: [2 + K], from `LossOptions.per_label`.
     """
-    heads = model.audio_decoder_proj
-    text = _head_loss(
-        model, heads.text_lm_head, hidden_NH, batch["text_rows"], batch["text_labels"][:, None], label_weights[:1]
-    )
+    heads, codebooks = model.audio_decoder_proj, len(label_weights) - 2
     counts = batch["label_counts"].float()
-    if with_audio:
-        audio = _head_loss(
-            model, heads.audio_lm_head, hidden_NH, batch["audio_rows"], batch["audio_labels"], label_weights[1:]
-        )
-    else:
-        nothing = label_weights.new_zeros(len(label_weights) - 1)
-        audio, counts = (nothing.sum(), nothing, nothing), torch.cat([counts[:1], nothing])
-    return LossParts(text[0] + audio[0], torch.cat([text[1], audio[1]]), torch.cat([text[2], audio[2]]), counts)
+    total, text_4K = label_weights.new_zeros(()), label_weights.new_zeros(4, 1)
+    audio_4K, contrastive = label_weights.new_zeros(4, codebooks), label_weights.new_zeros(2)
+    if options.with_text:
+        labels_n1 = batch["text_labels"][:, None]
+        part, text_4K = _head_loss(model, heads.text_lm_head, hidden_NH, batch["text_rows"], labels_n1,
+                                   label_weights[:1], options.smoothing, -1)  # fmt: skip
+        total = total + part
+    if options.with_audio:
+        labels_nK, eos = batch["audio_labels_KL"].t(), model.config.audio_stream_eos_id
+        part, audio_4K = _head_loss(model, heads.audio_lm_head, hidden_NH, batch["audio_rows"], labels_nK,
+                                    label_weights[1:-1], options.smoothing, eos)  # fmt: skip
+        total = total + part
+    if options.contrastive:
+        part = contrastive_loss(normed(model.norm, hidden_NH[len(hidden_NH) - batch["codes_KA"].shape[1] :]), batch)
+        total = total + part * label_weights[-1]
+        contrastive = torch.stack([part.detach(), batch["pairs"][0].float()])
+    stats = torch.cat([text_4K, audio_4K], dim=1)
+    computed = torch.cat([counts[:1] * options.with_text, counts[1:] * options.with_audio])
+    return LossParts(total, stats[0], stats[1], computed, audio_4K[2:], contrastive)
 
 
 def _head_loss(
@@ -139,8 +178,36 @@ def _head_loss(
     rows: torch.Tensor,
     labels_nK: torch.Tensor,
     weights_K: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    normed_nH = model.norm(hidden_NH.index_select(0, rows))
+    smoothing: float,
+    marked: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    normed_nH = normed(model.norm, hidden_NH.index_select(0, rows))
     weight = head.weight
     assert isinstance(weight, torch.Tensor)
-    return _HeadCrossEntropy.apply(normed_nH, weight, labels_nK, weights_K)  # pyright: ignore[reportReturnType]
+    return _HeadCrossEntropy.apply(normed_nH, weight, labels_nK, weights_K, smoothing, marked)  # pyright: ignore
+
+
+def contrastive_loss(audio_AH: torch.Tensor, batch: Batch) -> torch.Tensor:
+    """Voice similarity: a sample's mean target state should be nearest to mean reference states of its own speaker.
+
+    Supervised InfoNCE (https://arxiv.org/abs/2004.11362, with one anchor a sample) over the samples of the pack that
+    have both, summed over them: -log of the share of softmax(cosine / 0.1) that falls on references of the speaker.
+    With one sample it is 0; it is finite for any pack.
+
+    Args:
+        audio_AH: normed hidden states of the audio rows.
+    """
+    samples = len(batch.lengths)
+    pooled_2SH = audio_AH.new_zeros(2 * samples, audio_AH.shape[1], dtype=torch.float32)
+    owners = batch["owners"]  # 2 * sample, and 1 more for a target
+    pooled_2SH = pooled_2SH.index_add(0, owners, audio_AH.float())
+    frames = torch.zeros(2 * samples, device=owners.device).index_add(0, owners, torch.ones_like(owners).float())
+    unit_2SH = F.normalize(pooled_2SH / frames.clamp(min=1)[:, None], dim=1)
+    has_both = (frames.view(-1, 2) > 0).all(1)
+    cosine_SS = unit_2SH[1::2] @ unit_2SH[0::2].t() / TEMPERATURE
+    same_SS = batch["speakers"][:, None] == batch["speakers"]
+    absent_1S, absent_S1 = ~has_both[None], ~has_both[:, None]
+    every_SS = cosine_SS.masked_fill(absent_1S, -torch.inf).masked_fill(absent_S1, 0.0)
+    own_SS = cosine_SS.masked_fill(absent_1S | ~same_SS, -torch.inf).masked_fill(absent_S1, 0.0)
+    losses_S = torch.logsumexp(every_SS, 1) - torch.logsumexp(own_SS, 1)
+    return (losses_S * batch.weight).sum()

@@ -10,7 +10,6 @@ import json
 import math
 import resource
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -20,26 +19,43 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemaini
 from rich.progress import Progress as RichProgress
 from torch.utils.tensorboard import SummaryWriter
 
-from .loss import LossWeights
+from .loss import LossOptions
 
 
-def loss_metrics(sums: list[float], counts: list[float], weights: LossWeights, *, with_audio: bool) -> dict[str, Any]:
-    """Losses from sums and label counts of text and of each codebook; None where there is no label."""
-    means = [total / count if count else None for total, count in zip(sums, counts, strict=True)]
-    text, codebooks = means[0], means[1:]
-    audio = None
-    if with_audio and any(mean is not None for mean in codebooks):
-        share = weights.codebooks or (1.0,) * len(codebooks)
-        audio = sum(w * (mean or 0.0) for w, mean in zip(share, codebooks, strict=True)) / sum(share)
-    total = weights.text * (text or 0.0) + weights.audio * (audio or 0.0)
-    return {
-        "loss": total,
-        "text_loss": text,
+def loss_metrics(stats: list[float], options: LossOptions) -> dict[str, Any]:
+    """Losses and accuracies from `Window.stats`, summed over all ranks; None where there is no label."""
+    width = (len(stats) - 2 + 2) // 5  # 3 * (1 + K) + 2 * K + 2 values
+    sums, hits, counts = (stats[i * width : (i + 1) * width] for i in range(3))
+    eos, (pair_sum, pairs) = stats[3 * width : -2], stats[-2:]
+    codebooks = width - 1
+    means, shares = _ratios(sums, counts), options.codebook_shares(codebooks)
+    right = _ratios(hits, counts)
+    audio = _weighted(means[1:], shares) if options.with_audio else None
+    contrastive = pair_sum / pairs if pairs else None
+    parts = ((options.text, means[0]), (options.audio, audio), (options.contrastive, contrastive))
+    found = {
+        "loss": sum(weight * value for weight, value in parts if value is not None),
+        "text_loss": means[0],
         "audio_loss": audio,
-        "audio_loss_per_codebook": codebooks if with_audio else None,
+        "audio_loss_per_codebook": means[1:] if options.with_audio else None,
+        "eos_loss": _ratios([sum(eos[:codebooks])], [sum(eos[codebooks:])])[0],
+        "text_accuracy": right[0],
+        "audio_accuracy": _ratios([sum(hits[1:])], [sum(counts[1:])])[0],
+        "audio_accuracy_per_codebook": right[1:] if options.with_audio else None,
         "text_labels": int(counts[0]),
         "audio_labels": int(sum(counts[1:])),
     }
+    return found | ({"contrastive_loss": contrastive} if options.contrastive else {})
+
+
+def _ratios(sums: list[float], counts: list[float]) -> list[float | None]:
+    return [total / count if count else None for total, count in zip(sums, counts, strict=True)]
+
+
+def _weighted(means: list[float | None], shares: list[float]) -> float | None:
+    if all(mean is None for mean in means):
+        return None
+    return sum(share * (mean or 0.0) for share, mean in zip(shares, means, strict=True))
 
 
 def max_memory_gb(device: torch.device) -> float:
@@ -64,7 +80,7 @@ class Reporter:
         columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[note]}"), TimeRemainingColumn())
         self._bar = RichProgress(*columns, console=Console(stderr=True), disable=self._plain)
         self._task = self._bar.add_task("", total=total_steps, note="")
-        self._began, self._total = time.monotonic(), total_steps
+        self._total = total_steps
         self._bar.start()
 
     def step(self, step: int) -> None:
@@ -80,7 +96,7 @@ class Reporter:
         note = self._note(metrics)
         self._bar.update(self._task, note=note)
         if self._plain:
-            print(f"step {metrics['step']}/{self._total} {note}", file=sys.stderr, flush=True)
+            print(f"{metrics['kind']} step {metrics['step']}/{self._total} {note}", file=sys.stderr, flush=True)
 
     def _note(self, metrics: dict[str, Any]) -> str:
         parts = [f"{name} {metrics[name]:.4f}" for name in ("text_loss", "audio_loss") if metrics.get(name) is not None]
@@ -88,6 +104,11 @@ class Reporter:
             parts.append(f"{metrics['tokens_per_second']:,.0f} tokens/s")
             parts.append(f"wait {metrics['data_wait_fraction']:.1%}")
         return "  ".join(parts)
+
+    def text(self, name: str, text: str, step: int) -> None:
+        """Show a text, and keep it in TensorBoard."""
+        self._board.add_text(name, text, step)
+        self._bar.console.print(text, markup=False, highlight=False)
 
     def close(self) -> None:
         self._bar.stop()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import platform
 import shutil
 import subprocess
-from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -13,12 +12,13 @@ from typing import Any
 import yaml
 from peft import PeftModel, get_peft_model_state_dict
 from safetensors.torch import save
+from torch import nn
 
 from ..shards import durable
 from ..shards.errors import UserError
 from .config import TrainConfig
 
-RUN_FILES = ("config.yaml", "metrics.jsonl", "adapter_config.json", "adapter_model.safetensors")
+RUN_FILES = ("config.yaml", "metrics.jsonl", "trainable.json", "adapter_config.json", "adapter_model.safetensors")
 
 
 def prepare_folder(folder: Path, *, overwrite: bool) -> None:
@@ -42,10 +42,9 @@ def prepare_folder(folder: Path, *, overwrite: bool) -> None:
 
 def save_config(config: TrainConfig, resolved: dict[str, Any]) -> None:
     """Write config.yaml: every option, what was worked out from them, versions, git revision."""
-    options = {name: str(value) if isinstance(value, Path) else value for name, value in asdict(config).items()}
     versions = {name: version(name) for name in ("torch", "transformers", "peft", "numpy", "higgs-tune")}
     content = {
-        "options": options,
+        "options": config.plain(),
         "resolved": resolved,
         "versions": {"python": platform.python_version(), **versions},
         "git_revision": git_revision(),
@@ -61,6 +60,15 @@ def git_revision() -> str | None:
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return None
+
+
+def save_trainable(folder: Path, parameters: dict[str, nn.Parameter]) -> None:
+    """Write trainable.json: module, shape and number of values of everything that trains."""
+    listed = [
+        {"module": name.removeprefix("base_model.model."), "shape": list(value.shape), "count": value.numel()}
+        for name, value in parameters.items()
+    ]
+    durable.write_bytes(folder / "trainable.json", durable.to_json(listed, indent=1) + b"\n")
 
 
 def save_adapter(peft_model: PeftModel, folder: Path) -> None:
