@@ -47,10 +47,11 @@ def bins_of(values: Any) -> np.ndarray:
 
 
 def histogram(values: Any, name: str = "", bins: np.ndarray | None = None) -> dict[str, Any]:
-    """Bars of a histogram, counted here: the page gets bins, not values."""
+    """Bars of a histogram, counted here: the page gets bins, not values. Bars side by side are given common bins."""
     counts, edges = np.histogram(values, bins if bins is not None else bins_of(values))
-    middle, width = (edges[:-1] + edges[1:]) / 2, np.diff(edges)
-    bar = {"type": "bar", "x": _short(middle), "y": counts.tolist(), "width": _short(width), "name": name}
+    bar = {"type": "bar", "x": _short((edges[:-1] + edges[1:]) / 2), "y": counts.tolist(), "name": name}
+    if bins is None:
+        bar["width"] = _short(np.diff(edges))
     return bar | {"hovertemplate": "%{x:.4~g}: %{y}<extra></extra>"}
 
 
@@ -72,7 +73,7 @@ def data_charts(shards: ShardSet, found: Scan) -> list[dict[str, Any]]:
             parts,
             x="seconds",
             y="segments",
-            barmode="overlay",
+            barmode="group",
         ),
         figure(
             "positions",
@@ -110,9 +111,10 @@ def _speakers(shards: ShardSet) -> dict[str, Any]:
     names = shards.manifest["speakers"]
     hours = np.bincount(shards.index["speaker"], shards.index["seconds"], minlength=len(names)) / 3600
     order = np.argsort(-hours, kind="stable")[:MOST_SPEAKERS].tolist()
-    items = [(str(number + 1) + ". " + _clip(names[row]), float(hours[row])) for number, row in enumerate(order)]
+    unit, size = ("hours", 1) if hours.max() >= 1 else ("minutes", 60)
+    items = [(f"{number}. {_clip(names[row])}", float(hours[row]) * size) for number, row in enumerate(order, 1)]
     note = f"The {len(items)} with most audio of {len(names):,}"
-    return figure("speakers", "Speakers", note, [_bars(items)], x="hours, references included")
+    return figure("speakers", "Speakers", note, [_bars(items)], x=f"{unit}, references included")
 
 
 def _clip(name: str, most: int = 24) -> str:

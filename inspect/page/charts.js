@@ -38,7 +38,7 @@ function chartData(chart) {
   return chart.data.map((part) => {
     if (part.tone !== undefined) return { ...part, line: { ...part.line, color: lines[part.tone] }, marker: { color: lines[part.tone] } };
     if (part.type === "heatmap") return { ...part, colorscale: [[0, color("panel")], [1, color("spectrum")]], colorbar: { tickformat: ".2~%", thickness: 12 } };
-    return part.type === "bar" && chart.layout.barmode === "overlay" ? { ...part, opacity: 0.65 } : part;
+    return part;
   });
 }
 

@@ -3,7 +3,7 @@
 function tiles(info) {
   const items = [
     ["Samples", number(info.samples), `${number(info.validation_samples)} for validation`],
-    ["Audio", `${number(info.hours, info.hours < 10 ? 2 : 0)} h`, "references included"],
+    ["Audio", info.hours < 1 ? `${number(60 * info.hours, 1)} min` : `${number(info.hours, info.hours < 10 ? 2 : 0)} h`, "references included"],
     ["Speakers", number(info.speakers), ""],
     ["Positions", number(info.positions), `${number(info.positions / Math.max(info.samples, 1))} a sample`],
     ["Left out", number(info.rejects), info.rejects ? "rejected, by reason below" : "nothing was rejected"],
