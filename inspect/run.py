@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from .charts import figure
 
 Line = dict[str, Any]
 GENERATED = "samples.json"
+MOST_POINTS = 2000  # of a curve
 
 
 @dataclass(frozen=True)
@@ -54,22 +55,28 @@ def read_run(folder: Path) -> Run:
         options = yaml.safe_load(config.read_text()) if config.is_file() else {}
     except yaml.YAMLError as error:
         raise UserError(f"not YAML: {error}", where=config) from error
-    generated = {path.parent.name: _json(path) for path in (folder / "samples").glob(f"*/{GENERATED}")}
+    samples = folder / "samples"
+    found = [path for path in samples.glob(f"*/{GENERATED}") if inside(samples, str(path.relative_to(samples)))]
+    generated = {path.parent.name: _objects(path) for path in found}
     steps = sorted(generated, key=lambda name: (name != "base", name))
     return Run(
         folder=folder,
         config=options if isinstance(options, dict) else {},
         lines=_metrics(metrics),
-        trained=_json(trained) if trained.is_file() else [],
+        trained=_objects(trained) if trained.is_file() else [],
         generated={name: generated[name] for name in steps},
     )
 
 
-def _json(path: Path) -> Any:
+def _objects(path: Path) -> list[dict[str, Any]]:
+    """A JSON file that holds a list of objects."""
     try:
-        return json.loads(path.read_bytes())
+        found = json.loads(path.read_bytes())
     except ValueError as error:
         raise UserError(f"not JSON: {error}", where=path) from error
+    if not isinstance(found, list) or not all(isinstance(one, dict) for one in found):
+        raise UserError("not what a run holds here", where=path, expected="a list of objects")
+    return found
 
 
 def _metrics(path: Path) -> list[Line]:
@@ -79,9 +86,12 @@ def _metrics(path: Path) -> list[Line]:
     for number, line in enumerate(complete, 1):
         if line.strip():
             try:
-                lines.append(json.loads(line))
+                found = json.loads(line)
             except ValueError as error:
                 raise UserError(f"line {number} is not JSON: {error}", where=path) from error
+            if not isinstance(found, dict):
+                raise UserError(f"line {number} is no object", where=path, got=found)
+            lines.append(found)
     return lines
 
 
@@ -100,6 +110,7 @@ def run_page(run: Run) -> dict[str, Any]:
         "name": run.folder.resolve().name,
         "config": [[name, _shown(value)] for name, value in _flat(run.config)],
         "charts": run_charts(run.lines),
+        "every": thinning(run.lines),
         "validation": validation_table(run.lines),
         "trained": trained_table(run.trained),
         "generated": generated_table(run),
@@ -127,24 +138,29 @@ def number(value: Any) -> float | None:
     return found if math.isfinite(found) else None
 
 
-def curve(lines: list[Line], name: str, get: Callable[[Line], Any], **style: Any) -> dict[str, Any] | None:
+def curve(lines: list[Line], name: str, values: Iterable[Any], **style: Any) -> dict[str, Any] | None:
     """One line of a chart over the steps; None where no step has a value. Lines of one `tone` get one colour."""
-    points = [(line.get("step"), number(get(line))) for line in lines]
-    if all(value is None for _, value in points):
+    shown = [number(value) for value in values]
+    if all(value is None for value in shown):
         return None
-    steps, values = zip(*points, strict=True)
-    return {"type": "scatter", "mode": "lines", "name": name, "x": list(steps), "y": list(values), **style}
+    steps = [line.get("step") for line in lines]
+    return {"type": "scatter", "mode": "lines", "name": name, "x": steps, "y": shown, **style}
 
 
 def _curves(lines: list[Line], names: Iterable[str], suffix: str = "", **style: Any) -> Iterable[dict[str, Any] | None]:
     for tone, name in enumerate(names):
-        yield curve(lines, name.replace("_", " ") + suffix, lambda line, name=name: line.get(name), tone=tone, **style)
+        yield curve(lines, name.replace("_", " ") + suffix, (line.get(name) for line in lines), tone=tone, **style)
 
 
 def _per_codebook(lines: list[Line], name: str) -> Iterable[dict[str, Any] | None]:
-    books = max((len(line.get(name) or ()) for line in lines), default=0)
-    for k in range(books):
-        yield curve(lines, f"codebook {k}", lambda line, k=k: (line.get(name) or [None] * books)[k])
+    by_book = [line[name] if isinstance(line.get(name), list) else [] for line in lines]
+    for k in range(max(map(len, by_book), default=0)):
+        yield curve(lines, f"codebook {k}", (values[k] if k < len(values) else None for values in by_book))
+
+
+def thinning(lines: list[Line]) -> int:
+    """n, where charts draw every n-th line so that a curve has at most MOST_POINTS: none is wider than a screen."""
+    return -(-sum(line.get("kind") == "train" for line in lines) // MOST_POINTS) or 1
 
 
 LOSSES, ACCURACIES = ("text_loss", "audio_loss", "eos_loss"), ("text_accuracy", "audio_accuracy")
@@ -153,6 +169,8 @@ LOSSES, ACCURACIES = ("text_loss", "audio_loss", "eos_loss"), ("text_accuracy", 
 def run_charts(lines: list[Line]) -> list[dict[str, Any]]:
     """Curves over the steps: losses by part and codebook, accuracies, throughput, data wait, learning rate, norm."""
     train = [line for line in lines if line.get("kind") == "train"]
+    every = thinning(lines)
+    train = train[(len(train) - 1) % every :: every]  # the last one stays
     val = [line for line in lines if line.get("kind") == "eval"]
     marked: dict[str, Any] = {"mode": "lines+markers", "line": {"dash": "dot"}}
     losses = [*_curves(train, LOSSES), *_curves(val, LOSSES, ", validation", **marked)]

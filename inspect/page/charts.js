@@ -12,7 +12,7 @@ function chartLayout(chart) {
   return {
     autosize: true,
     height: chartHeight(chart),
-    margin: { l: 48, r: 12, t: 8, b: 40 },
+    margin: { l: 48, r: 20, t: 8, b: 40 },
     paper_bgcolor: "rgba(0,0,0,0)",
     plot_bgcolor: "rgba(0,0,0,0)",
     font: { color: ink, family: getComputedStyle(document.body).fontFamily, size: 12 },

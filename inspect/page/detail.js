@@ -45,7 +45,7 @@ const LEGEND = [["text", "text"], ["audio_in", "audio in"], ["audio_out", "audio
 function legend() {
   return el("p", { class: "legend" },
     ...LEGEND.map(([cls, name]) => el("span", { class: `swatch ${cls}`, text: name })),
-    el("span", { class: "swatch label", text: "bold: supervised here" }), el("span", { class: "swatch masked", text: "· : no label" }));
+    el("span", { class: "swatch label", text: "supervised" }), el("span", { class: "swatch masked", text: "·  no label" }));
 }
 
 /** The opened sample; `signal` aborts what it still loads. */

@@ -53,7 +53,7 @@ function runSection(source, run) {
     ? table("What trained", ["Module", "Shape", "Tensors", "Parameters"], rows.map((row) => [row[0], row[1], number(row[2]), number(row[3])]))
     : el("p", { class: "muted", text: "No trainable.json." });
   return section("run", "Training run",
-    el("p", {}, bdi(run.name)),
+    el("p", {}, bdi(run.name), run.every > 1 ? ` (one in ${number(run.every)} logged steps is drawn)` : null),
     charts(run.charts),
     el("h3", { text: "Validation" }), validation,
     el("h3", { text: "Generated samples" }), generatedBlock(source, run),
