@@ -74,7 +74,7 @@ class Expanded:
         audio_label_at: int64 [B], positions of output frames that predict something;
         audio_labels_KB: int16 [K, B], -100 where a codebook predicts nothing there.
         segment_at, segment_width: int64 [segments], first position and positions of each audio segment's codes;
-        segment_is_out: bool [segments].
+        segment_is_out, segment_is_trained: bool [segments].
     """
 
     lengths: np.ndarray
@@ -90,6 +90,7 @@ class Expanded:
     segment_at: np.ndarray
     segment_width: np.ndarray
     segment_is_out: np.ndarray
+    segment_is_trained: np.ndarray
 
     @property
     def length(self) -> int:
@@ -240,6 +241,7 @@ def expand(
         segment_at=segment_at,
         segment_width=segment_width,
         segment_is_out=segment_is_out,
+        segment_is_trained=trained,
     )
 
 

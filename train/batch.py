@@ -50,6 +50,7 @@ class Batch:
         mels: float16; with `mel` features [S, C, 3000], each segment's padded 30 s window; with `encoder` [M, C].
         mel_frames: true mel frames of each window (host).
         weight: 0 for a pack that only keeps the ranks in step at the end of an epoch, else 1.
+        trained_segments: audio segments that are trained on.
         damaged: what was wrong with samples that are left out of the pack.
         reference: arguments of boson's own forward, where that is to be used instead.
         in_slot: length of `flat`, while it waits in shared memory between two processes.
@@ -65,6 +66,7 @@ class Batch:
     mels: torch.Tensor | None = None
     mel_frames: list[int] = field(default_factory=list)
     weight: int = 1
+    trained_segments: int = 0
     damaged: list[str] = field(default_factory=list)
     in_slot: int = 0
     reference: dict[str, Any] | None = None
@@ -166,6 +168,7 @@ def collate(
         mels=mels,
         mel_frames=mel_frames,
         weight=weight,
+        trained_segments=int(seen.segment_is_trained.sum()) * weight,
         damaged=damaged or [],
     )
 

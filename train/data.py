@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from ..shards.errors import ShardError, UserError
 from ..shards.reader import ShardSet
-from ..shards.sequence import Stored
+from ..shards.sequence import SpecialIds, Stored
 from .batch import Batch, collate
 from .schedule import Cursor, PackRequest, Schedule, Sets
 from .slots import SlotRing
@@ -161,10 +161,11 @@ class Loader:
         if options.workers:
             ints = INTS_A_POSITION * schedule.tokens_per_pack + 64
             self._ring = SlotRing(options.workers * PREFETCH + 2, ints)
+        self._requests, self._dataset = _Endless(schedule, cursor or Cursor()), PackDataset(schedule.sets, options)
         self._loader: DataLoader[Any] = DataLoader(
             PackDataset(schedule.sets, options, self._ring),
             batch_size=None,
-            sampler=_Endless(schedule, cursor or Cursor()),  # pyright: ignore[reportArgumentType]
+            sampler=self._requests,  # pyright: ignore[reportArgumentType]
             num_workers=options.workers,
             pin_memory=options.pin_memory and (self._ring is None or options.features != "none"),
             persistent_workers=options.workers > 0,
@@ -176,6 +177,18 @@ class Loader:
 
     def __iter__(self) -> Iterator[Batch]:
         return self
+
+    @property
+    def special_ids(self) -> SpecialIds:
+        """Ids of the sets' tokenizer."""
+        return self._dataset.sets.sets[0].special_ids
+
+    def peek(self) -> Batch:
+        """The first batch, made in this process; the loader still gives it."""
+        batch = self._dataset[next(iter(self._requests))]
+        if isinstance(batch, LoadFailure):
+            raise ShardError(batch.message)
+        return batch
 
     def __next__(self) -> Batch:
         began, first = time.perf_counter(), self._batches is None

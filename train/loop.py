@@ -14,9 +14,13 @@ import torch.distributed as dist
 from peft import PeftModel
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+from transformers import PreTrainedTokenizerBase
 
+from ..preprocess.checkpoint import load_tokenizer
+from ..shards.durable import to_json, write_bytes
 from .config import TrainConfig
 from .data import Loader
+from .diagnostics import UpdateWatch, assert_frozen, fingerprint, look_at_predictions
 from .lora import add_lora, trainable
 from .loss import LossOptions
 from .metrics import Reporter, loss_metrics, max_memory_gb
@@ -24,6 +28,7 @@ from .model import HiggsAudioModel, load_config, load_model
 from .optim import make_optimizer, make_scheduler
 from .output import prepare_folder, save_adapter, save_config, save_trainable
 from .schedule import Schedule
+from .selftest import run_selftest
 from .setup import (
     Place,
     join_world,
@@ -85,8 +90,14 @@ def _train(config: TrainConfig, place: Place) -> None:
         save_config(config, {"base_model": str(base), "total_steps": run.total_steps, "whisper_features": features})
         save_trainable(config.output_dir, run.parameters)
         print(describe_run(run), flush=True)
-    run_steps(run)
+    report = run_selftest(run, base)
+    if place.is_main:
+        print("\n".join(report.lines()), flush=True)
+        write_bytes(config.output_dir / "selftest.json", to_json(report.to_dict(), indent=1) + b"\n")
+    frozen = fingerprint(peft_model.named_parameters())
+    run_steps(run, load_tokenizer(base, run.special_ids))
     # 4. the adapter
+    assert_frozen(peft_model, frozen)
     if place.is_main:
         save_adapter(peft_model, config.output_dir)
         print(f"adapter saved in {config.output_dir}", flush=True)
@@ -133,13 +144,18 @@ def describe_run(run: Run) -> str:
     )
 
 
-def run_steps(run: Run) -> None:
+def run_steps(run: Run, tokenizer: PreTrainedTokenizerBase) -> None:
     """Take every step of the run, with a report every `logging_steps` and at the last."""
     reporter = Reporter(run.config.output_dir, run.total_steps) if run.place.is_main else None
     window = run.window()
     for step in range(1, run.total_steps + 1):
         batches, counts = take_batches(run, window)
-        norm = train_step(run, batches, run.place.agree(counts), window)
+        looks = run.config.diagnostics_steps and step % run.config.diagnostics_steps == 0
+        watch = UpdateWatch(run.parameters) if looks and reporter else None
+        predictions = look_at_predictions(run.model, batches[0], tokenizer, run.loss) if watch else {}
+        norm = train_step(run, batches, run.place.agree(counts), window, watch)
+        if reporter and watch:
+            reporter.diagnose(predictions | watch.norms(), step)
         if reporter:
             reporter.step(step)
         if step % run.config.logging_steps == 0 or step in (1, run.total_steps):

@@ -153,14 +153,16 @@ def pack_loss(
     total, text_4K = label_weights.new_zeros(()), label_weights.new_zeros(4, 1)
     audio_4K, contrastive = label_weights.new_zeros(4, codebooks), label_weights.new_zeros(2)
     if options.with_text:
-        labels_n1 = batch["text_labels"][:, None]
-        part, text_4K = _head_loss(model, heads.text_lm_head, hidden_NH, batch["text_rows"], labels_n1,
-                                   label_weights[:1], options.smoothing, -1)  # fmt: skip
+        normed_nH = normed(model.norm, hidden_NH.index_select(0, batch["text_rows"]))
+        labels_n1, weights_1 = batch["text_labels"][:, None], label_weights[:1]
+        part, text_4K = head_cross_entropy(normed_nH, heads.text_lm_head, labels_n1, weights_1, options.smoothing)
         total = total + part
     if options.with_audio:
-        labels_nK, eos = batch["audio_labels_KL"].t(), model.config.audio_stream_eos_id
-        part, audio_4K = _head_loss(model, heads.audio_lm_head, hidden_NH, batch["audio_rows"], labels_nK,
-                                    label_weights[1:-1], options.smoothing, eos)  # fmt: skip
+        normed_nH = normed(model.norm, hidden_NH.index_select(0, batch["audio_rows"]))
+        labels_nK, weights_K, eos = batch["audio_labels_KL"].t(), label_weights[1:-1], model.config.audio_stream_eos_id
+        part, audio_4K = head_cross_entropy(
+            normed_nH, heads.audio_lm_head, labels_nK, weights_K, options.smoothing, eos
+        )
         total = total + part
     if options.contrastive:
         part = contrastive_loss(normed(model.norm, hidden_NH[len(hidden_NH) - batch["codes_KA"].shape[1] :]), batch)
@@ -171,17 +173,15 @@ def pack_loss(
     return LossParts(total, stats[0], stats[1], computed, audio_4K[2:], contrastive)
 
 
-def _head_loss(
-    model: HiggsAudioModel,
+def head_cross_entropy(
+    normed_nH: torch.Tensor,
     head: torch.nn.Module,
-    hidden_NH: torch.Tensor,
-    rows: torch.Tensor,
     labels_nK: torch.Tensor,
     weights_K: torch.Tensor,
-    smoothing: float,
-    marked: int,
+    smoothing: float = 0.0,
+    marked: int = -1,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    normed_nH = normed(model.norm, hidden_NH.index_select(0, rows))
+    """See `_HeadCrossEntropy`."""
     weight = head.weight
     assert isinstance(weight, torch.Tensor)
     return _HeadCrossEntropy.apply(normed_nH, weight, labels_nK, weights_K, smoothing, marked)  # pyright: ignore

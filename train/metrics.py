@@ -19,6 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemaini
 from rich.progress import Progress as RichProgress
 from torch.utils.tensorboard import SummaryWriter
 
+from .diagnostics import as_text
 from .loss import LossOptions
 
 
@@ -74,6 +75,7 @@ class Reporter:
     """
 
     def __init__(self, folder: Path, total_steps: int) -> None:
+        self._folder = folder
         self._file = (folder / "metrics.jsonl").open("a", buffering=1)
         self._board = SummaryWriter(str(folder / "tensorboard"))
         self._plain = not sys.stderr.isatty()
@@ -105,10 +107,13 @@ class Reporter:
             parts.append(f"wait {metrics['data_wait_fraction']:.1%}")
         return "  ".join(parts)
 
-    def text(self, name: str, text: str, step: int) -> None:
-        """Show a text, and keep it in TensorBoard."""
-        self._board.add_text(name, text, step)
-        self._bar.console.print(text, markup=False, highlight=False)
+    def diagnose(self, found: dict[str, Any], step: int) -> None:
+        """Show diagnostics, and keep them in diagnostics.jsonl and TensorBoard."""
+        with (self._folder / "diagnostics.jsonl").open("a") as file:
+            file.write(json.dumps({"step": step} | found, ensure_ascii=False) + "\n")
+        text = as_text(found, step)
+        self._board.add_text("diagnostics", f"```\n{text}\n```", step)
+        self._bar.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     def close(self) -> None:
         self._bar.stop()

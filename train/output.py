@@ -18,7 +18,15 @@ from ..shards import durable
 from ..shards.errors import UserError
 from .config import TrainConfig
 
-RUN_FILES = ("config.yaml", "metrics.jsonl", "trainable.json", "adapter_config.json", "adapter_model.safetensors")
+RUN_FILES = (
+    "config.yaml",
+    "metrics.jsonl",
+    "diagnostics.jsonl",
+    "selftest.json",
+    "trainable.json",
+    "adapter_config.json",
+    "adapter_model.safetensors",
+)
 
 
 def prepare_folder(folder: Path, *, overwrite: bool) -> None:

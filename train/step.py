@@ -22,9 +22,11 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 
+from ..shards.sequence import SpecialIds
 from .batch import Batch
 from .config import TrainConfig
 from .data import Loader
+from .diagnostics import UpdateWatch
 from .forward import hidden_states
 from .loss import LossOptions, LossParts, pack_loss
 from .model import HiggsAudioModel
@@ -103,6 +105,10 @@ class Run:
     def codebooks(self) -> int:
         return self.model.config.audio_num_codebooks
 
+    @property
+    def special_ids(self) -> SpecialIds:
+        return self.loader.special_ids
+
     def window(self) -> Window:
         return Window.empty(self.codebooks, self.place.device)
 
@@ -122,11 +128,14 @@ def take_batches(run: Run, window: Window) -> tuple[list[Batch], list[float]]:
     return [batch.to(run.place.device) for batch in batches], counts.tolist()
 
 
-def train_step(run: Run, batches: list[Batch], counts: list[float], window: Window) -> torch.Tensor:
+def train_step(
+    run: Run, batches: list[Batch], counts: list[float], window: Window, watch: UpdateWatch | None = None
+) -> torch.Tensor:
     """One optimizer step over this rank's micro-batches.
 
     Args:
         counts: [2 + K], label and pair counts of the whole step, over all ranks.
+        watch: looks at the gradients on the way.
 
     Returns:
         The gradient norm before clipping, on the device.
@@ -138,6 +147,8 @@ def train_step(run: Run, batches: list[Batch], counts: list[float], window: Wind
             parts: LossParts = run.module(batch, label_weights)
             parts.total.backward()
         window.add(parts)
+    if watch:
+        watch.see_gradients()
     norm = nn.utils.clip_grad_norm_(run.parameters.values(), run.config.max_grad_norm or math.inf)
     run.optimizer.step()
     run.scheduler.step()

@@ -1,0 +1,87 @@
+"""Merge an adapter into its base checkpoint: one folder in Boson's layout that needs neither PEFT nor us.
+
+    python -m higgs_tune.train.export --adapter OUT2 --out MERGED
+
+In: a training output folder. Out: config, safetensors and tokenizer files. Never: a half-written checkpoint under the
+final name.
+"""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+import tyro
+from peft import PeftModel
+
+from ..shards import durable
+from ..shards.errors import UserError, run_command
+from .lora import read_adapter_weights
+from .model import HiggsAudioModel, load_model
+from .setup import resolve_model
+
+
+@dataclass(frozen=True)
+class ExportConfig:
+    """Merge an adapter into its base checkpoint."""
+
+    adapter: Path
+    """Output folder of a training run."""
+    out: Path
+    """Folder that receives the merged checkpoint."""
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    """Of the merged weights."""
+    debug: bool = False
+    """Show tracebacks of user errors."""
+
+
+def load_adapter(folder: Path, *, device: torch.device, dtype: torch.dtype) -> PeftModel:
+    """A training output folder's model: base checkpoint and adapter.
+
+    Raises:
+        UserError: the folder holds no adapter, or the base checkpoint is not there.
+    """
+    base, adapter = resolve_model(folder)
+    if adapter is None:
+        raise UserError("no adapter here", where=folder, expected="adapter_config.json")
+    attention = any(".audio_attn." in name for name in read_adapter_weights(folder))
+    loaded = load_model(base, device=device, dtype=dtype, audio_attention=attention)
+    return PeftModel.from_pretrained(loaded.model, str(folder))  # pyright: ignore[reportArgumentType]
+
+
+def export(config: ExportConfig) -> None:
+    """Write the merged checkpoint.
+
+    Raises:
+        UserError: the output folder exists, or the adapter cannot be loaded.
+    """
+    if config.out.exists():
+        raise UserError("the output folder exists already", where=config.out)
+    durable.check_writable(config.out.parent)
+    base, _ = resolve_model(config.adapter)
+    dtype = torch.bfloat16 if config.dtype == "bfloat16" else torch.float32
+    peft_model = load_adapter(config.adapter, device=torch.device("cpu"), dtype=torch.float32)
+    model: HiggsAudioModel = peft_model.merge_and_unload().to(dtype)  # pyright: ignore[reportCallIssue]
+    model.config.torch_dtype = dtype
+    temp = config.out.with_name(f"{durable.TEMP_PREFIX}{config.out.name}")
+    shutil.rmtree(temp, ignore_errors=True)
+    model.save_pretrained(temp)
+    for file in base.iterdir():
+        if file.name.startswith(("tokenizer", "special_tokens", "generation_config", "chat_template")):
+            shutil.copy(file, temp / file.name)
+    for file in temp.iterdir():
+        durable.fsync_file(file)
+    temp.rename(config.out)
+    durable.fsync_folder(config.out.parent)
+    print(f"merged checkpoint in {config.out}")
+
+
+def main() -> None:
+    run_command(lambda: export(tyro.cli(ExportConfig, prog="higgs_tune.train.export")))
+
+
+if __name__ == "__main__":
+    main()
