@@ -20,12 +20,21 @@ from .stats import packed_lengths
 
 @dataclass(frozen=True)
 class Packing:
-    """What decides on the packs of an epoch. sets: all of the run; weights: their mix, or None to pack all together."""
+    """What decides on the packs of an epoch.
+
+    sets: all of the run; weights: their mix, or None to pack all together; features: whether the model takes the sets'
+    Whisper features, which then count as positions.
+    """
 
     sets: list[ShardSet]
     tokens_per_pack: int
     seed: int
     weights: list[float] | None = None
+    features: bool = True
+
+    def lengths(self, shards: ShardSet) -> np.ndarray:
+        """int64 [samples]: positions of each sample."""
+        return packed_lengths(shards) if self.features else shards.index["tokens"].astype(np.int64)
 
 
 @dataclass(frozen=True)
@@ -40,13 +49,17 @@ class Neighbour:
 
 @dataclass(frozen=True)
 class Packed:
-    """A sample's pack: its number of `packs` in the epoch, its samples in order, its positions."""
+    """A sample's pack: its number of `packs` in the epoch, its samples in order, its positions.
+
+    features: the Whisper features that the model takes of the sample.
+    """
 
     pack: int
     packs: int
     neighbours: list[Neighbour]
     length: int
     tokens_per_pack: int
+    features: str
 
 
 def packing_of_run(folder: Path, shards: ShardSet) -> Packing:
@@ -55,7 +68,8 @@ def packing_of_run(folder: Path, shards: ShardSet) -> Packing:
     Raises:
         UserError: the folder holds no run, or the run did not train on this set.
     """
-    options: dict[str, Any] = read_run(folder).config.get("options", {})
+    config = read_run(folder).config
+    options: dict[str, Any] = config.get("options") or {}
     try:
         given, budget, seed = options["train_data_dir"], options["tokens_per_pack"], options["seed"]
     except KeyError as error:
@@ -64,7 +78,8 @@ def packing_of_run(folder: Path, shards: ShardSet) -> Packing:
     if shards.manifest_hash not in [one.manifest_hash for one in sets]:
         names = ", ".join(one.location for one in sets)
         raise UserError("the run did not train on this set", where=folder, expected=shards.location, got=names)
-    return Packing(sets, budget, seed, options.get("mix_weights"))
+    taken = (config.get("resolved") or {}).get("whisper_features")
+    return Packing(sets, budget, seed, options.get("mix_weights"), features=taken != "none")
 
 
 def find_pack(shards: ShardSet, row: int, packing: Packing, epoch: int) -> Packed:
@@ -74,7 +89,7 @@ def find_pack(shards: ShardSet, row: int, packing: Packing, epoch: int) -> Packe
         UserError: the sample is held out, longer than a pack, or in no pack of this epoch.
     """
     key, budget = shards.index["key"].item(row).decode(), packing.tokens_per_pack
-    length = int(packed_lengths(shards)[row])
+    length = int(packing.lengths(shards)[row])
     if length > budget:
         expected = f"at most --tokens_per_pack {budget}"
         raise UserError("the sample is longer than a pack", where=f"key {key}", expected=expected, got=length)
@@ -83,7 +98,7 @@ def find_pack(shards: ShardSet, row: int, packing: Packing, epoch: int) -> Packe
             "the sample is held out for validation: it is in no pack", where=f"{shards.location}, key {key}"
         )
     starts = np.cumsum([0, *[len(one) for one in packing.sets]])
-    lengths = np.concatenate([packed_lengths(one) for one in packing.sets])
+    lengths = np.concatenate([packing.lengths(one) for one in packing.sets])
     weights = packing.weights or [1.0] * len(packing.sets)
     inputs = []
     for one, start, weight in zip(packing.sets, starts, weights, strict=False):
@@ -106,4 +121,5 @@ def find_pack(shards: ShardSet, row: int, packing: Packing, epoch: int) -> Packe
         other_key = home.index["key"].item(other - int(starts[number])).decode()
         is_sample = other == row + int(starts[own])
         neighbours.append(Neighbour(home.location, other_key, end - int(lengths[other]), is_sample))
-    return Packed(pack, len(plan), neighbours, int(ends[-1]), budget)
+    features = shards.features if packing.features else "none"
+    return Packed(pack, len(plan), neighbours, int(ends[-1]), budget, features)

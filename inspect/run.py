@@ -250,5 +250,8 @@ def generated_table(run: Run) -> dict[str, Any]:
                 text = str(entry.get("target_text") or entry.get("text") or "")
                 rows[key] = {"key": key, "text": text, **fixed, "steps": {}}
             told = {name: entry.get(name) for name in ("reached_eos", "duration_s", "duration_ratio", "silence_ratio")}
-            rows[key]["steps"][step] = {**told, "clip": clip(f"{step}/{entry.get('wav')}")}
+            if entry.get("text") != entry.get("target_text"):  # a run without audio: what was written instead of it
+                told["text"] = str(entry.get("text"))
+            wav = entry.get("wav")
+            rows[key]["steps"][step] = {**told, "clip": clip(f"{step}/{wav}") if wav else None}
     return {"steps": list(run.generated), "rows": list(rows.values())}

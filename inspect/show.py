@@ -119,7 +119,7 @@ def print_as_trained(
     start = next(neighbour.start for neighbour in packed.neighbours if neighbour.is_sample)
     console.print(Text("position: in the sample, as the rotary embedding gets it; attention does not leave the sample"))
     console.print(Text("label: what this position is trained to predict, the token of the next position; ·: nothing"))
-    rows = list(positions(sample, shards.special_ids, shards.features))
+    rows = list(positions(sample, shards.special_ids, packed.features))
     numbered = (((str(start + p.number), str(p.number)), p) for p in shifted(rows))
     _print_table(console, ("in pack", "position"), numbered, checkpoints, shards.special_ids)
 

@@ -106,6 +106,30 @@ def test_show_as_trained_is_the_loaders_batch(shards: ShardSet, capsys: Captured
     assert len(predicting) == entry["audio_labels"] + 7, "each codebook one later than the one before"
 
 
+@pytest.mark.parametrize("features", ["none", "mel"])
+def test_show_as_trained_in_a_run(toy: Path, tmp_path: Path, capsys: Captured, features: str) -> None:
+    """Budget, seed and sets come from the run, and so does whether its model takes the set's Whisper features."""
+    maker = SampleMaker(toy, features=True)
+    made = [
+        write_set(tmp_path / name, toy, [[maker(n) for n in range(start, start + 12)]], features="mel")
+        for name, start in (("first", 0), ("second", 12))
+    ]
+    options = {"train_data_dir": [str(one.folder) for one in made], "tokens_per_pack": 900, "seed": 5}
+    config = {"options": options | {"mix_weights": None}, "resolved": {"whisper_features": features}}
+    (tmp_path / "config.yaml").write_text(json.dumps(config))
+    (tmp_path / "metrics.jsonl").write_text("")
+    schedule = Schedule(made, tokens_per_pack=900, seed=5, accumulation=1, world=World(0, 1, 0, 1), features=features)
+    pack = schedule.plan(0).pack(1)
+    number, row = divmod(int(pack[-1]), 12)
+    cli.Show(str(made[number].folder), str(row), as_trained=True, run_dir=tmp_path).run()
+    out = capsys.readouterr().out
+    assert f"pack 1 of {len(schedule.plan(0))}:" in out
+    rows = table_of(out, "in pack")
+    last = made[number].index[row]
+    assert len(rows) == last["tokens"] + (last["mel_tokens"] if features == "mel" else 0)
+    assert any(line[2] == "whisper" for line in rows) == (features == "mel")
+
+
 def test_show_as_trained_refuses_what_is_in_no_pack(shards: ShardSet) -> None:
     held_out = str(shards.rows_of(validation=True)[0])
     with pytest.raises(UserError, match="held out"):

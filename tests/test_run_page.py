@@ -80,3 +80,12 @@ def test_lists_behind_links_are_not_read(tmp_path: Path) -> None:
     other = write_run(tmp_path / "other", ["b"])
     (folder / "samples" / "step-000900").symlink_to(other / "samples" / "base")
     assert list(read_run(folder).generated) == ["base", "step-000500"]
+
+
+def test_a_run_without_audio_shows_what_was_written(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run", ["a"])
+    listed = folder / "samples" / "step-000500" / "samples.json"
+    listed.write_text(json.dumps([json.loads(listed.read_text())[0] | {"text": "something else", "wav": None}]))
+    steps = run_page(read_run(folder))["generated"]["rows"][0]["steps"]
+    assert (steps["step-000500"]["text"], steps["step-000500"]["clip"]) == ("something else", None)
+    assert "text" not in steps["base"]

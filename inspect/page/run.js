@@ -12,7 +12,7 @@ function generatedBlock(source, run) {
   const cell = (row, title, given) => {
     const clip = typeof given === "string" ? { clip: given } : given;
     const props = { role: "cell", "data-label": title };
-    if (!clip?.clip) return el("td", props, el("span", { class: "muted", text: "none" }), told(clip));
+    if (!clip?.clip) return el("td", props, clip?.text ? bdi(clip.text, "p", "said") : el("span", { class: "muted", text: "none" }), told(clip));
     return el("td", props, player(source, clip.clip, `${title} of ${row.key}`, loads.signal).box, told(clip));
   };
   const fill = () => {
