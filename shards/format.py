@@ -116,12 +116,17 @@ def _npy(array: np.ndarray) -> bytes:
     return buffer.getvalue()
 
 
+def tar_header(name: str, size: int) -> bytes:
+    """The USTAR header of a member, 512 bytes; the same name and size always give the same bytes."""
+    info = tarfile.TarInfo(name)
+    info.size = size
+    info.mode = 0o644
+    return info.tobuf(tarfile.USTAR_FORMAT)
+
+
 def tar_member(name: str, payload: bytes) -> bytes:
     """One USTAR member: header, payload, zero padding to the next multiple of 512 bytes."""
-    info = tarfile.TarInfo(name)
-    info.size = len(payload)
-    info.mode = 0o644
-    return info.tobuf(tarfile.USTAR_FORMAT) + payload + bytes(-len(payload) % TAR_BLOCK)
+    return tar_header(name, len(payload)) + payload + bytes(-len(payload) % TAR_BLOCK)
 
 
 def tar_end(size: int) -> bytes:

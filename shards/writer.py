@@ -177,11 +177,7 @@ class SetWriter:
         """Append a sample to the shard's files; returns its index row."""
         codes = tars[0].add(encode_sample(sample))
         mel = tars[1].add(encode_mels(sample)) if sample.mels else (0, 0, 0)
-        text_labels, audio_labels = label_counts(sample, self.ids)
-        tokens = packed_length(sample.tokens_2L.shape[1], sample.segment_frames, self.ids.codebooks)
-        positions = sum(mel_positions(sample, self.features))
-        seconds = sum(segment["seconds"] for segment in sample.meta["segments"])
-        counts = (tokens, positions, text_labels, audio_labels, sample.codes_KT.shape[1], seconds)
+        counts = index_counts(sample, self.ids, self.features)
         return (sample.key.encode(), shard, *codes, *mel, *counts, 0, self.split.of(sample))
 
     def _commit(self, number: int, committed: Committed, paths: list[Path]) -> None:
@@ -263,6 +259,15 @@ class SetWriter:
     def _entry(self, name: str) -> dict[str, Any]:
         path = self.folder / name
         return {"name": name, "bytes": path.stat().st_size, "sha256": file_sha256(path)}
+
+
+def index_counts(sample: Sample, ids: SpecialIds, features: str) -> tuple[int, int, int, int, int, float]:
+    """What an index row says of a sample's content: the fields from `tokens` to `seconds`, in their order."""
+    text_labels, audio_labels = label_counts(sample, ids)
+    tokens = packed_length(sample.tokens_2L.shape[1], sample.segment_frames, ids.codebooks)
+    positions = sum(mel_positions(sample, features))
+    seconds = sum(segment["seconds"] for segment in sample.meta["segments"])
+    return tokens, positions, text_labels, audio_labels, sample.codes_KT.shape[1], seconds
 
 
 def npy_bytes(index: np.ndarray) -> bytes:
