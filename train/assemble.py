@@ -87,6 +87,9 @@ def check(config: TrainConfig, place: Place) -> Checked:
         raise UserError("--early_stopping_patience needs validation", expected="a validation split, and --eval_steps")
     if config.sample_steps:
         codec_path(config, sets)
+        if config.full_finetune and place.world.size > 1:
+            hint = "Samples of different lengths would wait for each other's weights; generate from the saved model."
+            raise UserError("--sample_steps has no place in --full_finetune on several ranks", hint=hint)
     checkpoint = find_checkpoint(config, place)
     if place.is_main and not config.dry_run:
         overwrite, resuming = config.overwrite_output_dir, config.resume_from_checkpoint

@@ -18,6 +18,7 @@ from .forward import hidden_states
 from .lora import normed
 from .loss import LossOptions
 from .model import HiggsAudioModel
+from .sharded import local, whole
 
 EDGE_FRAMES = 4  # first and last frames that are shown
 _GROUPS = (
@@ -38,7 +39,7 @@ def norms_by_group(tensors: dict[str, torch.Tensor]) -> dict[str, float]:
     """The norm of all tensors of each group together."""
     squares: dict[str, torch.Tensor] = {}
     for name, value in tensors.items():
-        square = value.detach().float().pow(2).sum()
+        square = whole(value.detach().float().pow(2).sum())
         squares[group_of(name)] = squares[group_of(name)] + square if group_of(name) in squares else square
     return {group: float(square.sqrt()) for group, square in squares.items()}
 
@@ -134,7 +135,7 @@ def _code(code: int) -> str:
 def fingerprint(parameters: Iterable[tuple[str, nn.Parameter]]) -> dict[str, tuple[float, int]]:
     """Sum of values and version counter of every frozen parameter: what must be the same at every save."""
     return {
-        name: (float(parameter.double().sum()), parameter._version)
+        name: (float(local(parameter.detach()).double().sum()), parameter._version)
         for name, parameter in parameters
         if not parameter.requires_grad
     }

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import time
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -24,12 +25,13 @@ from .checkpoint import VERSION, Snapshot
 from .config import TrainConfig
 from .data import naming_dead_workers
 from .diagnostics import UpdateWatch, assert_frozen, fingerprint, look_at_predictions
-from .faults import StopFlag, Stopped, together
+from .faults import EXIT_REQUEUE, StopFlag, Stopped, together
 from .metrics import loss_metrics, max_memory_gb
 from .output import (
     ADAPTER,
     ADAPTER_CONFIG,
     FULL,
+    STOPPED,
     adapter_config_json,
     adapter_tensors,
     save_adapter,
@@ -137,13 +139,17 @@ def run_steps(run: Run, tools: Tools, window: Window) -> None:
         counts = obey(run, tools, window, counts)
         looks = config.diagnostics_steps and (progress.step + 1) % config.diagnostics_steps == 0
         watch = UpdateWatch(run.parameters) if looks else None
-        predictions = look_at_predictions(run.model, batches[0], tools.tokenizer, run.loss) if watch else {}
+        predictions: dict[str, object] = {}
+        if watch:
+            look = partial(look_at_predictions, tokenizer=tools.tokenizer, options=run.loss)
+            predictions = run.look(batches[0], look)
         norm = train_step(run, batches, counts, window, watch)
         step, last = progress.step, progress.step == run.total_steps
+        predictions |= watch.norms() if watch else {}
         if tools.reporter:
             tools.reporter.step(step)
             if watch:
-                tools.reporter.diagnose(predictions | watch.norms(), step)
+                tools.reporter.diagnose(predictions, step)
         if step % config.logging_steps == 0 or step == 1 or last:
             report(tools, summarise(run, window, norm))
             window = run.window()
@@ -193,6 +199,7 @@ def obey(run: Run, tools: Tools, window: Window, counts: list[float]) -> list[fl
                    "--resume_from_checkpoint auto goes on")  # fmt: skip
         if tools.reporter:
             tools.reporter.close()
+            write_bytes(config.output_dir / STOPPED, to_json({"exit_code": EXIT_REQUEUE, "step": run.progress.step}))
         raise Stopped
     return agreed[: len(counts)]
 

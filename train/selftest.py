@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -167,7 +168,8 @@ def run_selftest(run: Run, base: Path) -> Report:
     """
     batch = run.loader.peek().to(run.place.device)
     parts = {"with_text": run.loss.with_text, "with_audio": run.loss.with_audio}
-    sums = shifted_sums(run.model, batch, **parts)
+    with torch.no_grad():
+        sums = run.look(batch, partial(shifted_sums, **parts))
     tokenizer = load_tokenizer(base, run.special_ids)
     first = batch["text_labels"][batch["to_sorted"][batch["text_rows"].long()] < batch.lengths[0]]
     text = isolated(tokenizer.decode(first.tolist(), skip_special_tokens=False))
