@@ -15,7 +15,7 @@ from torch import nn
 from ..shards.errors import UserError
 from .batch import Batch
 from .forward import hidden_states
-from .lora import normed
+from .lora import evaluating, normed
 from .loss import LossOptions
 from .model import HiggsAudioModel
 
@@ -70,7 +70,9 @@ def look_at_predictions(model: HiggsAudioModel, batch: Batch, tokenizer: Any, op
         `key`, `text` and `predicted_text`, `codes` and `predicted_codes` (first and last frames that are labelled, one
         list of K a frame), `accuracy_per_codebook` over the whole batch.
     """
-    hidden_NH, first_end = hidden_states(model, batch), batch.lengths[0]
+    with evaluating(model):
+        hidden_NH = hidden_states(model, batch)
+    first_end = batch.lengths[0]
     found: dict[str, Any] = {"key": batch.keys[0]}
     if options.with_text:
         rows, labels = batch["text_rows"].long(), batch["text_labels"]
