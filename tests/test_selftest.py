@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Callable
 from dataclasses import replace
@@ -12,7 +13,6 @@ import numpy as np
 import pytest
 import torch
 from higgs_tune.shards import sequence
-from higgs_tune.shards.format import Sample
 from higgs_tune.train import loss
 from higgs_tune.train.batch import collate
 from higgs_tune.train.model import load_model
@@ -29,8 +29,7 @@ class Trained:
         self.model, rng = folder / "model", np.random.default_rng(0)
         model = write_checkpoint(self.model, tokenizer)
         self.ids = ids_of(self.model)
-        make = {"frames": (8, 16)}
-        self.samples = [random_sample(f"s{i}", rng, tokenizer, self.ids, **make) for i in range(4)]
+        self.samples = [random_sample(f"s{i}", rng, tokenizer, self.ids, frames=(8, 16)) for i in range(4)]
         assert overfit(model, self.samples, self.ids, steps=60) < 6
         model.save_pretrained(self.model)
         self.data = write_set(folder / "data", self.samples, self.model)
@@ -90,7 +89,7 @@ def test_losses_at_shifts_are_a_naive_loop(trained: Trained) -> None:
                 count += 1
         assert sums[shift, :, 0].tolist() == pytest.approx([text, count], rel=1e-4)
         audio, count = 0.0, 0
-        for begin, end in zip(starts, starts[1:], strict=False):
+        for begin, end in itertools.pairwise(starts):
             for at in range(begin + shift, end):
                 if (label := int(inputs["label_audio_ids"][3, at])) >= 0:
                     audio -= float(out.audio_logits[at - shift, 3].log_softmax(-1)[label])

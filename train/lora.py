@@ -20,7 +20,7 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F  # noqa: N812
-from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file
 from torch import nn
@@ -199,8 +199,10 @@ def _full_name(name: str) -> str:
 
 
 def _load_adapter(peft_model: PeftModel, weights: dict[str, torch.Tensor], adapter: Path | None) -> None:
+    """Set an earlier adapter's weights; what joins in this stage keeps its own."""
+    own = get_peft_model_state_dict(peft_model)  # peft insists on weights for every module trained in full
     try:
-        result = set_peft_model_state_dict(peft_model, weights)
+        result = set_peft_model_state_dict(peft_model, own | weights)
     except RuntimeError as error:
         raise UserError(f"the adapter does not fit: {error}", where=adapter) from error
     if result.unexpected_keys:
