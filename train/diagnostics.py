@@ -136,7 +136,7 @@ def _code(code: int) -> str:
 def fingerprint(parameters: Iterable[tuple[str, nn.Parameter]]) -> dict[str, tuple[float, int]]:
     """Sum of values and version counter of every frozen parameter: what must be the same at every save."""
     return {
-        name: (float(parameter.double().sum()), parameter._version)
+        name: (float(parameter.sum(dtype=torch.float64)), parameter._version)
         for name, parameter in parameters
         if not parameter.requires_grad
     }
