@@ -85,7 +85,9 @@ def model(toy_tokenizer: PreTrainedTokenizerBase) -> HiggsAudioModel:
 
 def make_batch(tokenizer: PreTrainedTokenizerBase, ids: SpecialIds, speakers: list[int]) -> Batch:
     rng = np.random.default_rng(0)
-    samples = [random_sample(f"s{i}", rng, tokenizer, ids, frames=(3, 12), turns=1 + i % 2) for i in range(len(speakers))]
+    samples = [
+        random_sample(f"s{i}", rng, tokenizer, ids, frames=(3, 12), turns=1 + i % 2) for i in range(len(speakers))
+    ]
     return collate(samples, 0.0, ids, speakers=speakers)
 
 

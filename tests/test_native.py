@@ -118,9 +118,7 @@ def test_weights_may_lie_in_several_files(boson: Path, tmp_path: Path) -> None:
         assert torch.equal(loaded[name], value), name
 
 
-def test_without_a_text_head_only_audio_trains(
-    boson: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_without_a_text_head_only_audio_trains(boson: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     native = write_native(tmp_path / "native", boson, lambda tensors: tensors.pop("text_lm_head.weight"))
     for stage in ("stage1", "single"):
         said = refused(capsys, stage, native, data_of(boson), tmp_path / stage)
@@ -285,6 +283,9 @@ def test_set_without_features_is_refused(tower: WithTower, tmp_path: Path, capsy
 
 def no_mels(samples: list[Sample]) -> list[Sample]:
     return [
-        replace(s, meta=s.meta | {"segments": [{k: v for k, v in g.items() if k != "mel_frames"} for g in s.meta["segments"]]})
+        replace(
+            s,
+            meta=s.meta | {"segments": [{k: v for k, v in g.items() if k != "mel_frames"} for g in s.meta["segments"]]},
+        )
         for s in samples
     ]
