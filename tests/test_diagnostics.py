@@ -127,7 +127,7 @@ def test_a_changed_frozen_weight_is_named(change: Callable[[nn.Linear], None]) -
     before = fingerprint(model.named_parameters())
     assert before.keys() == {"weight"}
     with torch.no_grad():
-        model.bias += 1
+        model.bias.add_(1)
     assert_frozen(model, before)
     change(model)
     with pytest.raises(UserError, match="frozen parameters have changed: weight"):
