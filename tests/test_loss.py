@@ -154,7 +154,7 @@ def test_contrastive_loss_is_a_naive_loop(data: st.DataObject) -> None:
         lengths, weight = [1] * count, 1
 
     found = contrastive_loss(states, Pack(arrays))  # pyright: ignore[reportArgumentType]
-    assert float(found) == pytest.approx(naive_contrastive(states.detach(), owners, speakers), abs=1e-4)
+    assert float(found.detach()) == pytest.approx(naive_contrastive(states.detach(), owners, speakers), abs=1e-4)
     found.backward()
     assert states.grad is not None
     assert torch.isfinite(states.grad).all()
