@@ -188,6 +188,16 @@ def test_untrained_models_go_on(
     assert "cannot tell whether the signal is right" in capsys.readouterr().out
 
 
+def test_dropout_and_reference_labels_do_not_disturb_it(trained: Trained, tmp_path: Path) -> None:
+    """Dropout is off within the test; labels of reference audio count as segments."""
+    run_train("single", trained.model, trained.data, tmp_path / "1", learning_rate=1e-2, max_steps=3)
+    run_train("stage2", tmp_path / "1", trained.data, tmp_path / "2", lora_dropout=0.5, train_on_reference=True)
+    found = json.loads((tmp_path / "2" / "selftest.json").read_text())
+    assert found["eos_labels"] == 8 * found["segments"]
+    assert found["segments"] == sum(len(sample.segment_frames) for sample in trained.samples)
+    assert found["verdicts"]["text"] == "right"
+
+
 def test_loss_above_uniform_is_refused(
     trained: Trained, tmp_path: Path, capsys: pytest.CaptureFixture[str], toy_tokenizer: PreTrainedTokenizerBase
 ) -> None:
