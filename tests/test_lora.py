@@ -57,7 +57,9 @@ def test_patterns_match_whole_names(model: HiggsAudioModel) -> None:
         found("(")
 
 
-def test_what_trains_is_saved(toy_tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+def test_what_trains_is_printed_and_saved(
+    toy_tokenizer: PreTrainedTokenizerBase, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     write_checkpoint(tmp_path / "model", toy_tokenizer)
     sample = random_sample("s", np.random.default_rng(0), toy_tokenizer, ids_of(tmp_path / "model"))
     data = write_set(tmp_path / "data", [sample], tmp_path / "model")
@@ -69,6 +71,8 @@ def test_what_trains_is_saved(toy_tokenizer: PreTrainedTokenizerBase, tmp_path: 
         {"module": name.format("A"), "shape": [4, 64], "count": 256},
         {"module": name.format("B"), "shape": [96, 4], "count": 384},
     ]
+    said = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert ["layers.*.audio_mlp.up_proj.lora_A.default.weight", "[4,", "64]", "x1", "256"] in said
 
 
 @pytest.mark.parametrize(

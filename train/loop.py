@@ -21,7 +21,7 @@ from ..shards.durable import to_json, write_bytes
 from .config import TrainConfig
 from .data import Loader
 from .diagnostics import UpdateWatch, assert_frozen, fingerprint, look_at_predictions
-from .lora import add_lora, trainable
+from .lora import add_lora, describe_trainable, trainable
 from .loss import LossOptions
 from .metrics import Reporter, loss_metrics, max_memory_gb
 from .model import HiggsAudioModel, load_config, load_model
@@ -136,12 +136,13 @@ def make_run(
 
 
 def describe_run(run: Run) -> str:
-    """What the run is about to do, in a line."""
+    """What the run is about to do: a line, then what trains."""
     count = sum(parameter.numel() for parameter in run.parameters.values())
-    return (
+    line = (
         f"{run.config.training_stage}: {count / 1e6:.2f} M trainable parameters in {len(run.parameters)} tensors, "
         f"{run.total_steps} steps ({run.steps_per_epoch} an epoch) on {run.place.world.size} x {run.place.device.type}"
     )
+    return "\n".join([line, *describe_trainable(run.parameters)])
 
 
 def run_steps(run: Run, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -215,6 +215,15 @@ def trainable(module: nn.Module) -> dict[str, nn.Parameter]:
     return {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
 
 
+def describe_trainable(parameters: dict[str, nn.Parameter]) -> list[str]:
+    """What trains, as people read it: a line for each kind of tensor, with `*` for the number of its layer."""
+    kinds: dict[tuple[str, tuple[int, ...]], list[int]] = {}
+    for name, value in parameters.items():
+        kind = re.sub(r"\.\d+\.", ".*.", name.removeprefix("base_model.model."))
+        kinds.setdefault((kind, tuple(value.shape)), []).append(value.numel())
+    return [f"  {name:<60} {list(shape)!s:>16} x{len(n):<4} {sum(n):>13,}" for (name, shape), n in kinds.items()]
+
+
 def parameter_group(name: str) -> str:
     """lora, head or new: parameters with learning rates of their own."""
     if ".lora_" in name:
