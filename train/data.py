@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Literal
@@ -20,6 +21,7 @@ from ..shards.errors import ShardError, UserError
 from ..shards.reader import ShardSet
 from ..shards.sequence import SpecialIds, Stored
 from .batch import Batch, collate
+from .faults import outlive_stop_signals
 from .schedule import Cursor, PackRequest, Schedule, Sets
 from .slots import SlotRing
 
@@ -171,7 +173,8 @@ class Loader:
             persistent_workers=options.workers > 0,
             prefetch_factor=PREFETCH if options.workers else None,
             multiprocessing_context=options.start_method if options.workers else None,
-            worker_init_fn=_one_thread,
+            worker_init_fn=_start_worker,
+            generator=torch.Generator(),  # the process's own would move on, and a resumed run's dropout with it
         )
         self._batches: Iterator[Batch | LoadFailure] | None = None
 
@@ -208,13 +211,8 @@ class Loader:
     def _next(self) -> Batch | LoadFailure:
         if self._batches is None:
             self._batches = iter(self._loader)
-        try:
+        with naming_dead_workers():
             return next(self._batches)
-        except RuntimeError as error:
-            if "DataLoader worker" not in str(error):
-                raise
-            hint = "Was it killed for memory? Fewer --dataloader_num_workers or --tokens_per_pack need less."
-            raise UserError(f"a loader process died: {error}", hint=hint) from error
 
     def close(self) -> None:
         """Stop the worker processes."""
@@ -222,5 +220,22 @@ class Loader:
         self._loader._iterator = None
 
 
-def _one_thread(_worker: int) -> None:
+@contextmanager
+def naming_dead_workers() -> Iterator[None]:
+    """Say which loader process has died; torch raises that from a signal handler, wherever the program is.
+
+    Raises:
+        UserError: a loader process has died within the block.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        hint = "Was it killed for memory? Fewer --dataloader_num_workers or --tokens_per_pack need less."
+        raise UserError(f"a loader process died: {error}", hint=hint) from error
+
+
+def _start_worker(_worker: int) -> None:
     torch.set_num_threads(1)
+    outlive_stop_signals()

@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from boson_multimodal.model.higgs_audio.modeling_higgs_audio import HiggsAudioDualFFNDecoderLayer
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from torch.nn.attention.varlen import varlen_attn
 
 from .batch import Batch
@@ -61,7 +62,8 @@ def hidden_states(model: HiggsAudioModel, batch: Batch) -> torch.Tensor:
     text_rows = len(hidden_NH) - batch["codes_KA"].shape[1]
     spans = make_spans(model, batch, hidden_NH, text_rows)
     for layer in model.layers:
-        hidden_NH = decoder_layer(layer, hidden_NH, text_rows, spans)
+        packed = (hidden_NH, text_rows, spans)
+        hidden_NH = layer(packed=packed) if isinstance(layer, FSDPModule) else decoder_layer(layer, *packed)
     return hidden_NH
 
 

@@ -232,6 +232,19 @@ def parameter_group(name: str) -> str:
 
 
 @contextmanager
+def base_only(peft_model: nn.Module) -> Iterator[None]:
+    """Run the base model alone: adapters and fully trained modules are set aside within the block."""
+    if not isinstance(peft_model, PeftModel):
+        yield
+        return
+    flags = {name: parameter.requires_grad for name, parameter in peft_model.named_parameters()}
+    with peft_model.disable_adapter():
+        yield
+    for name, parameter in peft_model.named_parameters():  # peft turns all of an adapter's parameters on
+        parameter.requires_grad_(flags[name])
+
+
+@contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """No dropout within the block."""
     training = [module for module in model.modules() if module.training]

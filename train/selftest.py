@@ -49,7 +49,9 @@ class Part:
     labels: int
 
     def verdict(self) -> str:
-        """`right`, `wrong shift`, `above uniform`, or `cannot tell` (nothing learned yet, or too few labels)."""
+        """`right`, `wrong shift`, `above uniform`, `not finite`, or `cannot tell` (nothing learned, or few labels)."""
+        if not all(map(math.isfinite, self.losses)):
+            return "not finite"
         chance = CHANCE / math.sqrt(max(1, self.labels))
         if self.losses[1] > self.uniform + ABOVE_UNIFORM + chance:
             return "above uniform"
@@ -84,7 +86,7 @@ class Report:
         found = [
             f"{part.name}: {part.verdict()}"
             for part in self.parts
-            if part.verdict() in ("above uniform", "wrong shift")
+            if part.verdict() in ("above uniform", "wrong shift", "not finite")
         ]
         for part in self.parts:
             trained = self.training_loss.get(part.name, part.losses[1])
@@ -115,7 +117,11 @@ class Report:
         return [head, *rows, *unsure * (knows == {"cannot tell"}), shares, f"first trained text: {self.text}"]
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self) | {"verdicts": {part.name: part.verdict() for part in self.parts}}
+        parts = [asdict(part) | {"losses": [loss if math.isfinite(loss) else None for loss in part.losses]}
+                 for part in self.parts]  # fmt: skip
+        training = {name: loss if math.isfinite(loss) else None for name, loss in self.training_loss.items()}
+        found = asdict(self) | {"parts": parts, "training_loss": training}
+        return found | {"verdicts": {part.name: part.verdict() for part in self.parts}}
 
 
 def refuse_if_wrong(report: Report) -> None:

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 
 from ..preprocess.checkpoint import describe_checkpoint
+from ..preprocess.hub import MODEL_FILES, WEIGHT_FILES, local_checkpoint
 from ..shards.errors import UserError
 from ..shards.reader import ShardSet
 from .config import TrainConfig
@@ -47,6 +48,14 @@ class Place:
         dist.all_reduce(total, group=self.control)
         return total.tolist()
 
+    def gather(self, values: torch.Tensor) -> torch.Tensor:
+        """A host tensor of every rank, as [ranks, ...]; all have the same shape."""
+        if self.control is None:
+            return values[None]
+        found = [torch.empty_like(values) for _ in range(self.world.size)]
+        dist.all_gather(found, values, group=self.control)
+        return torch.stack(found)
+
 
 def join_world() -> Place:
     """This process's place, from torchrun's environment, and its device."""
@@ -70,16 +79,22 @@ def join_world() -> Place:
 def resolve_model(path: Path) -> tuple[Path, Path | None]:
     """The base checkpoint of `--model_path`, and the adapter in it, if it is the output folder of a stage.
 
+    Args:
+        path: a folder, or `owner/name[@revision]` of the Hub.
+
     Raises:
-        UserError: the adapter's base checkpoint is not there.
+        UserError: there is no such checkpoint, or the adapter's base checkpoint is not there.
     """
+    files = (*MODEL_FILES, *WEIGHT_FILES)
     adapter = read_adapter_config(path)
     if adapter is None:
-        return path.absolute(), None
+        return local_checkpoint(path, files), None
     base = Path(adapter.get("base_model_name_or_path") or "")
-    if not base.is_dir():
-        raise UserError("the adapter's base checkpoint is not there", where=path / "adapter_config.json", got=base)
-    return base, path
+    try:
+        return local_checkpoint(base, files), path
+    except UserError as error:
+        where = path / "adapter_config.json"
+        raise UserError("the adapter's base checkpoint is not there", where=where, got=base) from error
 
 
 def open_sets(config: TrainConfig, base: Path) -> list[ShardSet]:
