@@ -11,6 +11,7 @@ import json
 import os
 import socket
 import sys
+import traceback
 from collections.abc import Callable
 
 from higgs_tune.train.__main__ import parse_arguments
@@ -38,6 +39,8 @@ def fork(work: Callable[[], None]) -> int:
     try:
         work()
         code = 0
+    except BaseException:  # noqa: BLE001  (this is the end of the process)
+        traceback.print_exc()
     finally:
         sys.stderr.flush()
         os._exit(code)

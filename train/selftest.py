@@ -14,9 +14,10 @@ import math
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
+from torch.distributed.fsdp import FSDPModule
 
 from ..preprocess.checkpoint import load_tokenizer
 from ..shards.errors import UserError
@@ -185,7 +186,12 @@ def run_selftest(run: Run, base: Path) -> Report:
     batch = run.loader.peek().to(run.place.device)
     parts = {"with_text": run.loss.with_text, "with_audio": run.loss.with_audio}
     with evaluating(run.model):
-        sums = torch.cat([shifted_sums(run.model, batch, **parts).flatten(), training_sums(run, batch)])
+        trained = training_sums(run, batch)  # first: FSDP wants its whole module called before a part of it
+        if isinstance(run.module, FSDPModule):
+            run.module.unshard()
+        sums = torch.cat([shifted_sums(run.model, batch, **parts).flatten(), trained])
+        if isinstance(run.module, FSDPModule):
+            run.module.reshard()
     tokenizer = load_tokenizer(base, run.special_ids)
     first = batch["text_labels"][batch["to_sorted"][batch["text_rows"].long()] < batch.lengths[0]]
     text = isolated(tokenizer.decode(first.tolist(), skip_special_tokens=False))
@@ -204,7 +210,14 @@ def training_sums(run: Run, batch: Batch) -> torch.Tensor:
     """Sums of the losses that train, by the code that trains: [1 + K] (text, then each codebook)."""
     options = replace(run.loss, smoothing=0.0, contrastive=0.0)
     weights = torch.ones(2 + run.codebooks, device=run.place.device)
-    return PackModel(run.model, (), options)(batch, weights).sums
+    if not isinstance(run.module, FSDPModule):
+        return PackModel(run.model, (), options)(batch, weights).sums
+    module, own = cast(PackModel, run.module), run.loss
+    module.options = options
+    try:
+        return module(batch, weights).sums
+    finally:
+        module.options = own
 
 
 def make_report(
