@@ -19,7 +19,7 @@ from ..shards.errors import UserError
 from .config import TrainConfig
 from .data import Loader, LoaderOptions
 from .faults import BadSteps
-from .lora import TrainableOptions, add_lora, trainable
+from .lora import TrainableOptions, add_lora, describe_trainable, trainable
 from .loss import LossOptions
 from .model import HiggsAudioModel, load_config, load_model
 from .optim import Ema, learning_rates, make_optimizer
@@ -180,11 +180,12 @@ def checkpoint_bytes(run: Run) -> int:
 
 
 def describe_run(run: Run, checkpoint: Path | None) -> str:
-    """What the run is about to do, in a line."""
+    """What the run is about to do: a line, then what trains."""
     count = sum(parameter.numel() for parameter in run.parameters.values())
     begun = f", from step {run.progress.step} ({checkpoint})" if checkpoint else ""
-    return (
+    line = (
         f"{run.config.training_stage}: {count / 1e6:.2f} M trainable parameters in {len(run.parameters)} tensors, "
         f"{run.total_steps} steps ({run.steps_per_epoch} an epoch) on {run.place.world.size} x {run.place.device.type}"
         f"{begun}"
     )
+    return "\n".join([line, *describe_trainable(run.parameters)])

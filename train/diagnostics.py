@@ -15,7 +15,7 @@ from torch import nn
 from ..shards.errors import UserError
 from .batch import Batch
 from .forward import hidden_states
-from .lora import normed
+from .lora import evaluating, normed
 from .loss import LossOptions
 from .model import HiggsAudioModel
 from .sharded import local, whole
@@ -71,7 +71,9 @@ def look_at_predictions(model: HiggsAudioModel, batch: Batch, tokenizer: Any, op
         `key`, `text` and `predicted_text`, `codes` and `predicted_codes` (first and last frames that are labelled, one
         list of K a frame), `accuracy_per_codebook` over the whole batch.
     """
-    hidden_NH, first_end = hidden_states(model, batch), batch.lengths[0]
+    with evaluating(model):
+        hidden_NH = hidden_states(model, batch)
+    first_end = batch.lengths[0]
     found: dict[str, Any] = {"key": batch.keys[0]}
     if options.with_text:
         rows, labels = batch["text_rows"].long(), batch["text_labels"]
@@ -132,16 +134,16 @@ def _code(code: int) -> str:
 
 
 @torch.no_grad()
-def fingerprint(parameters: Iterable[tuple[str, nn.Parameter]]) -> dict[str, tuple[float, int]]:
+def fingerprint(parameters: Iterable[tuple[str, nn.Parameter]]) -> dict[str, tuple[str, int]]:
     """Sum of values and version counter of every frozen parameter: what must be the same at every save."""
     return {
-        name: (float(local(parameter.detach()).double().sum()), parameter._version)
+        name: (str(float(local(parameter.detach()).sum(dtype=torch.float64))), parameter._version)
         for name, parameter in parameters
         if not parameter.requires_grad
     }
 
 
-def assert_frozen(model: nn.Module, before: dict[str, tuple[float, int]]) -> None:
+def assert_frozen(model: nn.Module, before: dict[str, tuple[str, int]]) -> None:
     """Raise UserError where a parameter that should be frozen has changed, or trains.
 
     Raises:

@@ -57,7 +57,7 @@ class Tools:
     """What works beside the steps. reporter and saver: on rank 0 only. speaker: where samples are generated."""
 
     tokenizer: PreTrainedTokenizerBase
-    frozen: dict[str, tuple[float, int]]
+    frozen: dict[str, tuple[str, int]]
     validation: Validation
     stop: StopFlag
     reporter: Reporter | None = None
@@ -187,6 +187,7 @@ def obey(run: Run, tools: Tools, window: Window, counts: list[float]) -> list[fl
     for failure in failures:
         say(tools, f"error: {failure}")
     if failed:
+        _ = saver and saver.finish()
         hint = "--allow_failed_saves trains on without."
         raise UserError(f"a checkpoint could not be saved: {'; '.join(failures) or 'see rank 0'}", hint=hint)
     if bad:
