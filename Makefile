@@ -36,7 +36,7 @@ demo: toy
 
 # the tests of the report in a browser are skipped without Chromium (Debian: apt-get install chromium chromium-driver)
 test: setup
-	$(BIN)/pytest
+	$(BIN)/pytest -n 2 --dist loadfile
 
 lint: setup
 	$(BIN)/ruff check .

@@ -55,6 +55,7 @@ def build(config: PreprocessConfig) -> dict[str, Any]:
     provenance = make_provenance(job)
     work, writer = Work(job.out), set_writer(job)
     if finished(job.url or str(job.out), provenance["request"]):
+        writer.clear()  # a run that was killed right after the manifest left it
         return {"already_built": True}
     with Stop() as stop, Progress() as progress, work.locked():
         writer.begin()

@@ -245,11 +245,15 @@ class SetWriter:
             "provenance": provenance,
         }
         self._put(MANIFEST, durable.to_json(manifest, indent=1) + b"\n")
-        shutil.rmtree(self.folder / WORK)
+        self.clear()
+        return manifest
+
+    def clear(self) -> None:
+        """Remove the work folder, or all that was staged, of a finished set; another run may be at the same."""
+        shutil.rmtree(self.folder / WORK, ignore_errors=True)
         if self.target:
             for name in (MANIFEST, INDEX, REJECTS):
-                (self.folder / name).unlink()
-        return manifest
+                (self.folder / name).unlink(missing_ok=True)
 
     def _put(self, name: str, data: bytes) -> None:
         durable.write_bytes(self.folder / name, data)

@@ -3,9 +3,9 @@
     python tests/killed_builds.py TOY DATA OUT COUNT SEED
 
 Each build is a child of this process, which has everything imported and the checkpoints loaded: a fork costs nothing,
-a start 8 seconds. The builds themselves fork their two workers, too; all else is the program as it is. Build number i
-is hit after a random part of the time that an undisturbed one took, by KILLS[i % 4], then started again until it is
-done.
+a start 8 seconds. The builds themselves fork their two workers, too; all else is the program as it is. Each build is
+hit by the next of KILLS after a random part of the time that a build takes, then started again until it is done; COUNT
+are hit in time. One that was done before is not counted, and the next are hit earlier.
 Prints one JSON object a build: what hit it, after how long, its exit code, and what it said.
 """
 
@@ -89,16 +89,20 @@ def main() -> None:
     pid = start([*options, "--out", str(out / "whole")], out / "whole.log")
     code, took = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), time.monotonic() - began
     print(json.dumps({"how": "none", "code": code, "seconds": took}), flush=True)
-    for number in range(int(sys.argv[4])):
-        how, after, folder = KILLS[number % len(KILLS)], rng.random() * took, out / str(number)
+    count, killed = int(sys.argv[4]), 0
+    for number in range(4 * count):
+        if killed == count:
+            break
+        how, after, folder = KILLS[killed % len(KILLS)], rng.random() * took, out / str(number)
         pid = start([*options, "--out", str(folder)], out / f"{number}.log")
         time.sleep(after)
         done = os.waitpid(pid, os.WNOHANG)
         if not done[0]:
             hit(pid, how)
             done = os.waitpid(pid, 0)
-        found = {"how": how, "after": after, "code": os.waitstatus_to_exitcode(done[1])}
-        found["gone"] = group_is_gone(pid, 5.0)
+        code = os.waitstatus_to_exitcode(done[1])
+        killed, took = (killed + 1, took) if code else (killed, 0.9 * took)
+        found = {"how": how, "after": after, "code": code, "gone": group_is_gone(pid, 60.0)}
         found["temporary"] = len([*folder.rglob(".tmp-*")])
         again = start([*options, "--out", str(folder)], out / f"{number}.log")
         found["again"] = os.waitstatus_to_exitcode(os.waitpid(again, 0)[1])

@@ -7,20 +7,22 @@ import os
 import signal
 import subprocess
 import sys
-import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
-import psutil
 import pytest
 import soundfile
 from conftest import preprocess
 from higgs_tune.preprocess import pipeline
 from higgs_tune.preprocess.engine import Stopped
 from higgs_tune.shards.errors import UserError
+from higgs_tune.shards.writer import SetWriter
 
-KILLED = 20
+KILLED = 12
+Task = Callable[[Any, int], Any]
 
 
 def make_data(folder: Path, clips: int) -> Path:
@@ -43,11 +45,11 @@ def files_of(folder: Path) -> dict[str, bytes]:
 
 
 def test_killed_builds_end_byte_identical(toy: Path, tmp_path: Path) -> None:
-    """20 builds with 2 processes, each hit at a random moment: kill -9 of all, of the parent, of a worker; SIGTERM."""
+    """Builds with 2 processes, each hit at a random moment: kill -9 of all, of the parent, of a worker; SIGTERM."""
     data = make_data(tmp_path, 14)
     script = Path(__file__).parent / "killed_builds.py"
     command = [sys.executable, str(script), str(toy), str(data), str(tmp_path), str(KILLED), "0"]
-    result = subprocess.run(command, capture_output=True, text=True, check=True, timeout=200)
+    result = subprocess.run(command, capture_output=True, text=True, check=True, timeout=600)
     whole, *builds = [json.loads(line) for line in result.stdout.splitlines()]
     assert whole["code"] == 0
     expected = files_of(tmp_path / "whole")
@@ -59,7 +61,25 @@ def test_killed_builds_end_byte_identical(toy: Path, tmp_path: Path) -> None:
         assert build["code"] in codes[build["how"]] | {0}, build
         assert build["gone"], f"processes are left behind: {build}"
         assert not build["temporary"] or build["how"] != "stop"
-    assert sum(build["code"] != 0 for build in builds) > KILLED // 2  # most were hit before they were done
+    assert sum(build["code"] != 0 for build in builds) == KILLED  # the others were done before they were hit
+
+
+@pytest.mark.parametrize("remote", [False, True])
+def test_killed_after_the_manifest(toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, remote: bool) -> None:
+    """The set is valid, but the work folder still stands: the next start removes it, and encodes nothing."""
+    data, local = make_data(tmp_path, 3), tmp_path / "out"
+    out, options = (f"memory://{tmp_path}/set", {"staging": local}) if remote else (local, {})
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(SetWriter, "clear", Mock(side_effect=KeyboardInterrupt))
+        preprocess(toy, data, out, **options)
+    assert (local / ".work" / "request.json").exists()
+    assert (local / "manifest.json").exists()
+    assert preprocess(toy, data, out, **options) == {"already_built": True}
+    if remote:
+        assert not list(local.iterdir())
+    else:
+        preprocess(toy, data, tmp_path / "whole")
+        assert files_of(local) == files_of(tmp_path / "whole")
 
 
 def test_processes_change_nothing(toy: Path, tmp_path: Path) -> None:
@@ -109,44 +129,40 @@ def test_a_second_build_of_the_same_folder_is_refused(
     assert seen == [0]
 
 
-def test_ray_gives_the_same_bytes_when_a_worker_is_killed(toy: Path, tmp_path: Path) -> None:
-    """A local Ray; the first worker that is seen at work is killed, once while encoding and once while assembling."""
-    data = make_data(tmp_path, 24)
-    options = {"clips_per_unit": 2, "samples_per_shard": 5, "whisper_features": "mel"}
+def dying(task: Task, mark: Path) -> Task:
+    """The task, whose process is killed the first time that number 1 is done.
+
+    Ray sends a function within a function by its code, so workers need not import this file.
+    """
+
+    def run(job: Any, number: int) -> Any:
+        result = task(job, number)
+        if number == 1 and not mark.exists():
+            mark.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return result
+
+    return run
+
+
+def test_ray_gives_the_same_bytes_when_workers_are_killed(
+    toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A local Ray; a worker is killed while encoding, and one while assembling."""
+    pytest.importorskip("ray")
+    data = make_data(tmp_path, 12)
+    options = {"clips_per_unit": 2, "samples_per_shard": 4, "whisper_features": "mel"}
     preprocess(toy, data, tmp_path / "local", **options)
-    killed: list[str] = []
-    finished = threading.Event()
-
-    def kill_workers() -> None:
-        work = tmp_path / "ray" / ".work"
-        for phase in ("unit", "shard"):
-            while not finished.wait(0.002):
-                begun = list(work.glob(f"{phase}-*.npz"))
-                busy = [p for p in psutil.Process().children(recursive=True) if begun and "ray::run" in _title(p)]
-                if busy:
-                    busy[0].kill()
-                    killed.append(phase)
-                    break
-
-    thread = threading.Thread(target=kill_workers)
-    thread.start()
-    try:
-        preprocess(toy, data, tmp_path / "ray", engine="ray", num_processes=2, **options)
-    finally:
-        finished.set()
-        thread.join()
-    assert killed[:1] == ["unit"]
+    for name in ("encode_unit", "assemble_shard"):
+        monkeypatch.setattr(pipeline, name, dying(getattr(pipeline, name), tmp_path / name))
+    preprocess(toy, data, tmp_path / "ray", engine="ray", num_processes=2, **options)
+    assert (tmp_path / "encode_unit").exists()
+    assert (tmp_path / "assemble_shard").exists()
     assert files_of(tmp_path / "ray") == files_of(tmp_path / "local")
 
 
-def _title(process: psutil.Process) -> str:
-    try:
-        return " ".join(process.cmdline())
-    except psutil.Error:
-        return ""
-
-
 def test_ray_that_is_not_there_is_a_clear_error(toy: Path, tmp_path: Path) -> None:
+    pytest.importorskip("ray")
     data = make_data(tmp_path, 3)
     with pytest.raises(UserError, match=r"cannot reach Ray: .*127\.0\.0\.1:1"):
         preprocess(toy, data, tmp_path / "out", engine="ray", ray_address="127.0.0.1:1")

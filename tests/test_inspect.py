@@ -16,6 +16,7 @@ from higgs_tune.inspect.compare import compare, power_db
 from higgs_tune.inspect.stats import main_script
 from higgs_tune.inspect.view import printable, segments_of, target_text, visible
 from higgs_tune.preprocess.codec_checkpoint import load_codec
+from higgs_tune.preprocess.reject import Reject
 from higgs_tune.shards.errors import UserError
 from higgs_tune.shards.reader import ShardSet
 from higgs_tune.train.reference import boson_inputs
@@ -151,10 +152,16 @@ def test_show_raw_is_what_is_stored(shards: ShardSet, capsys: Captured) -> None:
 
 def test_right_to_left_and_hostile_texts_on_a_terminal(toy: Path, tmp_path: Path, capsys: Captured) -> None:
     maker = SampleMaker(toy, frames=4)
-    said = [{"role": "user", "content": "\x1b[31mred\u202e"}, {"role": "assistant", "content": "سَلَام"}]
-    write_set(tmp_path / "set", toy, [[maker(0, messages=said, speaker="\x1b]0;title\x07")]])
+    texts = {"user": "\x1b[31mred\u202e", "assistant": "سَلَام"}
+    said = [{"role": role, "content": [{"type": "text", "text": text}]} for role, text in texts.items()]
+    with pytest.raises(Reject, match="control_character"):
+        maker(0, messages=said)
+    sample = maker(0)  # a set that another tool made may hold them
+    sample.meta.update(messages=said, speaker="\x1b]0;title\x07")
+    write_set(tmp_path / "set", toy, [[sample]])
     cli.Show(str(tmp_path / "set"), "0").run()
     out = capsys.readouterr().out
+    assert "[31mred" in out
     assert "\x1b" not in out
     assert "\u202e" not in out
     assert "\u2068سَلَام\u2069" in out, "an isolate keeps the direction within the text"
