@@ -42,7 +42,7 @@ def open_browser(profile: Path) -> Iterator[Chrome]:
         options.add_argument(flag)
     options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
     browser = Chrome(options=options, service=Service(chromedriver))
-    browser.set_script_timeout(60)
+    browser.set_script_timeout(120)
     try:
         yield browser
     finally:
@@ -57,7 +57,7 @@ def resize(browser: Chrome, width: int, *, dark: bool = False) -> None:
     browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [scheme]})
 
 
-def wait(condition: Callable[[], Any], what: str, seconds: float = 20.0) -> Any:
+def wait(condition: Callable[[], Any], what: str, seconds: float = 60.0) -> Any:
     """Wait until a condition holds, and return what it gave."""
     end = time.monotonic() + seconds
     while not (found := condition()):

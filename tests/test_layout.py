@@ -50,7 +50,7 @@ def test_imports_follow_the_rules(path: Path) -> None:
 
 def test_standard_library_wins_at_the_root() -> None:
     code = "import inspect, torch; assert 'lib/python' in inspect.__file__, inspect.__file__"
-    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=60)
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=300)
 
 
 def test_wheel_holds_every_module(tmp_path: Path) -> None:
@@ -65,7 +65,7 @@ def test_wheel_holds_every_module(tmp_path: Path) -> None:
         "-w",
         str(tmp_path),
     ]
-    subprocess.run([*command, str(ROOT)], check=True, timeout=120, cwd=tmp_path)
+    subprocess.run([*command, str(ROOT)], check=True, timeout=300, cwd=tmp_path)
     (wheel,) = tmp_path.glob("*.whl")
     names = set(zipfile.ZipFile(wheel).namelist())
     expected = {f"higgs_tune/{path.parent.name}/{path.name}" for path in SOURCES}

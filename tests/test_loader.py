@@ -8,6 +8,7 @@ import signal
 import time
 from collections import Counter
 from collections.abc import Iterator
+from multiprocessing import active_children
 from pathlib import Path
 
 import numpy as np
@@ -199,12 +200,14 @@ def test_killed_worker_is_named(shards: ShardSet) -> None:
     with pytest.raises(UserError, match=rf"a loader process died: .*{workers[0].pid}"):
         for _ in range(100):
             next(loader)
-    assert time.monotonic() - began < 30
+    assert time.monotonic() - began < 120
 
 
 def test_no_files_or_shared_memory_pile_up(shards: ShardSet) -> None:
     def usage() -> tuple[int, int]:
-        return len(list(Path("/proc/self/fd").iterdir())), len(list(Path("/dev/shm").iterdir()))
+        own = [f"_{pid}_" for pid in (os.getpid(), *(child.pid for child in active_children()))]
+        shared = [path for path in Path("/dev/shm").iterdir() if any(pid in path.name for pid in own)]
+        return len(list(Path("/proc/self/fd").iterdir())), len(shared)
 
     place = schedule(shards)
     loader = Loader(place, LoaderOptions(workers=2))

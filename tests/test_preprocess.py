@@ -268,9 +268,9 @@ def test_command_line(toy: Path, tmp_path: Path) -> None:
     program = "from higgs_tune.preprocess.cli import main; main()"
     command = [sys.executable, "-c", program, "--data", str(EXAMPLES), "--out", str(tmp_path / "out")]
     command += ["--model-path", str(toy / "model"), "--audio_tokenizer_path", str(toy / "codec")]
-    result = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
+    result = subprocess.run(command, capture_output=True, text=True, check=True, timeout=300)
     assert re.search(r"^samples   40 in ", result.stdout, re.MULTILINE)
     assert re.search(r"^encode 40/40 clips: 0\.04 h, [\d.]+x real time, 0 rejects, 0:00:00 left$", result.stderr, re.M)
     command[command.index("--model-path") + 1] = str(tmp_path)
-    result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
     assert (result.returncode, result.stderr.count("\n"), "Traceback" in result.stderr) == (2, 1, False)

@@ -57,7 +57,7 @@ def port(shards: ShardSet, run_folder: Path) -> Iterator[int]:
 
 def ask(port: int, target: str, method: str = "GET", body: bytes | None = None, **headers: str) -> tuple[int, bytes]:
     """Status and body; the target goes out as it is."""
-    connection = http.client.HTTPConnection(HOST, port, timeout=30)
+    connection = http.client.HTTPConnection(HOST, port, timeout=120)
     connection.putrequest(method, target, skip_host="Host" in headers)
     for name, value in headers.items():
         connection.putheader(name.replace("_", "-"), value)
@@ -197,7 +197,7 @@ def test_a_silent_client_stops_nobody(port: int) -> None:
 
 
 def test_answers_may_not_be_used_by_other_sites(port: int) -> None:
-    connection = http.client.HTTPConnection(HOST, port, timeout=30)
+    connection = http.client.HTTPConnection(HOST, port, timeout=120)
     connection.request("GET", "/api/sample/0")
     answer = connection.getresponse()
     headers = {name.lower(): value for name, value in answer.getheaders()}

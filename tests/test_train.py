@@ -141,7 +141,7 @@ def test_two_processes_equal_one(shards: ShardSet, toy: Path, one_process: Path,
     flags = {"training_stage": "single", "model_path": toy / "model", "train_data_dir": shards.location}
     flags |= {"output_dir": tmp_path, "max_steps": 5, **OPTIONS, "tokens_per_pack": 1024}
     command = [*launch, "-m", "higgs_tune.train", *(f"--{name}={value}" for name, value in flags.items())]
-    subprocess.run(command, check=True, capture_output=True, timeout=120)
+    subprocess.run(command, check=True, capture_output=True, timeout=300)
     assert_same_run(one_process, tmp_path)
 
 
@@ -209,7 +209,7 @@ def test_exit_code_and_message(shards: ShardSet, toy: Path, tmp_path: Path) -> N
         str(toy / "codec"),
     ]
     command += ["--train_data_dir", str(shards.folder), "--output_dir", str(tmp_path / "out")]
-    result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
     assert result.returncode == 2
     assert result.stderr.startswith("error: not a Higgs Audio v2 checkpoint")
     assert "Traceback" not in result.stderr

@@ -72,7 +72,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory, toy_tokenizer: PreTrainedToke
             [size, train_flags("single", folder / "model", data, folder / name, **options, **spread)],
         )
     script = Path(__file__).parent / "launch.py"
-    subprocess.run([sys.executable, str(script), json.dumps(commands)], check=True, timeout=300, capture_output=True)
+    subprocess.run([sys.executable, str(script), json.dumps(commands)], check=True, timeout=600, capture_output=True)
     return Runs(model, samples, ids, folder)
 
 
