@@ -22,15 +22,19 @@ $(INSTALLED): requirements.lock pyproject.toml
 toy: setup
 	$(BIN)/python -m higgs_tune.train.toy --chatml examples/arabic/chatml.json --out $(TOY)
 
-# real speech -> shards -> stage 1 -> stage 2 -> report, on the toy checkpoints
+# real speech -> shards -> stage 1 -> stage 2 (stopped half-way, resumed) -> report, on the toy checkpoints
 demo: toy
 	rm -rf $(DEMO)
 	$(BIN)/higgs-preprocess --data examples/arabic/chatml.json --out $(DEMO)/shards \
 	    --model_path $(TOY)/model --audio_tokenizer_path $(TOY)/codec --val_fraction 0.1
 	$(TRAIN) --training_stage stage1 --model_path $(TOY)/model --train_data_dir $(DEMO)/shards \
-	    --output_dir $(DEMO)/stage1 --max_steps 60 --tokens_per_pack 2048 --learning_rate 1e-2
-	$(TRAIN) --training_stage stage2 --model_path $(DEMO)/stage1 --train_data_dir $(DEMO)/shards \
-	    --output_dir $(DEMO)/stage2 --max_steps 120 --tokens_per_pack 2048 --learning_rate 1e-2
+	    --output_dir $(DEMO)/stage1 --max_steps 60 --tokens_per_pack 2048 --learning_rate 1e-2 --eval_steps 20
+	for steps in 60 120; do \
+	    $(TRAIN) --training_stage stage2 --model_path $(DEMO)/stage1 --train_data_dir $(DEMO)/shards \
+	        --output_dir $(DEMO)/stage2 --max_steps $$steps --tokens_per_pack 2048 --learning_rate 1e-2 \
+	        --lr_scheduler_type constant --eval_steps 30 --save_steps 30 --sample_steps 60 --num_samples 2 \
+	        --sample_max_seconds 4 --resume_from_checkpoint auto || exit 1; \
+	done
 	$(BIN)/higgs-inspect report $(DEMO)/shards -o $(DEMO)/report.html --run $(DEMO)/stage2
 	$(BIN)/python examples/closing_table.py $(DEMO)
 

@@ -31,6 +31,7 @@ from .output import (
     ADAPTER,
     ADAPTER_CONFIG,
     FULL,
+    SELFTEST,
     STOPPED,
     adapter_config_json,
     adapter_tensors,
@@ -44,7 +45,7 @@ from .report import Reporter
 from .resume import changed_options, snapshot
 from .samples import Speaker
 from .saver import Saver
-from .selftest import run_selftest
+from .selftest import refuse_if_wrong, run_selftest
 from .setup import Place, join_world
 from .step import Run, Window, take_batches, train_step
 from .validation import Validation
@@ -59,7 +60,7 @@ class Tools:
     tokenizer: PreTrainedTokenizerBase
     frozen: dict[str, tuple[str, int]]
     validation: Validation
-    stop: StopFlag
+    stop: StopFlag = field(default_factory=StopFlag)
     reporter: Reporter | None = None
     saver: Saver | None = None
     speaker: Speaker | None = None
@@ -75,15 +76,13 @@ def train(config: TrainConfig) -> None:
         Stopped: by a signal, after a checkpoint.
     """
     config.validate()
-    stop = StopFlag()
-    with stop.listening():
-        place = join_world()
-        together(place.world.rank, lambda: _train(config, place, stop))
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    place = join_world()
+    together(place.world.rank, lambda: _train(config, place))
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
-def _train(config: TrainConfig, place: Place, stop: StopFlag) -> None:
+def _train(config: TrainConfig, place: Place) -> None:
     checked = check(config, place)
     run, window, state = build(config, place, checked)
     if place.is_main:
@@ -101,14 +100,14 @@ def _train(config: TrainConfig, place: Place, stop: StopFlag) -> None:
         dry_run(run)
         return
     tokenizer = load_tokenizer(checked.base, run.special_ids)
-    tools = Tools(tokenizer, fingerprint(run.peft_model.named_parameters()), checked.validation, stop)
+    tools = Tools(tokenizer, fingerprint(run.peft_model.named_parameters()), checked.validation)
     tools.saved_step = run.progress.step
     if place.is_main:
         tools.reporter = Reporter(config, run.total_steps, run.progress.step, state.get("written"))
         tools.saver = Saver(config.output_dir, config.save_total_limit)
     if config.sample_steps:
         tools.speaker = Speaker(run, tokenizer, checked.features)
-    with naming_dead_workers():
+    with tools.stop.listening(), naming_dead_workers():
         run_steps(run, tools, window)
     save_result(run, tools, checked.base)
 
@@ -117,13 +116,17 @@ def prove_signal(run: Run, base: Path) -> None:
     """Print and keep the self-test.
 
     Raises:
-        UserError: the training signal is wrong.
+        UserError: the training signal is wrong on some rank, and that is not to be passed over.
     """
-    report = run_selftest(run, base)
+    found = run_selftest(run, base)
     if run.place.is_main:
-        print("\n".join(report.lines()), flush=True)
+        print("\n".join(found.lines()), flush=True)
         if not run.config.dry_run:
-            write_bytes(run.config.output_dir / "selftest.json", to_json(report.to_dict(), indent=1) + b"\n")
+            write_bytes(run.config.output_dir / SELFTEST, to_json(found.to_dict(), indent=1) + b"\n")
+    wrong_ranks = run.place.agree([float(bool(found.problems))])[0]
+    if wrong_ranks and not run.config.skip_alignment_check:
+        refuse_if_wrong(found)
+        raise UserError("the training signal looks wrong on another rank; see its message")
 
 
 def run_steps(run: Run, tools: Tools, window: Window) -> None:

@@ -26,18 +26,10 @@ from .sharded import whole
 
 ADAPTER, ADAPTER_CONFIG, FULL = "adapter_model.safetensors", "adapter_config.json", "model.safetensors"
 STOPPED = "stopped.json"  # a signal stopped the run; torchrun hides the exit code, so scripts look for this
-RUN_FILES = (
-    "config.yaml",
-    "metrics.jsonl",
-    "diagnostics.jsonl",
-    "selftest.json",
-    "trainable.json",
-    "bad_samples.jsonl",
-    ADAPTER,
-    ADAPTER_CONFIG,
-    FULL,
-    "config.json",
-)
+SELFTEST = "selftest.json"
+METRICS, DIAGNOSTICS = "metrics.jsonl", "diagnostics.jsonl"
+RESULTS = (METRICS, DIAGNOSTICS, ADAPTER, ADAPTER_CONFIG, FULL, "config.json", "samples")  # what a run has worked for
+OTHERS = ("config.yaml", "trainable.json", SELFTEST)
 
 
 def prepare_folder(folder: Path, *, overwrite: bool, resuming: str | None, checkpoint: Path | None) -> None:
@@ -55,16 +47,18 @@ def prepare_folder(folder: Path, *, overwrite: bool, resuming: str | None, check
         (folder / STOPPED).unlink(missing_ok=True)
     if checkpoint and checkpoint.parent.resolve() == folder.resolve():
         return
-    found = [name for name in RUN_FILES if (folder / name).exists()]
-    found += [path.name for path in [*list_checkpoints(folder), *folder.glob("best-*"), *folder.glob("samples")]]
+    found = [name for name in RESULTS if (folder / name).exists()]
+    found += [path.name for path in [*list_checkpoints(folder), *folder.glob("best-*")]]
     unfinished = resuming == "auto" and not any((folder / name).exists() for name in (ADAPTER, FULL))
     if found and not (overwrite or unfinished):
         hint = "Choose another --output_dir, or give --overwrite_output_dir; --resume_from_checkpoint auto goes on."
         raise UserError("the output folder holds a run already", where=folder, got=", ".join(found), hint=hint)
+    if not overwrite:  # an unfinished run without a valid checkpoint; damaged ones may still be of use to someone
+        found = [name for name in found if name in RESULTS]
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for name in found:
-            shutil.rmtree(folder / name) if (folder / name).is_dir() else (folder / name).unlink()
+        for name in (*found, *OTHERS):
+            shutil.rmtree(folder / name) if (folder / name).is_dir() else (folder / name).unlink(missing_ok=True)
         shutil.rmtree(folder / "tensorboard", ignore_errors=True)
     except OSError as error:
         raise UserError(f"cannot prepare the output folder: {error.strerror}", where=folder) from error

@@ -26,8 +26,8 @@ from torch.utils.tensorboard import SummaryWriter
 from ..shards.errors import UserError
 from .config import TrainConfig
 from .diagnostics import as_text
+from .output import DIAGNOSTICS, METRICS
 
-METRICS, DIAGNOSTICS = "metrics.jsonl", "diagnostics.jsonl"
 _PROJECT = "higgs-tune"
 SPECTRUM_BINS = 512
 

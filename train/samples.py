@@ -97,9 +97,9 @@ class Speaker:
         """Every rank's samples, in order: numbers only, in tensors of one shape."""
         place, codebooks = self.run.place, self.run.codebooks
         each = -(-len(self.samples) // place.world.size)
-        most_tokens = max(len(sample.tokens_2L[0]) for sample in self.samples) + 2 * self._most_frames + 64
-        codes = torch.full((each, codebooks, 2 * self._most_frames + 64), -1, dtype=torch.int32)
-        tokens = torch.full((each, most_tokens), -1, dtype=torch.int32)
+        most = max(len(sample.tokens_2L[0]) for sample in self.samples) + self._most_frames + 64
+        codes = torch.full((each, codebooks, most), -1, dtype=torch.int32)
+        tokens = torch.full((each, most), -1, dtype=torch.int32)
         flags = torch.zeros(each, 2, dtype=torch.int32)
         for i, said in enumerate(mine):
             tokens[i, : len(said.tokens)] = torch.tensor(said.tokens, dtype=torch.int32)

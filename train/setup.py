@@ -21,6 +21,7 @@ from .config import TrainConfig
 from .data import LoaderOptions
 from .lora import DEFAULT_PRESET, TrainableOptions, read_adapter_config, read_adapter_weights
 from .loss import LossOptions
+from .meeting import meet
 from .model import HiggsAudioConfig, Loaded
 from .schedule import World
 
@@ -70,7 +71,8 @@ def join_world() -> Place:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_size))
     control: dist.ProcessGroup | None = None
     if size > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=DIST_TIMEOUT)
+        backend, store = "nccl" if device.type == "cuda" else "gloo", meet(rank, size, DIST_TIMEOUT)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=DIST_TIMEOUT)
         made = dist.new_group(backend="gloo", timeout=DIST_TIMEOUT)
         control = made if isinstance(made, dist.ProcessGroup) else None
     return Place(world, device, control)
