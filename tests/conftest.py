@@ -20,6 +20,7 @@ from transformers import PreTrainedTokenizerBase
 ROOT = Path(__file__).parents[1]
 EXAMPLES = ROOT / "examples" / "arabic" / "chatml.json"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the programs that tests start; see _one_thread
 
 
 @pytest.fixture(scope="session", autouse=True)

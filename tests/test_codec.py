@@ -72,7 +72,7 @@ def tone(seconds: float, rate: int, channels: int = 1, seed: int = 0) -> np.ndar
         (1.1, 22050, 1, "mp3"),
         (0.9, 32000, 2, "ogg"),
         (0.7, 48000, 1, "opus"),
-        (6.0, 24000, 1, "flac"),
+        (3.2, 24000, 1, "flac"),
     ],
 )
 def test_codes_equal_boson(
@@ -85,11 +85,11 @@ def test_codes_equal_boson(
 RATES = (8000, 11025, 16000, 22050, 24000, 32000, 44100, 48000)
 
 
-@pytest.mark.parametrize("number", range(16))
+@pytest.mark.parametrize("number", range(8))
 def test_codes_equal_boson_at_every_length(narrow: Any, narrow_codec: HiggsCodec, tmp_path: Path, number: int) -> None:
     """0.2 s to 40 s, both ends included, at every common rate, mono and stereo; lengths that fit no frame."""
-    seconds = 0.2 * 200 ** (number / 15)
-    assert_same_codes(narrow, narrow_codec, tmp_path, seconds, RATES[number % 8], 1 + (number // 3) % 2, "flac")
+    seconds = 0.2 * 200 ** (number / 7)
+    assert_same_codes(narrow, narrow_codec, tmp_path, seconds, RATES[number], 1 + (number // 2) % 2, "flac")
 
 
 def assert_same_codes(
