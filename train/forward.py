@@ -55,7 +55,7 @@ class Spans:
     audio: Span
 
 
-def hidden_states(model: HiggsAudioModel, batch: Batch) -> torch.Tensor:
+def hidden_states(model: HiggsAudioModel, batch: Batch, *, compiled: bool = False) -> torch.Tensor:
     """The residual stream [N, H] after the last layer, before the final norm, in sorted order."""
     hidden_NH = torch.cat([embed_text(model, batch), embed_audio(model, batch["codes_KA"])])
     text_rows = len(hidden_NH) - batch["codes_KA"].shape[1]
