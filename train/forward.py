@@ -25,7 +25,8 @@ from torch import nn
 from torch.nn.attention.varlen import varlen_attn
 
 from .batch import Batch
-from .lora import linear, normed
+from .fused import Gated, Normed, Rows, project
+from .lora import linear
 from .model import HiggsAudioModel
 
 
@@ -110,48 +111,53 @@ def make_spans(model: HiggsAudioModel, batch: Batch, like: torch.Tensor, text_ro
     )
 
 
-def decoder_layer(layer: nn.Module, hidden_NH: torch.Tensor, text_rows: int, spans: Spans) -> torch.Tensor:
+def decoder_layer(layer: Any, hidden_NH: torch.Tensor, text_rows: int, spans: Spans) -> torch.Tensor:
     """One layer over the sorted residual stream."""
     if not isinstance(layer, HiggsAudioDualFFNDecoderLayer):
         return _text_layer(layer, hidden_NH, spans.every)
-    text_PH, audio_AH = hidden_NH[:text_rows], hidden_NH[text_rows:]
     if layer.fast_forward:
+        text_PH, audio_AH = hidden_NH[:text_rows], hidden_NH[text_rows:]
         return torch.cat([_text_layer(layer, text_PH, spans.text), audio_AH])
-    normed_audio_AH = normed(layer.audio_input_layernorm, audio_AH)
+    audio_norm = layer.audio_input_layernorm
     if layer.use_audio_attention:
-        audio_AH = audio_AH + attention(layer.audio_attn, normed_audio_AH, spans.audio)
-        normed_audio_AH = normed(layer.audio_post_audio_attn_layer_norm, audio_AH)
-    normed_NH = torch.cat([normed(layer.input_layernorm, text_PH), normed_audio_AH])
-    attended_NH = attention(layer.self_attn, normed_NH, spans.every)
-    text_PH, audio_AH = text_PH + attended_NH[:text_rows], audio_AH + attended_NH[text_rows:]
-    text_PH = text_PH + feed_forward(layer.mlp, normed(layer.post_attention_layernorm, text_PH))
-    audio_AH = audio_AH + feed_forward(layer.audio_mlp, normed(layer.audio_post_attention_layernorm, audio_AH))
+        text_PH, audio_AH = hidden_NH[:text_rows], hidden_NH[text_rows:]
+        source = norm_of(audio_AH, audio_norm)
+        hidden_NH = torch.cat([text_PH, attention(layer.audio_attn, source, audio_AH, spans.audio)])
+        audio_norm = layer.audio_post_audio_attn_layer_norm
+    source = norm_of(hidden_NH, layer.input_layernorm, audio_norm, text_rows)
+    hidden_NH = attention(layer.self_attn, source, hidden_NH, spans.every)
+    text_PH, audio_AH = hidden_NH[:text_rows], hidden_NH[text_rows:]
+    text_PH = feed_forward(layer.mlp, norm_of(text_PH, layer.post_attention_layernorm), text_PH)
+    audio_AH = feed_forward(layer.audio_mlp, norm_of(audio_AH, layer.audio_post_attention_layernorm), audio_AH)
     return torch.cat([text_PH, audio_AH])
 
 
 def _text_layer(layer: Any, hidden_NH: torch.Tensor, span: Span) -> torch.Tensor:
-    hidden_NH = hidden_NH + attention(layer.self_attn, normed(layer.input_layernorm, hidden_NH), span)
-    return hidden_NH + feed_forward(layer.mlp, normed(layer.post_attention_layernorm, hidden_NH))
+    hidden_NH = attention(layer.self_attn, norm_of(hidden_NH, layer.input_layernorm), hidden_NH, span)
+    return feed_forward(layer.mlp, norm_of(hidden_NH, layer.post_attention_layernorm), hidden_NH)
 
 
-def feed_forward(mlp: Any, x_NH: torch.Tensor) -> torch.Tensor:
-    """Llama's gated FFN."""
-    return linear(mlp.down_proj, mlp.act_fn(linear(mlp.gate_proj, x_NH)) * linear(mlp.up_proj, x_NH))
+def norm_of(x_NH: torch.Tensor, norm: Any, audio_norm: Any = None, text_rows: int | None = None) -> Normed:
+    """The norm of the residual stream; of its audio rows, by a norm of their own where there is one."""
+    rows = len(x_NH) if text_rows is None else text_rows
+    return Normed(x_NH, norm.weight, (audio_norm or norm).weight, rows, norm.variance_epsilon)
 
 
-def attention(module: Any, x_NH: torch.Tensor, span: Span) -> torch.Tensor:
-    """Llama's grouped-query attention over the rows of a span: [N, H]."""
-    rows = len(x_NH)
-    q_NhD = linear(module.q_proj, x_NH).view(rows, -1, module.head_dim)
-    k_NhD = linear(module.k_proj, x_NH).view(rows, -1, module.head_dim)
-    v_NhD = linear(module.v_proj, x_NH).view(rows, -1, module.head_dim)
+def feed_forward(mlp: Any, source: Normed, residual_NH: torch.Tensor) -> torch.Tensor:
+    """Llama's gated FFN, added to the residual stream."""
+    gate_NF, up_NF = project(source, [mlp.gate_proj, mlp.up_proj])
+    return project(Gated(gate_NF, up_NF), [mlp.down_proj], residual_NH)[0]
+
+
+def attention(module: Any, source: Normed, residual_NH: torch.Tensor, span: Span) -> torch.Tensor:
+    """Llama's grouped-query attention over the rows of a span, added to the residual stream: [N, H]."""
+    projected = project(source, [module.q_proj, module.k_proj, module.v_proj])
+    q_NhD, k_NhD, v_NhD = (x_NO.view(len(x_NO), -1, module.head_dim) for x_NO in projected)
     q_NhD, k_NhD = rotate(q_NhD, span), rotate(k_NhD, span)
     if span.to_sequence is not None:
         q_NhD, k_NhD, v_NhD = (x.index_select(0, span.to_sequence) for x in (q_NhD, k_NhD, v_NhD))
-    out_NhD = causal_attention(q_NhD, k_NhD, v_NhD, span)
-    if span.to_sorted is not None:
-        out_NhD = out_NhD.index_select(0, span.to_sorted)
-    return linear(module.o_proj, out_NhD.reshape(rows, -1))
+    out_NO = causal_attention(q_NhD, k_NhD, v_NhD, span).flatten(1)
+    return project(Rows(out_NO, span.to_sorted, span.to_sequence), [module.o_proj], residual_NH)[0]
 
 
 def rotate(x_NhD: torch.Tensor, span: Span) -> torch.Tensor:
