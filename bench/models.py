@@ -92,7 +92,7 @@ def make_model(config: HiggsAudioConfig, device: torch.device, dtype: torch.dtyp
     """Random weights, made on the device; frozen, in evaluation mode."""
     with torch.device("meta"):
         model = HiggsAudioModel(config)
-    model.to(dtype).to_empty(device=device)
+    model.to(dtype=dtype).to_empty(device=device)
     generator = torch.Generator(device).manual_seed(seed)
     for parameter in model.parameters():
         if parameter.ndim > 1:

@@ -28,7 +28,7 @@ import tyro
 from higgs_tune.shards.format import Arrays
 from higgs_tune.shards.sequence import SpecialIds
 from higgs_tune.train.batch import Batch, collate
-from higgs_tune.train.forward import hidden_states
+from higgs_tune.train.forward import label_states
 from higgs_tune.train.loss import LossOptions, pack_loss
 from higgs_tune.train.model import HiggsAudioModel
 from higgs_tune.train.reference import boson_inputs
@@ -116,7 +116,8 @@ def public_step(model: PeftModel, weights: torch.Tensor, inputs: dict[str, Any])
 
 
 def our_step(model: HiggsAudioModel, weights: torch.Tensor, batch: Batch, *, compiled: bool) -> torch.Tensor:
-    loss = pack_loss(model, hidden_states(model, batch, compiled=compiled), batch, weights, LOSS).total
+    states = label_states(model, batch, compiled=compiled)
+    loss = pack_loss(model, states, batch, weights, LOSS, at_labels=True).total
     loss.backward()
     return loss.detach()
 

@@ -13,6 +13,7 @@ Shapes: N positions (P text rows, then A audio rows), H hidden, D head size, h h
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from inspect import signature
@@ -21,11 +22,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F  # noqa: N812
 from boson_multimodal.model.higgs_audio.modeling_higgs_audio import HiggsAudioDualFFNDecoderLayer
-from torch import nn
 from torch.nn.attention.varlen import varlen_attn
 
 from .batch import Batch
-from .fused import Gated, Normed, Rows, project
+from .fused import Gated, Layer, Normed, Rows, layers_of, project
 from .lora import linear
 from .model import HiggsAudioModel
 
@@ -48,22 +48,64 @@ class Span:
 
 
 @dataclass(frozen=True)
+class Blocks:
+    """The two parts of a layer around the attention, eager or compiled; see `_qkv` and `_ffn`."""
+
+    qkv: Callable[..., tuple[torch.Tensor, ...]]
+    ffn: Callable[..., torch.Tensor]
+
+
+@dataclass(frozen=True)
 class Spans:
-    """The three ways in which rows attend: all of them, text rows only, audio rows only."""
+    """The three ways in which rows attend: all of them, text rows only, audio rows only; and what runs the layers."""
 
     every: Span
     text: Span
     audio: Span
+    blocks: Blocks
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Rows that go on after an attention: in sorted order, where they stand in the sequence, how many are text."""
+
+    rows: torch.Tensor
+    positions: torch.Tensor
+    text_rows: int
 
 
 def hidden_states(model: HiggsAudioModel, batch: Batch, *, compiled: bool = False) -> torch.Tensor:
-    """The residual stream [N, H] after the last layer, before the final norm, in sorted order."""
-    hidden_NH = torch.cat([embed_text(model, batch), embed_audio(model, batch["codes_KA"])])
-    text_rows = len(hidden_NH) - batch["codes_KA"].shape[1]
-    spans = make_spans(model, batch, hidden_NH, text_rows)
+    """The residual stream [N, H] after the last layer, before the final norm, in sorted order.
+
+    Args:
+        compiled: run layers through torch.compile, with row counts that may change from batch to batch.
+    """
+    hidden_NH, text_rows, spans = _begin(model, batch, compiled)
     for layer in model.layers:
         hidden_NH = decoder_layer(layer, hidden_NH, text_rows, spans)
     return hidden_NH
+
+
+def label_states(model: HiggsAudioModel, batch: Batch, *, compiled: bool = False) -> torch.Tensor:
+    """The rows `batch["label_rows"]` of `hidden_states`: [rows, H].
+
+    After the last layer's attention no row meets another, so only these are carried on.
+    """
+    hidden_NH, text_rows, spans = _begin(model, batch, compiled)
+    for layer in model.layers[:-1]:
+        hidden_NH = decoder_layer(layer, hidden_NH, text_rows, spans)
+    kept = Kept(batch["label_rows"], batch["to_sorted"].index_select(0, batch["label_rows"]), batch.label_text_rows)
+    last: Any = model.layers[-1]
+    if not isinstance(last, HiggsAudioDualFFNDecoderLayer) or last.fast_forward:
+        return decoder_layer(last, hidden_NH, text_rows, spans).index_select(0, kept.rows)
+    return decoder_layer(last, hidden_NH, text_rows, spans, kept)
+
+
+def _begin(model: HiggsAudioModel, batch: Batch, compiled: bool) -> tuple[torch.Tensor, int, Spans]:
+    """The embeddings in sorted order [N, H], how many of them are text rows, and how rows attend."""
+    hidden_NH = torch.cat([embed_text(model, batch), embed_audio(model, batch["codes_KA"])])
+    text_rows = len(hidden_NH) - batch["codes_KA"].shape[1]
+    return hidden_NH, text_rows, make_spans(model, batch, hidden_NH, text_rows, _blocks(compiled))
 
 
 def embed_text(model: HiggsAudioModel, batch: Batch) -> torch.Tensor:
@@ -100,7 +142,7 @@ def embed_audio(model: HiggsAudioModel, codes_KA: torch.Tensor) -> torch.Tensor:
     return linear(model.audio_out_embed_projector, embedded_AH) if model.use_audio_out_embed_projector else embedded_AH
 
 
-def make_spans(model: HiggsAudioModel, batch: Batch, like: torch.Tensor, text_rows: int) -> Spans:
+def make_spans(model: HiggsAudioModel, batch: Batch, like: torch.Tensor, text_rows: int, blocks: Blocks) -> Spans:
     """Rotary embeddings and row orders of a batch."""
     cos, sin = (table[0] for table in model.rotary_emb(like, batch["positions"][None]))
     text, audio = slice(None, text_rows), slice(text_rows, None)
@@ -108,33 +150,37 @@ def make_spans(model: HiggsAudioModel, batch: Batch, like: torch.Tensor, text_ro
         every=Span(cos, sin, batch.lengths, batch["cu_all"], batch["to_sequence"], batch["to_sorted"]),
         text=Span(cos[text], sin[text], batch.text_lengths, batch["cu_text"]),
         audio=Span(cos[audio], sin[audio], batch.audio_lengths, batch["cu_audio"]),
+        blocks=blocks,
     )
 
 
-def decoder_layer(layer: Any, hidden_NH: torch.Tensor, text_rows: int, spans: Spans) -> torch.Tensor:
-    """One layer over the sorted residual stream."""
+def decoder_layer(
+    layer: Any, hidden_NH: torch.Tensor, text_rows: int, spans: Spans, kept: Kept | None = None
+) -> torch.Tensor:
+    """One layer over the sorted residual stream; with `kept`, what comes after its attention for those rows only."""
     if not isinstance(layer, HiggsAudioDualFFNDecoderLayer):
-        return _text_layer(layer, hidden_NH, spans.every)
+        return _text_layer(layer, hidden_NH, spans.every, spans.blocks)
     if layer.fast_forward:
         text_PH, audio_AH = hidden_NH[:text_rows], hidden_NH[text_rows:]
-        return torch.cat([_text_layer(layer, text_PH, spans.text), audio_AH])
+        return torch.cat([_text_layer(layer, text_PH, spans.text, spans.blocks), audio_AH])
     audio_norm = layer.audio_input_layernorm
     if layer.use_audio_attention:
         text_PH, audio_AH = hidden_NH[:text_rows], hidden_NH[text_rows:]
         source = norm_of(audio_AH, audio_norm)
-        hidden_NH = torch.cat([text_PH, attention(layer.audio_attn, source, audio_AH, spans.audio)])
-        audio_norm = layer.audio_post_audio_attn_layer_norm
+        audio_AH = attention(layer.audio_attn, source, audio_AH, spans.audio, spans.blocks)
+        hidden_NH, audio_norm = torch.cat([text_PH, audio_AH]), layer.audio_post_audio_attn_layer_norm
     source = norm_of(hidden_NH, layer.input_layernorm, audio_norm, text_rows)
-    hidden_NH = attention(layer.self_attn, source, hidden_NH, spans.every)
+    hidden_NH = attention(layer.self_attn, source, hidden_NH, spans.every, spans.blocks, kept)
+    text_rows = kept.text_rows if kept else text_rows
     text_PH, audio_AH = hidden_NH[:text_rows], hidden_NH[text_rows:]
-    text_PH = feed_forward(layer.mlp, norm_of(text_PH, layer.post_attention_layernorm), text_PH)
-    audio_AH = feed_forward(layer.audio_mlp, norm_of(audio_AH, layer.audio_post_attention_layernorm), audio_AH)
+    text_PH = feed_forward(layer.mlp, layer.post_attention_layernorm, text_PH, spans.blocks)
+    audio_AH = feed_forward(layer.audio_mlp, layer.audio_post_attention_layernorm, audio_AH, spans.blocks)
     return torch.cat([text_PH, audio_AH])
 
 
-def _text_layer(layer: Any, hidden_NH: torch.Tensor, span: Span) -> torch.Tensor:
-    hidden_NH = attention(layer.self_attn, norm_of(hidden_NH, layer.input_layernorm), hidden_NH, span)
-    return feed_forward(layer.mlp, norm_of(hidden_NH, layer.post_attention_layernorm), hidden_NH)
+def _text_layer(layer: Any, hidden_NH: torch.Tensor, span: Span, blocks: Blocks) -> torch.Tensor:
+    hidden_NH = attention(layer.self_attn, norm_of(hidden_NH, layer.input_layernorm), hidden_NH, span, blocks)
+    return feed_forward(layer.mlp, layer.post_attention_layernorm, hidden_NH, blocks)
 
 
 def norm_of(x_NH: torch.Tensor, norm: Any, audio_norm: Any = None, text_rows: int | None = None) -> Normed:
@@ -143,28 +189,61 @@ def norm_of(x_NH: torch.Tensor, norm: Any, audio_norm: Any = None, text_rows: in
     return Normed(x_NH, norm.weight, (audio_norm or norm).weight, rows, norm.variance_epsilon)
 
 
-def feed_forward(mlp: Any, source: Normed, residual_NH: torch.Tensor) -> torch.Tensor:
-    """Llama's gated FFN, added to the residual stream."""
-    gate_NF, up_NF = project(source, [mlp.gate_proj, mlp.up_proj])
-    return project(Gated(gate_NF, up_NF), [mlp.down_proj], residual_NH)[0]
+def feed_forward(mlp: Any, norm: Any, x_NH: torch.Tensor, blocks: Blocks) -> torch.Tensor:
+    """Llama's gated FFN over the norm of the residual stream, added to it."""
+    return blocks.ffn(norm_of(x_NH, norm), layers_of(mlp.gate_proj, mlp.up_proj), layers_of(mlp.down_proj))
 
 
-def attention(module: Any, source: Normed, residual_NH: torch.Tensor, span: Span) -> torch.Tensor:
-    """Llama's grouped-query attention over the rows of a span, added to the residual stream: [N, H]."""
-    projected = project(source, [module.q_proj, module.k_proj, module.v_proj])
-    q_NhD, k_NhD, v_NhD = (x_NO.view(len(x_NO), -1, module.head_dim) for x_NO in projected)
-    q_NhD, k_NhD = rotate(q_NhD, span), rotate(k_NhD, span)
-    if span.to_sequence is not None:
-        q_NhD, k_NhD, v_NhD = (x.index_select(0, span.to_sequence) for x in (q_NhD, k_NhD, v_NhD))
-    out_NO = causal_attention(q_NhD, k_NhD, v_NhD, span).flatten(1)
-    return project(Rows(out_NO, span.to_sorted, span.to_sequence), [module.o_proj], residual_NH)[0]
+def _ffn(source: Normed, gate_up: tuple[Layer, ...], down: tuple[Layer, ...]) -> torch.Tensor:
+    return project(Gated(*project(source, gate_up)), down, source.x_NH)[0]
 
 
-def rotate(x_NhD: torch.Tensor, span: Span) -> torch.Tensor:
+def attention(
+    module: Any, source: Normed, residual_NH: torch.Tensor, span: Span, blocks: Blocks, kept: Kept | None = None
+) -> torch.Tensor:
+    """Llama's grouped-query attention over the rows of a span, added to the residual stream: [N, H].
+
+    With `kept`, its output at those rows only.
+    """
+    layers = layers_of(module.q_proj, module.k_proj, module.v_proj)
+    q_NhD, k_NhD, v_NhD = blocks.qkv(source, layers, span.cos_ND, span.sin_ND, span.to_sequence, module.head_dim)
+    out = Rows(causal_attention(q_NhD, k_NhD, v_NhD, span).flatten(1), span.to_sorted, span.to_sequence)
+    if kept:
+        out, residual_NH = Rows(out.x_NH, kept.positions), residual_NH.index_select(0, kept.rows)
+    return project(out, layers_of(module.o_proj), residual_NH)[0]
+
+
+def _qkv(
+    source: Normed,
+    layers: tuple[Layer, ...],
+    cos_ND: torch.Tensor,
+    sin_ND: torch.Tensor,
+    to_sequence: torch.Tensor | None,
+    head_dim: int,
+) -> tuple[torch.Tensor, ...]:
+    """Queries, keys and values [N, h, D] in sequence order."""
+    q_NhD, k_NhD, v_NhD = (x_NO.view(len(x_NO), -1, head_dim) for x_NO in project(source, layers))
+    found = rotate(q_NhD, cos_ND, sin_ND), rotate(k_NhD, cos_ND, sin_ND), v_NhD
+    return found if to_sequence is None else tuple(x.index_select(0, to_sequence) for x in found)
+
+
+EAGER = Blocks(_qkv, _ffn)
+
+
+@cache
+def _compiled_blocks() -> Blocks:
+    return Blocks(torch.compile(_qkv, dynamic=True), torch.compile(_ffn, dynamic=True))
+
+
+def _blocks(compiled: bool) -> Blocks:
+    return _compiled_blocks() if compiled else EAGER
+
+
+def rotate(x_NhD: torch.Tensor, cos_ND: torch.Tensor, sin_ND: torch.Tensor) -> torch.Tensor:
     """Rotary position embedding, in Llama's half-split form."""
     first, second = x_NhD.chunk(2, dim=-1)
     turned = torch.cat([-second, first], dim=-1)
-    return x_NhD * span.cos_ND[:, None] + turned * span.sin_ND[:, None]
+    return x_NhD * cos_ND[:, None] + turned * sin_ND[:, None]
 
 
 def causal_attention(q_NhD: torch.Tensor, k_NhD: torch.Tensor, v_NhD: torch.Tensor, span: Span) -> torch.Tensor:

@@ -28,17 +28,21 @@ Grads = list[torch.Tensor | None]
 
 
 class Rows(NamedTuple):
-    """Rows as they are, or those at `index`, a permutation whose inverse is `back`."""
+    """Rows as they are, or those `at` some; `back` is the inverse where they are a permutation."""
 
     x_NH: torch.Tensor
-    index: torch.Tensor | None = None
+    at: torch.Tensor | None = None
     back: torch.Tensor | None = None
 
     def make(self) -> torch.Tensor:
-        return self.x_NH if self.index is None else self.x_NH.index_select(0, self.index)
+        return self.x_NH if self.at is None else self.x_NH.index_select(0, self.at)
 
     def backward(self, grad_NH: torch.Tensor, _needed: Sequence[bool]) -> Grads:
-        return [grad_NH if self.back is None else grad_NH.index_select(0, self.back), None, None]
+        if self.back is not None:
+            grad_NH = grad_NH.index_select(0, self.back)
+        elif self.at is not None:
+            grad_NH = grad_NH.new_zeros(self.x_NH.shape).index_copy_(0, self.at.long(), grad_NH)
+        return [grad_NH, None, None]
 
 
 class Normed(NamedTuple):
@@ -103,6 +107,17 @@ class Projection(NamedTuple):
     b_Or: torch.Tensor | None
     scaling: float
 
+    def run(self, x_NH: torch.Tensor) -> torch.Tensor:
+        """The layer by plain operations."""
+        bias_O = None if self.bias_O is None else self.bias_O.to(x_NH.dtype)
+        y_NO = F.linear(x_NH, self.weight_OH.to(x_NH.dtype), bias_O)
+        if self.a_rH is None or self.b_Or is None:
+            return y_NO
+        return y_NO + F.linear(F.linear(x_NH, self.a_rH.to(x_NH.dtype)), self.b_Or.to(x_NH.dtype)) * self.scaling
+
+
+Layer = Projection | nn.Module
+
 
 def projection_of(module: nn.Module) -> Projection | None:
     """The tensors of a linear layer; None where it is more than a linear layer with simple LoRA."""
@@ -122,17 +137,22 @@ def projection_of(module: nn.Module) -> Projection | None:
     return Projection(base.weight, base.bias, a_rH, b_Or, module.scaling[name])
 
 
-def project(source: Source, modules: Sequence[nn.Module], residual_NO: torch.Tensor | None = None) -> list[torch.Tensor]:
+def layers_of(*modules: nn.Module) -> tuple[Layer, ...]:
+    """Linear layers as tensors, where they are simple."""
+    return tuple(projection_of(module) or module for module in modules)
+
+
+def project(source: Source, layers: Sequence[Layer], residual_NO: torch.Tensor | None = None) -> list[torch.Tensor]:
     """Run linear layers on what `source` makes: a list of [N, O].
 
     Args:
+        layers: from `layers_of`.
         residual_NO: added to the output of a single layer.
     """
-    found = [projection_of(module) for module in modules]
-    simple = [projection for projection in found if projection is not None]
-    if len(simple) < len(found):
+    simple = [layer for layer in layers if isinstance(layer, Projection)]
+    if len(simple) < len(layers) or torch.compiler.is_compiling():  # a compiler sees for itself what to make again
         made_NH = source.make()
-        outputs = [linear(module, made_NH) for module in modules]
+        outputs = [layer.run(made_NH) if isinstance(layer, Projection) else linear(layer, made_NH) for layer in layers]
         return outputs if residual_NO is None else [residual_NO + outputs[0]]
     tensors = [tensor for projection in simple for tensor in projection[:4]]
     stacked = _stacked([projection.weight_OH for projection in simple])
@@ -158,7 +178,7 @@ def stack_frozen_weights(modules: Sequence[nn.Module]) -> None:
 
 def _stacked(weights: Sequence[torch.Tensor]) -> torch.Tensor | None:
     """One view [sum of O, H] over weights that stand one behind another in one storage; None where they do not."""
-    if len(weights) < 2 or torch.compiler.is_compiling() or any(weight.requires_grad for weight in weights):
+    if len(weights) < 2 or any(weight.requires_grad for weight in weights):
         return None
     first, width = weights[0], weights[0].shape[1]
     storage = first.untyped_storage().data_ptr()
@@ -177,7 +197,9 @@ class _Project(torch.autograd.Function):
                 *given: Any) -> tuple[torch.Tensor, ...]:  # fmt: skip
         x_NH = kind(*given[:width]).make()
         layers = [given[at : at + 4] for at in range(width, len(given), 4)]
-        together = F.linear(x_NH, stacked).split([len(weight) for weight, *_ in layers], 1) if stacked is not None else ()
+        together = (
+            F.linear(x_NH, stacked).split([len(weight) for weight, *_ in layers], 1) if stacked is not None else ()
+        )
         outputs, lows = [], []
         for number, (weight_OH, bias_O, a_rH, b_Or) in enumerate(layers):
             if together:
@@ -203,14 +225,14 @@ class _Project(torch.autograd.Function):
         end = len(needed)
         source, lows = ctx.kind(*given[: ctx.width]), list(given[end:])
         x_NH = source.make()
-        of_x_NH: torch.Tensor | None = None
-        if ctx.stacked is not None:
+        wanted, of_x_NH = any(needed[: ctx.width]), None
+        if wanted and ctx.stacked is not None:
             of_x_NH = torch.cat(grads, 1) @ ctx.stacked
         of_layers: Grads = []
         for number, grad_NO in enumerate(grads):
             at = ctx.width + 4 * number
             weight_OH, bias_O, a_rH, b_Or = given[at : at + 4]
-            if ctx.stacked is None:
+            if wanted and ctx.stacked is None:
                 weight_OH = weight_OH.to(grad_NO.dtype)
                 of_x_NH = grad_NO @ weight_OH if of_x_NH is None else of_x_NH.addmm_(grad_NO, weight_OH)
             found: Grads = [None] * 4
@@ -220,15 +242,14 @@ class _Project(torch.autograd.Function):
                 found[1] = grad_NO.sum(0).to(bias_O.dtype)
             if a_rH is not None:
                 low_Nr, of_low_Nr = lows.pop(0), (grad_NO @ b_Or.to(grad_NO.dtype)).mul_(ctx.scalings[number])
-                assert of_x_NH is not None
-                of_x_NH = of_x_NH.addmm_(of_low_Nr, a_rH.to(grad_NO.dtype))
+                if of_x_NH is not None:
+                    of_x_NH = of_x_NH.addmm_(of_low_Nr, a_rH.to(grad_NO.dtype))
                 if needed[at + 2]:
                     found[2] = (of_low_Nr.t() @ x_NH).to(a_rH.dtype)
                 if needed[at + 3]:
                     found[3] = (grad_NO.t() @ low_Nr).mul_(ctx.scalings[number]).to(b_Or.dtype)
             of_layers += found
-        assert of_x_NH is not None
-        of_source = source.backward(of_x_NH, needed) if any(needed[: ctx.width]) else [None] * ctx.width
+        of_source = [None] * ctx.width if of_x_NH is None else source.backward(of_x_NH, needed)
         residual = grads[0] if ctx.needs_input_grad[4] else None
         return (None, None, None, None, residual, *of_source, *of_layers)
 
