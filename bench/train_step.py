@@ -28,7 +28,8 @@ import tyro
 from higgs_tune.shards.format import Arrays
 from higgs_tune.shards.sequence import SpecialIds
 from higgs_tune.train.batch import Batch, collate
-from higgs_tune.train.forward import label_states
+from higgs_tune.train.forward import Running, label_states
+from higgs_tune.train.fused import stack_layer
 from higgs_tune.train.loss import LossOptions, pack_loss
 from higgs_tune.train.model import HiggsAudioModel
 from higgs_tune.train.reference import boson_inputs
@@ -116,7 +117,7 @@ def public_step(model: PeftModel, weights: torch.Tensor, inputs: dict[str, Any])
 
 
 def our_step(model: HiggsAudioModel, weights: torch.Tensor, batch: Batch, *, compiled: bool) -> torch.Tensor:
-    states = label_states(model, batch, compiled=compiled)
+    states = label_states(model, batch, Running(compiled=compiled))
     loss = pack_loss(model, states, batch, weights, LOSS, at_labels=True).total
     loss.backward()
     return loss.detach()
@@ -155,6 +156,8 @@ def make_sides(
         inputs = boson_inputs(pair, ids, model.config.pad_token_id)
         padded.append({k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in inputs.items()})
     batches = [pack.to(device) for pack in packs]
+    for layer in model.layers:
+        stack_layer(layer)
     sides = [
         Side("public", padded, lambda inputs: public_step(peft_model, weights, inputs)),
         Side("ours", batches, lambda batch: our_step(model, weights, batch, compiled=False)),
@@ -195,7 +198,7 @@ def measure(options: Options, device: torch.device) -> dict[str, Any]:
         for name, found in apart.items():
             assert max(found.values()) < TOLERANCE, f"{name} differs from the public step: {found}"
     public = sides[0].seconds
-    result = {
+    return {
         "size": options.size, "parameters": size, "dtype": str(dtype).removeprefix("torch."), "samples": len(samples),
         "useful_tokens": useful, "packs": len(sides[1].batches), "vocabulary": options.vocabulary,
         "lengths": options.shards or "synthetic", "pairs": options.pairs,
@@ -205,7 +208,6 @@ def measure(options: Options, device: torch.device) -> dict[str, Any]:
         "ratios": {side.name: [a / b for a, b in zip(public, side.seconds, strict=True)] for side in sides[1:]},
         "relative_differences": apart,
     }  # fmt: skip
-    return result
 
 
 def narrow(samples: list[Arrays], ids: SpecialIds, vocabulary: int) -> tuple[list[Arrays], SpecialIds]:

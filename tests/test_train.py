@@ -30,6 +30,8 @@ OPTIONS: dict[str, Any] = {
     "learning_rate": 1e-2,
     "logging_steps": 1,
     "dataloader_num_workers": 0,
+    "eval_steps": 0,
+    "save_steps": 0,
 }
 
 
@@ -40,8 +42,9 @@ def run(shards: ShardSet, model_path: Path, out: Path, stage: str, **options: An
     return metrics_of(out)
 
 
-def metrics_of(out: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+def metrics_of(out: Path, kind: str = "train") -> list[dict[str, Any]]:
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in lines if line["kind"] == kind]
 
 
 @pytest.fixture(scope="module")

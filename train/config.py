@@ -29,6 +29,8 @@ class TrainConfig:
     """Folder that receives config, metrics, checkpoints and the adapter."""
 
     # what trains
+    full_finetune: bool = False
+    """Train every weight of the stage, without LoRA; on several GPUs sharded by FSDP2."""
     lora_r: int | None = None
     """Rank of LoRA; by default 16, or that of the adapter that is continued."""
     lora_alpha: float | None = None
@@ -97,6 +99,10 @@ class TrainConfig:
     """AdamW's second beta."""
     max_grad_norm: float = 1.0
     """Gradients are scaled down to this norm; 0: never."""
+    max_bad_steps: int = 20
+    """Steps skipped for a loss or gradient that is not finite, before the run stops."""
+    ema_decay: float = 0.0
+    """Decay of a moving average of what trains, used for validation, samples and the final adapter; 0: none."""
     seed: int = 42
     """Seed of the data order and of new weights."""
 
@@ -118,7 +124,39 @@ class TrainConfig:
     dataloader_start_method: Literal["fork", "spawn"] = "fork"
     """How loader processes are started."""
 
+    # checkpoints
+    save_steps: int = 500
+    """Steps between checkpoints; one is also saved at the end. 0: no checkpoints."""
+    save_every_minutes: float = 0.0
+    """Minutes between checkpoints, besides --save_steps; 0: by steps alone."""
+    save_total_limit: int | None = 3
+    """Checkpoints that are kept; the best by validation is kept apart. None: all."""
+    allow_failed_saves: bool = False
+    """Train on when a checkpoint cannot be saved."""
+    resume_from_checkpoint: str | None = None
+    """auto: go on from the newest valid checkpoint of the output folder, if there is one; or a checkpoint folder."""
+    resume_anyway: bool = False
+    """Resume even though data, plan or model have changed."""
+
+    # validation and samples
+    eval_steps: int | None = None
+    """Steps between validations; by default 500 where the sets have a validation split. 0: never."""
+    early_stopping_patience: int = 0
+    """Stop after this many validations without a better loss; 0: never."""
+    early_stopping_threshold: float = 0.0
+    """How much lower a loss must be to count as better."""
+    sample_steps: int = 0
+    """Steps between samples of generated speech; 0: never."""
+    num_samples: int = 4
+    """Samples generated each time, of fixed keys."""
+    sample_max_seconds: float = 20.0
+    """Generated speech is cut off here: it has run on."""
+    audio_tokenizer_path: Path | None = None
+    """Codec that makes samples audible; by default the one that the shards were made with."""
+
     # checks and reports
+    dry_run: bool = False
+    """Load everything, run the self-test and two steps, print what the run will take, and stop."""
     skip_alignment_check: bool = False
     """Train even where the self-test before the first step says that the training signal is wrong."""
     forward: Literal["packed", "reference"] = "packed"
@@ -127,6 +165,10 @@ class TrainConfig:
     """Steps between two lines of metrics.jsonl."""
     diagnostics_steps: int = 0
     """Steps between two looks at predictions, gradients and updates; 0: never."""
+    report_to: tuple[Literal["wandb", "trackio"], ...] = ()
+    """Trackers besides metrics.jsonl and TensorBoard; each is an optional extra of the package."""
+    run_name: str | None = None
+    """Name of the run in those trackers; by default that of the output folder."""
     overwrite_output_dir: bool = False
     """Remove an earlier run's files from the output folder first."""
     debug: bool = False
@@ -139,11 +181,13 @@ class TrainConfig:
             UserError: a value is out of its range; says which, expected and got.
         """
         weights, books = self.mix_weights, self.codebook_loss_weights
-        positive = ("learning_rate", "num_train_epochs", "lr_decay_fraction")
+        positive = ("learning_rate", "num_train_epochs", "lr_decay_fraction", "sample_max_seconds")
         at_least_0 = "weight_decay max_grad_norm text_loss_weight audio_loss_weight contrastive_loss_weight"
-        at_least_1 = "gradient_accumulation_steps tokens_per_pack logging_steps"
-        counts = "max_bad_samples diagnostics_steps"
-        optional_positive = "lora_r lora_alpha head_learning_rate new_module_learning_rate cache_max_gb"
+        at_least_1 = "gradient_accumulation_steps tokens_per_pack logging_steps max_bad_steps num_samples"
+        counts = "max_bad_samples diagnostics_steps save_steps save_every_minutes early_stopping_patience sample_steps"
+        counts += " early_stopping_threshold"
+        optional_positive = "save_total_limit lora_r lora_alpha head_learning_rate new_module_learning_rate"
+        optional_positive += " cache_max_gb"
         checks: list[tuple[str, bool, str]] = [
             *((name, getattr(self, name) > 0, "more than 0") for name in positive),
             *((name, getattr(self, name) >= 0, "at least 0") for name in (at_least_0 + " " + counts).split()),
@@ -151,6 +195,10 @@ class TrainConfig:
             *((name, _none_or_positive(getattr(self, name)), "more than 0") for name in optional_positive.split()),
             ("max_steps", self.max_steps == -1 or self.max_steps > 0, "-1, or more than 0"),
             ("warmup_steps", self.warmup_steps is None or self.warmup_steps >= 0, "at least 0"),
+            ("eval_steps", (self.eval_steps or 0) >= 0, "at least 0"),
+            ("ema_decay", 0 <= self.ema_decay < 1, "0 to 1"),
+            ("full_finetune", not (self.full_finetune and self._lora_given()), "no option of LoRA beside it"),
+            ("early_stopping_patience", not self.early_stopping_patience or self.eval_steps != 0, "--eval_steps"),
             ("lora_dropout", 0 <= self.lora_dropout < 1, "0 to 1"),
             ("label_smoothing", 0 <= self.label_smoothing < 1, "0 to 1"),
             ("adam_beta1", 0 <= self.adam_beta1 < 1, "0 to 1"),
@@ -166,6 +214,10 @@ class TrainConfig:
             if not good:
                 raise UserError(f"--{name} is out of range", expected=expected, got=getattr(self, name))
         return self
+
+    def _lora_given(self) -> bool:
+        given = (self.lora_r, self.lora_alpha, self.lora_preset, self.lora_target_modules)
+        return any(value is not None for value in given) or self.use_rslora or self.use_dora or self.lora_dropout > 0
 
     def _reference_can(self) -> bool:
         return not self.contrastive_loss_weight and not self.train_on_reference

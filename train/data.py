@@ -20,6 +20,7 @@ from ..shards.errors import ShardError, UserError
 from ..shards.reader import ShardSet
 from ..shards.sequence import SpecialIds, Stored
 from .batch import Batch, collate
+from .faults import outlive_stop_signals
 from .schedule import Cursor, PackRequest, Schedule, Sets
 from .slots import SlotRing
 
@@ -171,7 +172,8 @@ class Loader:
             persistent_workers=options.workers > 0,
             prefetch_factor=PREFETCH if options.workers else None,
             multiprocessing_context=options.start_method if options.workers else None,
-            worker_init_fn=_one_thread,
+            worker_init_fn=_start_worker,
+            generator=torch.Generator(),  # the process's own would move on, and a resumed run's dropout with it
         )
         self._batches: Iterator[Batch | LoadFailure] | None = None
 
@@ -222,5 +224,6 @@ class Loader:
         self._loader._iterator = None
 
 
-def _one_thread(_worker: int) -> None:
+def _start_worker(_worker: int) -> None:
     torch.set_num_threads(1)
+    outlive_stop_signals()

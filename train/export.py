@@ -21,6 +21,7 @@ from ..shards import durable
 from ..shards.errors import UserError, run_command
 from .lora import read_adapter_weights
 from .model import HiggsAudioModel, load_model
+from .output import whole_weights, write_model
 from .setup import resolve_model
 
 
@@ -64,16 +65,12 @@ def export(config: ExportConfig) -> None:
     base, _ = resolve_model(config.adapter)
     dtype = torch.bfloat16 if config.dtype == "bfloat16" else torch.float32
     peft_model = load_adapter(config.adapter, device=torch.device("cpu"), dtype=torch.float32)
-    model: HiggsAudioModel = peft_model.merge_and_unload().to(dtype)  # pyright: ignore[reportCallIssue]
+    model: HiggsAudioModel = peft_model.merge_and_unload()  # pyright: ignore[reportCallIssue]
     model.config.torch_dtype = dtype
     temp = config.out.with_name(f"{durable.TEMP_PREFIX}{config.out.name}")
     shutil.rmtree(temp, ignore_errors=True)
-    model.save_pretrained(temp)
-    for file in base.iterdir():
-        if file.name.startswith(("tokenizer", "special_tokens", "generation_config", "chat_template")):
-            shutil.copy(file, temp / file.name)
-    for file in temp.iterdir():
-        durable.fsync_file(file)
+    temp.mkdir()
+    write_model(temp, model.config, whole_weights(model, dtype), base)
     temp.rename(config.out)
     durable.fsync_folder(config.out.parent)
     print(f"merged checkpoint in {config.out}")

@@ -15,19 +15,24 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from inspect import signature
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F  # noqa: N812
 from boson_multimodal.model.higgs_audio.modeling_higgs_audio import HiggsAudioDualFFNDecoderLayer
+from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from torch.nn.attention.varlen import varlen_attn
+from torch.utils.checkpoint import checkpoint
 
 from .batch import Batch
 from .fused import Gated, Layer, Normed, Rows, layers_of, project
 from .lora import linear
 from .model import HiggsAudioModel
+
+Checkpointing = Literal["none", "selective", "full"]
 
 
 @dataclass(frozen=True)
@@ -74,38 +79,57 @@ class Kept:
     text_rows: int
 
 
-def hidden_states(model: HiggsAudioModel, batch: Batch, *, compiled: bool = False) -> torch.Tensor:
-    """The residual stream [N, H] after the last layer, before the final norm, in sorted order.
+@dataclass(frozen=True)
+class Running:
+    """How layers are run; nothing of it changes a number beyond rounding.
 
-    Args:
-        compiled: run layers through torch.compile, with row counts that may change from batch to batch.
+    compiled: through torch.compile, with row counts that may change from batch to batch. checkpointing: what backward
+    makes again instead of keeping it: `none`, `selective` (each FFN) or `full` (each layer).
     """
-    hidden_NH, text_rows, spans = _begin(model, batch, compiled)
+
+    compiled: bool = False
+    checkpointing: Checkpointing = "none"
+
+
+def hidden_states(model: HiggsAudioModel, batch: Batch, running: Running = Running()) -> torch.Tensor:
+    """The residual stream [N, H] after the last layer, before the final norm, in sorted order."""
+    hidden_NH, text_rows, spans = _begin(model, batch, running)
     for layer in model.layers:
-        hidden_NH = decoder_layer(layer, hidden_NH, text_rows, spans)
+        hidden_NH = _run(layer, running, hidden_NH, text_rows, spans)
     return hidden_NH
 
 
-def label_states(model: HiggsAudioModel, batch: Batch, *, compiled: bool = False) -> torch.Tensor:
+def label_states(model: HiggsAudioModel, batch: Batch, running: Running = Running()) -> torch.Tensor:
     """The rows `batch["label_rows"]` of `hidden_states`: [rows, H].
 
     After the last layer's attention no row meets another, so only these are carried on.
     """
-    hidden_NH, text_rows, spans = _begin(model, batch, compiled)
+    hidden_NH, text_rows, spans = _begin(model, batch, running)
     for layer in model.layers[:-1]:
-        hidden_NH = decoder_layer(layer, hidden_NH, text_rows, spans)
+        hidden_NH = _run(layer, running, hidden_NH, text_rows, spans)
     kept = Kept(batch["label_rows"], batch["to_sorted"].index_select(0, batch["label_rows"]), batch.label_text_rows)
     last: Any = model.layers[-1]
     if not isinstance(last, HiggsAudioDualFFNDecoderLayer) or last.fast_forward:
-        return decoder_layer(last, hidden_NH, text_rows, spans).index_select(0, kept.rows)
-    return decoder_layer(last, hidden_NH, text_rows, spans, kept)
+        return _run(last, running, hidden_NH, text_rows, spans).index_select(0, kept.rows)
+    return _run(last, running, hidden_NH, text_rows, spans, kept)
 
 
-def _begin(model: HiggsAudioModel, batch: Batch, compiled: bool) -> tuple[torch.Tensor, int, Spans]:
+def _begin(model: HiggsAudioModel, batch: Batch, running: Running) -> tuple[torch.Tensor, int, Spans]:
     """The embeddings in sorted order [N, H], how many of them are text rows, and how rows attend."""
     hidden_NH = torch.cat([embed_text(model, batch), embed_audio(model, batch["codes_KA"])])
     text_rows = len(hidden_NH) - batch["codes_KA"].shape[1]
-    return hidden_NH, text_rows, make_spans(model, batch, hidden_NH, text_rows, _blocks(compiled))
+    return hidden_NH, text_rows, make_spans(model, batch, hidden_NH, text_rows, _blocks(running))
+
+
+def _run(layer: nn.Module, running: Running, *packed: Any) -> torch.Tensor:
+    """One layer, in the way of `running`; FSDP's hooks run around the layer's own call."""
+    if isinstance(layer, FSDPModule):
+        return layer(packed=packed)
+    if running.checkpointing == "full" and torch.is_grad_enabled():
+        out = checkpoint(decoder_layer, layer, *packed, use_reentrant=False)
+        assert isinstance(out, torch.Tensor)
+        return out
+    return decoder_layer(layer, *packed)
 
 
 def embed_text(model: HiggsAudioModel, batch: Batch) -> torch.Tensor:
@@ -227,16 +251,13 @@ def _qkv(
     return found if to_sequence is None else tuple(x.index_select(0, to_sequence) for x in found)
 
 
-EAGER = Blocks(_qkv, _ffn)
-
-
 @cache
-def _compiled_blocks() -> Blocks:
-    return Blocks(torch.compile(_qkv, dynamic=True), torch.compile(_ffn, dynamic=True))
-
-
-def _blocks(compiled: bool) -> Blocks:
-    return _compiled_blocks() if compiled else EAGER
+def _blocks(running: Running) -> Blocks:
+    qkv: Callable[..., Any] = torch.compile(_qkv, dynamic=True) if running.compiled else _qkv
+    ffn: Callable[..., Any] = torch.compile(_ffn, dynamic=True) if running.compiled else _ffn
+    if running.checkpointing == "selective":
+        ffn = partial(checkpoint, ffn, use_reentrant=False)
+    return Blocks(qkv, ffn)
 
 
 def rotate(x_NhD: torch.Tensor, cos_ND: torch.Tensor, sin_ND: torch.Tensor) -> torch.Tensor:

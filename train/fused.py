@@ -160,6 +160,17 @@ def project(source: Source, layers: Sequence[Layer], residual_NO: torch.Tensor |
     return list(_Project.apply(type(source), len(source), scalings, stacked, residual_NO, *source, *tensors))
 
 
+def stack_layer(layer: Any) -> None:
+    """Stack queries, keys and values, and gate and up, of a decoder layer."""
+    for name in ("self_attn", "audio_attn"):
+        if hasattr(layer, name):
+            attention = getattr(layer, name)
+            stack_frozen_weights([attention.q_proj, attention.k_proj, attention.v_proj])
+    for name in ("mlp", "audio_mlp"):
+        if hasattr(layer, name):
+            stack_frozen_weights([getattr(layer, name).gate_proj, getattr(layer, name).up_proj])
+
+
 def stack_frozen_weights(modules: Sequence[nn.Module]) -> None:
     """Move the frozen weights of linear layers with the same input into one block, in order; they stay what they were.
 

@@ -1,46 +1,67 @@
-"""The trainer's main path: set up, load, plan, check, step, save.
+"""The trainer's main path: check, load, prove the signal, step, save.
 
-In: a `TrainConfig`. Out: the output folder (config.yaml, metrics.jsonl, tensorboard, the adapter in PEFT format).
+In: a `TrainConfig`. Out: the output folder (config.yaml, metrics.jsonl, checkpoints, samples, the final adapter).
 Never: a step that the ranks do not take together; a loss that depends on how many ranks share the work.
 """
 
 from __future__ import annotations
 
-import math
+import contextlib
 import time
+from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from peft import PeftModel
-from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedTokenizerBase
 
 from ..preprocess.checkpoint import load_tokenizer
-from ..shards.durable import to_json, write_bytes
+from ..shards.durable import check_writable, to_json, write_bytes
+from ..shards.errors import UserError
+from .assemble import build, check, checkpoint_bytes, describe_run
+from .checkpoint import VERSION, Snapshot
 from .config import TrainConfig
-from .data import Loader
 from .diagnostics import UpdateWatch, assert_frozen, fingerprint, look_at_predictions
-from .lora import add_lora, trainable
-from .loss import LossOptions
-from .metrics import Reporter, loss_metrics, max_memory_gb
-from .model import HiggsAudioModel, load_config, load_model
-from .optim import make_optimizer, make_scheduler
-from .output import prepare_folder, save_adapter, save_config, save_trainable
-from .schedule import Schedule
-from .selftest import run_selftest
-from .setup import (
-    Place,
-    join_world,
-    loader_options,
-    loss_options,
-    open_sets,
-    resolve_model,
-    trainable_options,
-    wants_audio_attention,
-    whisper_features,
+from .faults import StopFlag, Stopped, together
+from .metrics import loss_metrics, max_memory_gb
+from .output import (
+    ADAPTER,
+    ADAPTER_CONFIG,
+    FULL,
+    adapter_config_json,
+    adapter_tensors,
+    save_adapter,
+    save_config,
+    save_trainable,
+    whole_weights,
+    write_model,
 )
-from .step import PackModel, Run, Window, take_batches, train_step
+from .report import Reporter
+from .resume import changed_options, snapshot
+from .samples import Speaker
+from .saver import Saver
+from .selftest import run_selftest
+from .setup import Place, join_world
+from .step import Run, Window, take_batches, train_step
+from .validation import Validation
+
+DRY_STEPS = 2
+
+
+@dataclass
+class Tools:
+    """What works beside the steps. reporter and saver: on rank 0 only. speaker: where samples are generated."""
+
+    tokenizer: PreTrainedTokenizerBase
+    frozen: dict[str, tuple[float, int]]
+    validation: Validation
+    stop: StopFlag
+    reporter: Reporter | None = None
+    saver: Saver | None = None
+    speaker: Speaker | None = None
+    saved_at: float = field(default_factory=time.monotonic)
+    saved_step: int = 0
 
 
 def train(config: TrainConfig) -> None:
@@ -48,138 +69,156 @@ def train(config: TrainConfig) -> None:
 
     Raises:
         UserError: bad paths or options, or a checkpoint, adapter and shard set that do not fit together.
+        Stopped: by a signal, after a checkpoint.
     """
     config.validate()
-    place = join_world()
-    try:
-        _train(config, place)
-    finally:
+    stop = StopFlag()
+    with stop.listening():
+        place = join_world()
+        together(place.world.rank, lambda: _train(config, place, stop))
         if dist.is_initialized():
             dist.destroy_process_group()
 
 
-def _train(config: TrainConfig, place: Place) -> None:
-    # 1. everything that can be checked without the weights
-    base, adapter = resolve_model(config.model_path)
-    sets = open_sets(config, base)
-    model_config = load_config(base)
-    features = whisper_features(config, model_config, sets)
-    options = trainable_options(config, adapter)
-    schedule = Schedule(
-        sets,
-        tokens_per_pack=config.tokens_per_pack,
-        seed=config.seed,
-        accumulation=config.gradient_accumulation_steps,
-        world=place.world,
-        mix_weights=config.mix_weights,
-        features=features,
-    )
+def _train(config: TrainConfig, place: Place, stop: StopFlag) -> None:
+    checked = check(config, place)
+    run, window, state = build(config, place, checked)
     if place.is_main:
-        prepare_folder(config.output_dir, overwrite=config.overwrite_output_dir)
-    # 2. the model, frozen but for what trains
-    torch.manual_seed(config.seed)  # the same new weights on every rank
-    dtype = torch.bfloat16 if place.device.type == "cuda" else torch.float32
-    attention = wants_audio_attention(config, adapter)
-    loaded = load_model(base, device=place.device, dtype=dtype, audio_attention=attention)
-    loss = loss_options(config, loaded)
-    peft_model = add_lora(loaded.model, options, config.training_stage, base, adapter)
-    # 3. the steps
-    loader = Loader(schedule, loader_options(config, place, features, model_config.pad_token_id))
-    run = make_run(config, place, loaded.model, peft_model, schedule, loader, loss)
-    if place.is_main:
-        save_config(config, {"base_model": str(base), "total_steps": run.total_steps, "whisper_features": features})
+        print(describe_run(run, checked.checkpoint), flush=True)
+        for change in changed_options(state, config) if state else ():
+            print(f"  changed since the checkpoint: {change}", flush=True)
+    if place.is_main and not config.dry_run:
+        check_writable(config.output_dir, 3 * checkpoint_bytes(run))
+        resolved = {"base_model": str(checked.base), "total_steps": run.total_steps}
+        save_config(config, resolved | {"whisper_features": checked.features})
         save_trainable(config.output_dir, run.parameters)
-        print(describe_run(run), flush=True)
+    if not checked.checkpoint:
+        prove_signal(run, checked.base)
+    if config.dry_run:
+        dry_run(run)
+        return
+    tokenizer = load_tokenizer(checked.base, run.special_ids)
+    tools = Tools(tokenizer, fingerprint(run.peft_model.named_parameters()), checked.validation, stop)
+    tools.saved_step = run.progress.step
+    if place.is_main:
+        tools.reporter = Reporter(config, run.total_steps, run.progress.step, state.get("written"))
+        tools.saver = Saver(config.output_dir, config.save_total_limit)
+    if config.sample_steps:
+        tools.speaker = Speaker(run, tokenizer, checked.features)
+    run_steps(run, tools, window)
+    save_result(run, tools, checked.base)
+
+
+def prove_signal(run: Run, base: Path) -> None:
+    """Print and keep the self-test.
+
+    Raises:
+        UserError: the training signal is wrong.
+    """
     report = run_selftest(run, base)
-    if place.is_main:
+    if run.place.is_main:
         print("\n".join(report.lines()), flush=True)
-        write_bytes(config.output_dir / "selftest.json", to_json(report.to_dict(), indent=1) + b"\n")
-    frozen = fingerprint(peft_model.named_parameters())
-    run_steps(run, load_tokenizer(base, run.special_ids))
-    # 4. the adapter
-    assert_frozen(peft_model, frozen)
-    if place.is_main:
-        save_adapter(peft_model, config.output_dir)
-        print(f"adapter saved in {config.output_dir}", flush=True)
+        if not run.config.dry_run:
+            write_bytes(run.config.output_dir / "selftest.json", to_json(report.to_dict(), indent=1) + b"\n")
 
 
-def make_run(
-    config: TrainConfig,
-    place: Place,
-    model: HiggsAudioModel,
-    peft_model: PeftModel,
-    schedule: Schedule,
-    loader: Loader,
-    loss: LossOptions,
-) -> Run:
-    """Optimizer, schedule of the learning rate, and DDP around the model."""
-    parameters = trainable(peft_model)
-    steps_per_epoch = schedule.steps(schedule.plan(0))
-    total = config.max_steps if config.max_steps > 0 else math.ceil(config.num_train_epochs * steps_per_epoch)
-    optimizer = make_optimizer(parameters, config, place.device)
-    module: nn.Module = PackModel(model, parameters.values(), loss)
-    if place.world.size > 1:
-        module = DistributedDataParallel(module, gradient_as_bucket_view=True)
-    return Run(
-        config=config,
-        place=place,
-        model=model,
-        module=module,
-        parameters=parameters,
-        optimizer=optimizer,
-        scheduler=make_scheduler(optimizer, config, total),
-        loss=loss,
-        loader=loader,
-        steps_per_epoch=steps_per_epoch,
-        total_steps=total,
-    )
-
-
-def describe_run(run: Run) -> str:
-    """What the run is about to do, in a line."""
-    count = sum(parameter.numel() for parameter in run.parameters.values())
-    return (
-        f"{run.config.training_stage}: {count / 1e6:.2f} M trainable parameters in {len(run.parameters)} tensors, "
-        f"{run.total_steps} steps ({run.steps_per_epoch} an epoch) on {run.place.world.size} x {run.place.device.type}"
-    )
-
-
-def run_steps(run: Run, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Take every step of the run, with a report every `logging_steps` and at the last."""
-    reporter = Reporter(run.config.output_dir, run.total_steps) if run.place.is_main else None
-    window = run.window()
-    for step in range(1, run.total_steps + 1):
+def run_steps(run: Run, tools: Tools, window: Window) -> None:
+    """Take every step that is left, with its reports, validations, samples and checkpoints."""
+    config, progress = run.config, run.progress
+    if progress.step == 0 and tools.validation.every:
+        report(tools, tools.validation.run(run, base=True))
+    if tools.speaker:
+        tools.speaker.begin()
+    window.began = time.perf_counter()
+    while progress.step < run.total_steps:
         batches, counts = take_batches(run, window)
-        looks = run.config.diagnostics_steps and step % run.config.diagnostics_steps == 0
-        watch = UpdateWatch(run.parameters) if looks and reporter else None
-        predictions = look_at_predictions(run.model, batches[0], tokenizer, run.loss) if watch else {}
-        norm = train_step(run, batches, run.place.agree(counts), window, watch)
-        if reporter and watch:
-            reporter.diagnose(predictions | watch.norms(), step)
-        if reporter:
-            reporter.step(step)
-        if step % run.config.logging_steps == 0 or step in (1, run.total_steps):
-            metrics = summarise(run, window, step, norm)
-            if reporter:
-                reporter.report(metrics)
+        counts = obey(run, tools, window, counts)
+        looks = config.diagnostics_steps and (progress.step + 1) % config.diagnostics_steps == 0
+        watch = UpdateWatch(run.parameters) if looks else None
+        predictions = look_at_predictions(run.model, batches[0], tools.tokenizer, run.loss) if watch else {}
+        norm = train_step(run, batches, counts, window, watch)
+        step, last = progress.step, progress.step == run.total_steps
+        if tools.reporter:
+            tools.reporter.step(step)
+            if watch:
+                tools.reporter.diagnose(predictions | watch.norms(), step)
+        if step % config.logging_steps == 0 or step == 1 or last:
+            report(tools, summarise(run, window, norm))
             window = run.window()
-    if reporter:
-        reporter.close()
+        trained_at = time.perf_counter()
+        stale = tools.validation.due(step, run.total_steps) and validate(run, tools)
+        if tools.speaker and (step % config.sample_steps == 0 or last or stale):
+            speak(run, tools, tools.speaker)
+        if config.save_steps and (step % config.save_steps == 0 or last or stale):
+            save(run, tools, window)
+        window.began += time.perf_counter() - trained_at
+        if stale:
+            say(tools, f"stopped early at step {step}: best loss {progress.best_loss:.4f} at {progress.best_step}")
+            return
 
 
-def summarise(run: Run, window: Window, step: int, norm: torch.Tensor) -> dict[str, object]:
+def obey(run: Run, tools: Tools, window: Window, counts: list[float]) -> list[float]:
+    """What all ranks agree on before a step: label counts, a signal to stop, a checkpoint that is due, failures.
+
+    Returns:
+        The label counts of all ranks.
+
+    Raises:
+        Stopped: a rank got a signal; there is a checkpoint of the last step.
+        UserError: a save failed, or too many steps were not finite.
+    """
+    config, saver = run.config, tools.saver
+    run.bad.read()
+    failures = saver.failures() if saver else []
+    minutes = (time.monotonic() - tools.saved_at) / 60
+    unsaved = run.progress.step != tools.saved_step
+    save_due = bool(saver) and unsaved and 0 < config.save_every_minutes <= minutes
+    orders = [bool(tools.stop), save_due, bool(failures) and not config.allow_failed_saves, run.bad.too_many]
+    agreed = run.place.agree([*counts, *map(float, orders)])
+    stop, save_due, failed, bad = (value > 0 for value in agreed[len(counts) :])
+    for failure in failures:
+        say(tools, f"error: {failure}")
+    if failed:
+        hint = "--allow_failed_saves trains on without."
+        raise UserError(f"a checkpoint could not be saved: {'; '.join(failures) or 'see rank 0'}", hint=hint)
+    if bad:
+        run.bad.refuse()
+    if (stop and unsaved) or save_due:
+        save(run, tools, window)
+    if stop:
+        finish_saves(run, tools)
+        say(tools, f"stopped by {tools.stop.name or 'a signal to another rank'} at step {run.progress.step}; "
+                   "--resume_from_checkpoint auto goes on")  # fmt: skip
+        if tools.reporter:
+            tools.reporter.close()
+        raise Stopped
+    return agreed[: len(counts)]
+
+
+def report(tools: Tools, metrics: dict[str, object]) -> None:
+    if tools.reporter:
+        tools.reporter.report(metrics)
+
+
+def say(tools: Tools, text: str) -> None:
+    if tools.reporter:
+        tools.reporter.say(text)
+
+
+def summarise(run: Run, window: Window, norm: torch.Tensor) -> dict[str, object]:
     """Sum the window over all ranks and name its numbers. This is where the device is waited for."""
-    size, stats = run.place.world.size, window.stats().tolist()
+    size, stats = run.place.world.size, window.total.tolist()
+    run.bad.read(wait=True)
     host = [window.positions, window.samples, window.seconds, window.wait_s, len(run.loader.damaged)]
     values = run.place.agree([*stats, *host])
     positions, samples, seconds, wait_s, damaged = values[len(stats) :]
     elapsed = time.perf_counter() - window.began
     return {
         "kind": "train",
-        "step": step,
-        "epoch": step / run.steps_per_epoch,
+        "step": run.progress.step,
+        "epoch": run.epochs_done,
         **loss_metrics(values[: len(stats)], run.loss),
-        "learning_rate": run.scheduler.get_last_lr()[0],
+        "learning_rate": run.optimizer.param_groups[0]["lr"],
         "grad_norm": float(norm),
         "tokens_per_second": positions / elapsed,
         "samples_per_second": samples / elapsed,
@@ -187,6 +226,110 @@ def summarise(run: Run, window: Window, step: int, norm: torch.Tensor) -> dict[s
         "data_wait_fraction": wait_s / size / elapsed,
         "data_wait_s": run.loader.waits.summary(),
         "bad_samples": int(damaged),
+        "bad_steps": run.bad.count,
         "step_time_s": elapsed / window.steps,
         "max_memory_gb": max_memory_gb(run.place.device),
     }
+
+
+def validate(run: Run, tools: Tools) -> bool:
+    """Validate, and keep the best; returns whether to stop early. All ranks find the same."""
+    config, progress = run.config, run.progress
+    metrics = tools.validation.run(run)
+    report(tools, metrics)
+    loss = float(metrics["loss"])
+    if progress.best_loss is None or loss < progress.best_loss - config.early_stopping_threshold:
+        progress.best_loss, progress.best_step, progress.stale = loss, progress.step, 0
+        tensors, texts = final_weights(run)
+        if tools.saver:
+            state = {"version": VERSION, "step": progress.step, "metrics": metrics}
+            tools.saver.best(Snapshot(progress.step, state, tensors, texts))
+    else:
+        progress.stale += 1
+    return 0 < config.early_stopping_patience <= progress.stale
+
+
+def speak(run: Run, tools: Tools, speaker: Speaker) -> None:
+    """Generate samples, and report how they compare with the base model's."""
+    name = f"step-{run.progress.step:06d}"
+    metrics = speaker.speak(name)
+    if metrics and tools.reporter:
+        tools.reporter.report(metrics)
+        tools.reporter.sounds(speaker.sounds(name), run.progress.step)
+
+
+def save(run: Run, tools: Tools, window: Window) -> None:
+    """Begin to save a checkpoint; what is frozen has not changed until then."""
+    assert_frozen(run.peft_model, tools.frozen)
+    run.bad.read(wait=True)
+    taken = snapshot(run, window, tools.reporter.written if tools.reporter else {})
+    if tools.saver and taken:
+        tools.saver.checkpoint(taken)
+    tools.saved_at, tools.saved_step = time.monotonic(), run.progress.step
+
+
+def finish_saves(run: Run, tools: Tools) -> None:
+    """Wait until everything is on disk; all ranks together.
+
+    Raises:
+        UserError: a save failed.
+    """
+    failures = tools.saver.finish() if tools.saver else []
+    for failure in failures:
+        say(tools, f"error: {failure}")
+    if run.place.agree([float(len(failures))])[0] and not run.config.allow_failed_saves:
+        raise UserError(f"a checkpoint could not be saved: {'; '.join(failures) or 'see rank 0'}")
+
+
+def final_weights(run: Run) -> tuple[dict[str, dict[str, torch.Tensor]], dict[str, bytes]]:
+    """Adapter files: the averaged weights where there is an average. All ranks together."""
+    with run.ema.applied() if run.ema else contextlib.nullcontext():
+        tensors = adapter_tensors(run.peft_model, run.parameters)
+    if not isinstance(run.peft_model, PeftModel):
+        return {FULL: tensors}, {}
+    return {ADAPTER: tensors}, {ADAPTER_CONFIG: adapter_config_json(run.peft_model)}
+
+
+def save_result(run: Run, tools: Tools, base: Path) -> None:
+    """Write the final adapter, or the whole model where every weight has trained."""
+    finish_saves(run, tools)
+    assert_frozen(run.peft_model, tools.frozen)
+    config, peft_model = run.config, run.peft_model
+    if isinstance(peft_model, PeftModel):
+        tensors, _ = final_weights(run)
+        if run.place.is_main:
+            save_adapter(peft_model, tensors[ADAPTER], config.output_dir)
+    else:
+        dtype = run.model.config.torch_dtype or torch.bfloat16
+        weights = whole_weights(run.model, dtype)
+        if run.place.is_main:
+            write_model(config.output_dir, run.model.config, weights, base)
+    if tools.reporter:
+        tools.reporter.close()
+        what = "adapter" if isinstance(peft_model, PeftModel) else "model"
+        print(f"{what} saved in {config.output_dir}", flush=True)
+    run.loader.close()
+
+
+def dry_run(run: Run) -> None:
+    """Take two steps and print what the run will need."""
+    check_writable(run.config.output_dir.parent, 3 * checkpoint_bytes(run))
+    window = run.window()
+    step_s = 0.0
+    for _ in range(DRY_STEPS):
+        batches, counts = take_batches(run, window)
+        began = time.perf_counter()
+        norm = train_step(run, batches, run.place.agree(counts), window)
+        float(norm)  # wait for the device
+        step_s = time.perf_counter() - began
+    run.bad.read(wait=True)
+    kept = run.config.save_total_limit or run.total_steps // max(1, run.config.save_steps)
+    if run.place.is_main:
+        print(
+            f"dry run: {run.total_steps} steps of {step_s:.2f} s, about {run.total_steps * step_s / 3600:.2f} h; "
+            f"{max_memory_gb(run.place.device):.1f} GB of memory so far; "
+            f"about {(kept + 2) * checkpoint_bytes(run) / 1e9:.2f} GB of disk for {kept} checkpoints, the best and one "
+            "being written. Nothing was saved.",
+            flush=True,
+        )
+    run.loader.close()

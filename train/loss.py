@@ -16,7 +16,7 @@ Shapes: n label rows, K codebooks (1 for text), V classes, H hidden, S samples.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F  # noqa: N812
@@ -122,8 +122,7 @@ class _HeadCrossEntropy(torch.autograd.Function):
         return grad_hidden, grad_head, None, None, None, None
 
 
-@dataclass(frozen=True)
-class LossParts:
+class LossParts(NamedTuple):
     """This pack's share of the step's loss, and sums over its labels.
 
     total: a scalar with gradient. sums, hits, counts: [1 + K], not reduced: cross entropies, right predictions and

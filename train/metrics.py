@@ -1,25 +1,16 @@
-"""What a run tells: metrics.jsonl, TensorBoard, and a line or a live bar for people. Rank 0 only.
+"""The numbers of a report, under the keys of metrics.jsonl.
 
-In: sums over the steps since the last report, of all ranks. Out: one JSON object a report, under the keys of the
-contract. Never: a mean of means; every loss is a sum divided by its own label count.
+In: sums over all ranks. Out: names and values. Never: a mean of means; every loss is a sum divided by its own label
+count.
 """
 
 from __future__ import annotations
 
-import json
-import math
 import resource
-import sys
-from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
-from rich.progress import Progress as RichProgress
-from torch.utils.tensorboard import SummaryWriter
 
-from .diagnostics import as_text
 from .loss import LossOptions
 
 
@@ -64,65 +55,3 @@ def max_memory_gb(device: torch.device) -> float:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
-
-
-class Reporter:
-    """Writes reports to metrics.jsonl and TensorBoard, and shows them.
-
-    Args:
-        folder: the run's output folder.
-        total_steps: optimizer steps of the run.
-    """
-
-    def __init__(self, folder: Path, total_steps: int) -> None:
-        self._folder = folder
-        self._file = (folder / "metrics.jsonl").open("a", buffering=1)
-        self._board = SummaryWriter(str(folder / "tensorboard"))
-        self._plain = not sys.stderr.isatty()
-        columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[note]}"), TimeRemainingColumn())
-        self._bar = RichProgress(*columns, console=Console(stderr=True), disable=self._plain)
-        self._task = self._bar.add_task("", total=total_steps, note="")
-        self._total = total_steps
-        self._bar.start()
-
-    def step(self, step: int) -> None:
-        """A step is done (nothing is read from the device)."""
-        self._bar.update(self._task, completed=step)
-
-    def report(self, metrics: dict[str, Any]) -> None:
-        """Write one report."""
-        self._file.write(json.dumps({k: _finite(v) for k, v in metrics.items()}) + "\n")
-        for name, value in metrics.items():
-            if isinstance(value, int | float) and name != "step":
-                self._board.add_scalar(f"{metrics['kind']}/{name}", value, metrics["step"])
-        note = self._note(metrics)
-        self._bar.update(self._task, note=note)
-        if self._plain:
-            print(f"{metrics['kind']} step {metrics['step']}/{self._total} {note}", file=sys.stderr, flush=True)
-
-    def _note(self, metrics: dict[str, Any]) -> str:
-        parts = [f"{name} {metrics[name]:.4f}" for name in ("text_loss", "audio_loss") if metrics.get(name) is not None]
-        if metrics.get("tokens_per_second") is not None:
-            parts.append(f"{metrics['tokens_per_second']:,.0f} tokens/s")
-            parts.append(f"wait {metrics['data_wait_fraction']:.1%}")
-        return "  ".join(parts)
-
-    def diagnose(self, found: dict[str, Any], step: int) -> None:
-        """Show diagnostics, and keep them in diagnostics.jsonl and TensorBoard."""
-        with (self._folder / "diagnostics.jsonl").open("a") as file:
-            file.write(json.dumps({"step": step} | found, ensure_ascii=False) + "\n")
-        text = as_text(found, step)
-        self._board.add_text("diagnostics", f"```\n{text}\n```", step)
-        self._bar.console.print(text, markup=False, highlight=False, soft_wrap=True)
-
-    def close(self) -> None:
-        self._bar.stop()
-        self._board.close()
-        self._file.close()
-
-
-def _finite(value: Any) -> Any:
-    """JSON has no NaN: such a value becomes a string."""
-    if isinstance(value, list):
-        return [_finite(item) for item in value]
-    return str(value) if isinstance(value, float) and not math.isfinite(value) else value

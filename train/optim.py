@@ -2,26 +2,26 @@
 
 Parameters fall into groups with peak rates of their own: `lora`, `head` (heads and embeddings trained in full), `new`
 (audio self-attention, tower, projector). Norm weights and biases are not decayed. The rate is a function of the step
-alone, so a resumed run needs no scheduler state but the step.
+alone, so a resumed run needs no state of it but the step.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 
 import torch
 from torch import nn
 from torch.optim import AdamW
-from torch.optim.lr_scheduler import LambdaLR
 
 from .config import TrainConfig
 from .lora import parameter_group
 
 
-def make_optimizer(parameters: dict[str, nn.Parameter], config: TrainConfig, device: torch.device) -> AdamW:
-    """AdamW over the trainable parameters, fused where the device has a kernel for it."""
+def make_optimizer(parameters: dict[str, nn.Parameter], config: TrainConfig) -> AdamW:
+    """AdamW over the trainable parameters, fused: the kernel passes over a step whose `found_inf` is set."""
     rates = {
         "lora": config.learning_rate,
         "head": config.head_learning_rate or config.learning_rate / 10,
@@ -32,18 +32,50 @@ def make_optimizer(parameters: dict[str, nn.Parameter], config: TrainConfig, dev
         decays = parameter.ndim > 1
         groups.setdefault((parameter_group(name), decays), []).append(parameter)
     options = [
-        {"params": members, "lr": rates[kind], "weight_decay": config.weight_decay if decays else 0.0, "name": kind}
+        {"params": members, "peak": rates[kind], "weight_decay": config.weight_decay if decays else 0.0, "name": kind}
         for (kind, decays), members in groups.items()
     ]
-    return AdamW(options, betas=(config.adam_beta1, config.adam_beta2), fused=device.type == "cuda")
+    return AdamW(options, lr=config.learning_rate, betas=(config.adam_beta1, config.adam_beta2), fused=True)
 
 
-def make_scheduler(optimizer: AdamW, config: TrainConfig, total_steps: int) -> LambdaLR:
-    """The learning rate of every step."""
+def learning_rates(config: TrainConfig, total_steps: int) -> Callable[[int], float]:
+    """Share of the peak learning rates by steps done."""
     warmup = math.ceil(0.03 * total_steps) if config.warmup_steps is None else config.warmup_steps
     decay = max(1, math.ceil(config.lr_decay_fraction * total_steps))
     shape = partial(SHAPES[config.lr_scheduler_type], total=total_steps, decay=decay)
-    return LambdaLR(optimizer, partial(share_of_peak, warmup=warmup, total=total_steps, shape=shape))
+    return partial(share_of_peak, warmup=warmup, total=total_steps, shape=shape)
+
+
+def set_rates(optimizer: AdamW, share: float) -> None:
+    """Set every group's learning rate to a share of its peak."""
+    for group in optimizer.param_groups:
+        group["lr"] = group["peak"] * share
+
+
+class Ema:
+    """An exponential moving average of what trains."""
+
+    def __init__(self, parameters: dict[str, nn.Parameter], decay: float) -> None:
+        self.decay, self.parameters = decay, parameters
+        self.values = {name: parameter.detach().clone() for name, parameter in parameters.items()}
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Take in the weights after a step."""
+        averages, weights = list(self.values.values()), [parameter.data for parameter in self.parameters.values()]
+        torch._foreach_lerp_(averages, weights, 1 - self.decay)  # pyright: ignore[reportPrivateImportUsage]
+
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        """The model has the averaged weights within the block."""
+        own = {name: parameter.data for name, parameter in self.parameters.items()}
+        for name, parameter in self.parameters.items():
+            parameter.data = self.values[name]
+        try:
+            yield
+        finally:
+            for name, parameter in self.parameters.items():
+                parameter.data = own[name]
 
 
 def share_of_peak(step: int, *, warmup: int, total: int, shape: Callable[..., float]) -> float:

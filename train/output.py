@@ -9,40 +9,58 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from peft import PeftModel, get_peft_model_state_dict
-from safetensors.torch import save
+from safetensors.torch import save, save_file
 from torch import nn
+from transformers import PretrainedConfig
 
 from ..shards import durable
 from ..shards.errors import UserError
+from .checkpoint import list_checkpoints, remove_leftovers
 from .config import TrainConfig
+from .model import HiggsAudioModel
+from .sharded import whole
 
+ADAPTER, ADAPTER_CONFIG, FULL = "adapter_model.safetensors", "adapter_config.json", "model.safetensors"
 RUN_FILES = (
     "config.yaml",
     "metrics.jsonl",
     "diagnostics.jsonl",
     "selftest.json",
     "trainable.json",
-    "adapter_config.json",
-    "adapter_model.safetensors",
+    "bad_samples.jsonl",
+    ADAPTER,
+    ADAPTER_CONFIG,
+    FULL,
+    "config.json",
 )
 
 
-def prepare_folder(folder: Path, *, overwrite: bool) -> None:
-    """Make the output folder, and clear an earlier run's files from it where that is wanted.
+def prepare_folder(folder: Path, *, overwrite: bool, resuming: str | None, checkpoint: Path | None) -> None:
+    """Make the output folder; clear what killed saves left, and an earlier run's files where that is wanted.
+
+    Args:
+        resuming: `auto` or a path, as the user gave it.
+        checkpoint: what the run goes on from; the folder's files then stay.
 
     Raises:
         UserError: it holds a run already, or cannot be made.
     """
+    remove_leftovers(folder)
+    if checkpoint and checkpoint.parent.resolve() == folder.resolve():
+        return
     found = [name for name in RUN_FILES if (folder / name).exists()]
-    if found and not overwrite:
-        hint = "Choose another --output_dir, or give --overwrite_output_dir."
+    found += [path.name for path in [*list_checkpoints(folder), *folder.glob("best-*"), *folder.glob("samples")]]
+    unfinished = resuming == "auto" and not any((folder / name).exists() for name in (ADAPTER, FULL))
+    if found and not (overwrite or unfinished):
+        hint = "Choose another --output_dir, or give --overwrite_output_dir; --resume_from_checkpoint auto goes on."
         raise UserError("the output folder holds a run already", where=folder, got=", ".join(found), hint=hint)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for name in found:
-            (folder / name).unlink()
+            shutil.rmtree(folder / name) if (folder / name).is_dir() else (folder / name).unlink()
         shutil.rmtree(folder / "tensorboard", ignore_errors=True)
     except OSError as error:
         raise UserError(f"cannot prepare the output folder: {error.strerror}", where=folder) from error
@@ -79,10 +97,44 @@ def save_trainable(folder: Path, parameters: dict[str, nn.Parameter]) -> None:
     durable.write_bytes(folder / "trainable.json", durable.to_json(listed, indent=1) + b"\n")
 
 
-def save_adapter(peft_model: PeftModel, folder: Path) -> None:
-    """Write adapter_model.safetensors and adapter_config.json as PEFT's `save_pretrained` would, each atomically."""
-    tensors = {name: value.contiguous().cpu() for name, value in get_peft_model_state_dict(peft_model).items()}
-    durable.write_bytes(folder / "adapter_model.safetensors", save(tensors, metadata={"format": "pt"}))
+def adapter_tensors(run_model: nn.Module, parameters: dict[str, nn.Parameter]) -> dict[str, torch.Tensor]:
+    """What is saved of a model, as host copies: the adapter under PEFT's names; without PEFT, everything that trains.
+
+    All ranks call this together where the weights are spread over them.
+    """
+    found = get_peft_model_state_dict(run_model) if isinstance(run_model, PeftModel) else parameters
+    return {name: whole(value).detach().cpu().contiguous().clone() for name, value in found.items()}
+
+
+def adapter_config_json(peft_model: PeftModel) -> bytes:
+    """adapter_config.json as PEFT's `save_pretrained` would write it."""
     config: dict[str, Any] = peft_model.peft_config["default"].to_dict() | {"inference_mode": True}
     config = {name: sorted(value) if isinstance(value, set) else value for name, value in config.items()}
-    durable.write_bytes(folder / "adapter_config.json", durable.to_json(config, indent=2))
+    return durable.to_json(config, indent=2)
+
+
+def save_adapter(peft_model: PeftModel, tensors: dict[str, torch.Tensor], folder: Path) -> None:
+    """Write the final adapter, each file atomically."""
+    durable.write_bytes(folder / ADAPTER, save(tensors, metadata={"format": "pt"}))
+    durable.write_bytes(folder / ADAPTER_CONFIG, adapter_config_json(peft_model))
+
+
+def whole_weights(model: HiggsAudioModel, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """Every weight of a model, as host copies; all ranks call this together where they are spread."""
+    return {name: whole(value).detach().to("cpu", dtype).contiguous() for name, value in model.state_dict().items()}
+
+
+def write_model(folder: Path, config: PretrainedConfig, weights: dict[str, torch.Tensor], base: Path) -> None:
+    """Write a checkpoint in Boson's layout, config.json last.
+
+    Args:
+        base: the checkpoint whose tokenizer files are copied.
+    """
+    for file in base.iterdir():
+        if file.name.startswith(("tokenizer", "special_tokens", "generation_config", "chat_template")):
+            durable.write_bytes(folder / file.name, file.read_bytes())
+    temp = folder / f"{durable.TEMP_PREFIX}{FULL}"
+    save_file(weights, temp, metadata={"format": "pt"})
+    durable.fsync_file(temp)
+    temp.rename(folder / FULL)
+    durable.write_bytes(folder / "config.json", config.to_json_string().encode())

@@ -97,15 +97,23 @@ class Schedule:
     ) -> None:
         self.sets, self.seed, self.tokens_per_pack = Sets(sets), seed, tokens_per_pack
         self.accumulation, self.world, self.weighted = accumulation, world, mix_weights is not None
-        weights = mix_weights or (1.0,) * len(sets)
-        self.inputs = [
-            _plan_input(shards, int(start), weight, features, tokens_per_pack)
-            for shards, start, weight in zip(sets, self.sets.starts[:-1], weights, strict=True)
-        ]
+        self.features, self.mix_weights = features, mix_weights or (1.0,) * len(sets)
+        self.inputs = self.plan_inputs(validation=False)
         if not sum(len(given.rows) for given in self.inputs):
             raise UserError("no training sample", where=", ".join(shards.location for shards in sets))
         self._plans: dict[int, Future[Plan]] = {}
         self._planner = ThreadPoolExecutor(1, thread_name_prefix="plan")
+
+    def plan_inputs(self, *, validation: bool) -> list[PlanInput]:
+        """What is planned of each set: its training or its validation split.
+
+        Raises:
+            UserError: a sample is longer than a pack.
+        """
+        return [
+            _plan_input(shards, int(start), weight, self.features, self.tokens_per_pack, validation=validation)
+            for shards, start, weight in zip(self.sets.sets, self.sets.starts[:-1], self.mix_weights, strict=True)
+        ]
 
     def plan(self, epoch: int) -> Plan:
         """The packs of an epoch, the same on every rank; the one after it is made meanwhile."""
@@ -148,8 +156,10 @@ class Schedule:
             cursor = self.after(cursor)
 
 
-def _plan_input(shards: ShardSet, start: int, weight: float, features: str, tokens_per_pack: int) -> PlanInput:
-    rows = shards.rows_of(validation=False)
+def _plan_input(
+    shards: ShardSet, start: int, weight: float, features: str, tokens_per_pack: int, *, validation: bool
+) -> PlanInput:
+    rows = shards.rows_of(validation=validation)
     lengths = np.asarray(shards.index["tokens"][rows], np.int64)
     if features != "none":
         lengths = lengths + shards.index["mel_tokens"][rows]

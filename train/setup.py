@@ -47,6 +47,14 @@ class Place:
         dist.all_reduce(total, group=self.control)
         return total.tolist()
 
+    def gather(self, values: torch.Tensor) -> torch.Tensor:
+        """A host tensor of every rank, as [ranks, ...]; all have the same shape."""
+        if self.control is None:
+            return values[None]
+        found = [torch.empty_like(values) for _ in range(self.world.size)]
+        dist.all_gather(found, values, group=self.control)
+        return torch.stack(found)
+
 
 def join_world() -> Place:
     """This process's place, from torchrun's environment, and its device."""

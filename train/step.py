@@ -13,52 +13,69 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 import torch
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import AdamW
-from torch.optim.lr_scheduler import LambdaLR
 
 from ..shards.sequence import SpecialIds
 from .batch import Batch
 from .config import TrainConfig
 from .data import Loader
 from .diagnostics import UpdateWatch
-from .forward import hidden_states
+from .faults import BadSteps, naming_memory
+from .forward import Running, hidden_states, label_states
 from .loss import LossOptions, LossParts, pack_loss
 from .model import HiggsAudioModel
+from .optim import Ema, set_rates
 from .reference import reference_loss
+from .schedule import Cursor, Schedule
 from .setup import Place
+from .sharded import is_sharded, whole
 
 
 class PackModel(nn.Module):
-    """Forward and loss as one module. It registers only what trains, so that is all that DDP sees and sends."""
+    """Forward and loss as one module.
 
-    def __init__(self, model: HiggsAudioModel, parameters: Iterable[nn.Parameter], options: LossOptions) -> None:
+    Args:
+        parameters: what trains; registering only that, it is all that DDP sees and sends. None: the whole model is
+            registered, for FSDP.
+    """
+
+    def __init__(
+        self,
+        model: HiggsAudioModel,
+        parameters: Iterable[nn.Parameter] | None,
+        options: LossOptions,
+        running: Running = Running(),  # noqa: B008
+    ) -> None:
         super().__init__()
-        self.trained = nn.ParameterList(parameters)
-        self.options = options
+        if parameters is None:
+            self.model = model
+        else:
+            self.trained = nn.ParameterList(parameters)
+        self.options, self.running = options, running
         self._model = (model,)  # in a tuple: not a submodule
 
     def forward(self, batch: Batch, label_weights: torch.Tensor) -> LossParts:
         model = self._model[0]
         if batch.reference is not None:
             return reference_loss(model, batch.reference, label_weights, self.options, weight=batch.weight)
-        return pack_loss(model, hidden_states(model, batch), batch, label_weights, self.options)
+        if self.options.contrastive:
+            return pack_loss(model, hidden_states(model, batch, self.running), batch, label_weights, self.options)
+        states = label_states(model, batch, self.running)
+        return pack_loss(model, states, batch, label_weights, self.options, at_labels=True)
 
 
 @dataclass
 class Window:
     """What happened since the last report, on this rank: sums on the device, counts on the host."""
 
-    sums: torch.Tensor
-    hits: torch.Tensor
-    counts: torch.Tensor
-    eos: torch.Tensor
-    contrastive: torch.Tensor
+    total: torch.Tensor
     steps: int = 0
     positions: int = 0
     samples: int = 0
@@ -68,42 +85,67 @@ class Window:
 
     @staticmethod
     def empty(codebooks: int, device: torch.device) -> Window:
-        sums, hits, counts = torch.zeros(3, 1 + codebooks, device=device)
-        eos, contrastive = torch.zeros(2, codebooks, device=device), torch.zeros(2, device=device)
-        return Window(sums, hits, counts, eos, contrastive)
+        return Window(torch.zeros(3 * (1 + codebooks) + 2 * codebooks + 2, device=device, dtype=torch.float64))
 
     def add(self, parts: LossParts) -> None:
-        """Add a pack's sums."""
-        self.sums += parts.sums
-        self.hits += parts.hits
-        self.counts += parts.counts
-        self.eos += parts.eos
-        self.contrastive += parts.contrastive
+        """Add a pack's sums: losses, right predictions and labels of text and each codebook; of EOS; of pairs. A pack
+        whose loss is not finite is left out: its step does not count."""
+        values = torch.cat([parts.sums, parts.hits, parts.counts, parts.eos.flatten(), parts.contrastive]).double()
+        self.total += torch.where(torch.isfinite(parts.total), values, 0.0)
 
-    def stats(self) -> torch.Tensor:
-        """All sums as one tensor."""
-        return torch.cat([self.sums, self.hits, self.counts, self.eos.flatten(), self.contrastive]).double()
+
+@dataclass
+class Progress:
+    """How far a run is.
+
+    step: optimizer steps done. cursor: where their data ended. epochs: passes over the data. best_loss, best_step: of
+    validation. stale: validations since then.
+    """
+
+    step: int = 0
+    cursor: Cursor = field(default_factory=Cursor)
+    best_loss: float | None = None
+    best_step: int = 0
+    stale: int = 0
 
 
 @dataclass
 class Run:
-    """Everything that the steps need."""
+    """Everything that the steps need.
+
+    learning_rate: share of the peak by steps done. peft_model: the model with its adapters; the bare model where every
+    weight trains.
+    """
 
     config: TrainConfig
     place: Place
     model: HiggsAudioModel
+    peft_model: nn.Module
     module: nn.Module
     parameters: dict[str, nn.Parameter]
     optimizer: AdamW
-    scheduler: LambdaLR
+    learning_rate: Callable[[int], float]
     loss: LossOptions
     loader: Loader
-    steps_per_epoch: int
+    schedule: Schedule
     total_steps: int
+    progress: Progress
+    bad: BadSteps
+    ema: Ema | None = None
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return self.schedule.steps(self.schedule.plan(self.progress.cursor.epoch))
 
     @property
     def codebooks(self) -> int:
         return self.model.config.audio_num_codebooks
+
+    @property
+    def epochs_done(self) -> float:
+        """Passes over the data so far."""
+        cursor = self.progress.cursor
+        return cursor.epoch + cursor.pack / len(self.schedule.plan(cursor.epoch))
 
     @property
     def special_ids(self) -> SpecialIds:
@@ -141,21 +183,42 @@ def train_step(
         The gradient norm before clipping, on the device.
     """
     label_weights = run.loss.per_label(torch.tensor(counts)).to(run.place.device) * run.place.world.size
+    losses: list[torch.Tensor] = []
     for number, batch in enumerate(batches):
         last = number == len(batches) - 1
-        with contextlib.nullcontext() if last else _without_sync(run.module):
+        with syncing(run.module, last), naming_memory(batch, run.place.device):
             parts: LossParts = run.module(batch, label_weights)
             parts.total.backward()
         window.add(parts)
+        losses.append(parts.total.detach())
     if watch:
         watch.see_gradients()
-    norm = nn.utils.clip_grad_norm_(run.parameters.values(), run.config.max_grad_norm or math.inf)
-    run.optimizer.step()
-    run.scheduler.step()
+    norm = whole(nn.utils.clip_grad_norm_(run.parameters.values(), run.config.max_grad_norm or math.inf))
+    finite = torch.isfinite(torch.stack([norm, *losses]))
+    run.bad.watch(run.progress.step + 1, batches, finite)
+    set_rates(run.optimizer, run.learning_rate(run.progress.step))
+    update(run, ~finite[0])
     run.optimizer.zero_grad(set_to_none=True)
+    if run.ema:
+        run.ema.update()
+    run.progress.step += 1
+    run.progress.cursor = run.schedule.after(run.progress.cursor)
     return norm
 
 
-def _without_sync(module: nn.Module) -> contextlib.AbstractContextManager[None]:
+def update(run: Run, skip: torch.Tensor) -> None:
+    """Let the optimizer step, unless `skip` says that the gradient is not finite."""
+    if is_sharded(run.module):
+        if not skip:  # its kernel takes no such flag for sharded weights, so the host waits
+            run.optimizer.step()
+        return
+    run.optimizer.grad_scale = None  # pyright: ignore[reportAttributeAccessIssue]
+    run.optimizer.found_inf = skip.float()  # pyright: ignore[reportAttributeAccessIssue]
+    run.optimizer.step()
+
+
+def syncing(module: nn.Module, last: bool) -> contextlib.AbstractContextManager[None]:
     """Gradients are sent once an optimizer step, at its last micro-step."""
-    return module.no_sync() if isinstance(module, DistributedDataParallel) else contextlib.nullcontext()
+    if isinstance(module, FSDPModule):
+        module.set_requires_gradient_sync(last)
+    return contextlib.nullcontext() if last or not isinstance(module, DistributedDataParallel) else module.no_sync()
