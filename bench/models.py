@@ -92,7 +92,8 @@ def make_model(config: HiggsAudioConfig, device: torch.device, dtype: torch.dtyp
     """Random weights, made on the device; frozen, in evaluation mode."""
     with torch.device("meta"):
         model = HiggsAudioModel(config)
-    model.to(dtype=dtype).to_empty(device=device)
+    nn.Module.to(model, dtype=dtype)
+    model.to_empty(device=device)
     generator = torch.Generator(device).manual_seed(seed)
     for parameter in model.parameters():
         if parameter.ndim > 1:

@@ -79,6 +79,8 @@ class Window:
     steps: int = 0
     positions: int = 0
     samples: int = 0
+    audio_rows: int = 0
+    squares: int = 0
     seconds: float = 0.0
     wait_s: float = 0.0
     began: float = field(default_factory=time.perf_counter)
@@ -164,6 +166,8 @@ def take_batches(run: Run, window: Window) -> tuple[list[Batch], list[float]]:
     for batch in batches:
         counts += torch.cat([batch["label_counts"], batch["pairs"]])
         window.positions += batch.positions * batch.weight
+        window.audio_rows += sum(batch.audio_lengths) * batch.weight
+        window.squares += sum(length**2 for length in batch.lengths) * batch.weight
         window.samples += len(batch.keys) * batch.weight
         window.seconds += batch.seconds * batch.weight
     window.steps += 1
