@@ -4,7 +4,8 @@
 released checkpoint's sizes.
 
 Lengths: two clips (reference, target) of log-normal length (median 5.5 s, sigma 0.5, cut to 1 to 20 s) at 25 frames/s,
-and 80 to 250 text tokens, of which the last two fifths are labelled.
+and 80 to 250 text tokens: 45 of the chat template, the reference's text, and twice the target's text, as long; of
+these the last third, the answer, is labelled (a quarter of the text, as in examples/arabic).
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from torch import nn
 
 IDS = SpecialIds(audio_in=128015, audio_out=128016, stream_bos=1024, stream_eos=1025, codebooks=8)
 VOCABULARY = 128_256
-LABELLED = 0.4  # share of text tokens with a label
+TEMPLATE = 45  # text tokens that every sample has
 FRAMES_A_SECOND = 25
 SizeName = Literal["tiny", "small", "3b"]
 
@@ -125,12 +126,17 @@ def synthetic_sample(number: int, *, frames: tuple[int, int] | None = None, text
     lengths = list(frames or (seconds * FRAMES_A_SECOND).astype(int).tolist())
     count = text or int(rng.integers(80, 250))
     tokens_2L = rng.integers(0, 128_000, (2, count)).astype(np.int32)
-    tokens_2L[1, : int(count * (1 - LABELLED))] = -100
+    tokens_2L[1, : count - (count - TEMPLATE) // 3] = -100
     for place, token in ((count // 4, IDS.audio_in), (count - 3, IDS.audio_out)):
         tokens_2L[0, place], tokens_2L[1, place] = token, -100
     tokens_2L[0, place - 1], tokens_2L[0, place + 1] = 128_013, 128_012
     codes_KT = rng.integers(0, 1024, (IDS.codebooks, sum(lengths))).astype(np.uint16)
     return Arrays(f"{number:09d}", tokens_2L, codes_KT, lengths)
+
+
+def position_count(sample: Arrays) -> int:
+    """Positions of a sample: text, and 9 more than its frames for each segment, in place of the placeholder."""
+    return sample.tokens_2L.shape[1] + sum(frames + 9 - 1 for frames in sample.segment_frames)
 
 
 def samples_of(count: int, shards: str | None, seed: int = 0) -> tuple[list[Arrays], SpecialIds]:

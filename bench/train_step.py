@@ -34,7 +34,17 @@ from higgs_tune.train.loss import LossOptions, pack_loss
 from higgs_tune.train.model import HiggsAudioModel
 from higgs_tune.train.reference import boson_inputs
 from machine import PeakMemory, describe_machine
-from models import SIZES, VOCABULARY, SizeName, config_of, make_model, parameter_count, samples_of, with_lora
+from models import (
+    SIZES,
+    VOCABULARY,
+    SizeName,
+    config_of,
+    make_model,
+    parameter_count,
+    position_count,
+    samples_of,
+    with_lora,
+)
 from peft import PeftModel
 from torch import nn
 
@@ -135,11 +145,6 @@ def packs_of(samples: list[Arrays], budget: int) -> list[list[Arrays]]:
         packs[-1].append(sample)
         room -= length
     return packs
-
-
-def position_count(sample: Arrays) -> int:
-    """Positions of a sample: text, and 9 more than its frames for each segment, in place of the placeholder."""
-    return sample.tokens_2L.shape[1] + sum(frames + 9 - 1 for frames in sample.segment_frames)
 
 
 def make_sides(

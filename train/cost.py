@@ -43,7 +43,7 @@ class Rows:
     audio_labels: float
 
     @staticmethod
-    def typical(length: int = 560, text_share: float = 0.3, labels: float = 0.12, audio_labels: float = 0.35) -> Rows:
+    def typical(length: int = 560, text_share: float = 0.3, labels: float = 0.075, audio_labels: float = 0.35) -> Rows:
         """One sample of the benchmarks' length distribution; the label shares are of all positions."""
         return Rows(length, length * text_share, length * (1 - text_share), length**2, length * labels,
                     length * audio_labels)  # fmt: skip
@@ -60,7 +60,8 @@ def peak_of(device: torch.device) -> float | None:
 def model_flops(model: HiggsAudioModel, rows: Rows) -> float:
     """Model FLOPs of forward and backward over the rows."""
     total = 0.0
-    for layer in model.layers:
+    layers: Any = model.layers
+    for layer in layers:
         for name, count in (("self_attn", rows.positions), ("mlp", rows.text), ("audio_mlp", rows.audio),
                             ("audio_attn", rows.audio)):  # fmt: skip
             if hasattr(layer, name):
@@ -82,7 +83,8 @@ def activation_bytes(model: HiggsAudioModel, checkpointing: Checkpointing = "non
     A layer keeps the residual stream before each half, queries, keys, values and output of the attention, gate and
     up, what LoRA's first factors give, and the attention's normaliser.
     """
-    first: Any = model.layers[0]
+    layers: Any = model.layers
+    first = layers[0]
     attention, config = first.self_attn, first.self_attn.config
     width, size = config.hidden_size, model.embed_tokens.weight.element_size()
     inner = attention.num_heads * attention.head_dim
@@ -90,7 +92,9 @@ def activation_bytes(model: HiggsAudioModel, checkpointing: Checkpointing = "non
     kept += 2 * config.intermediate_size + 2 * rank if checkpointing == "none" else 0
     if checkpointing == "full":
         kept = width
-    return len(model.layers) * (kept * size + 4 * attention.num_heads * (checkpointing != "full"))
+    return model.config.text_config.num_hidden_layers * (
+        kept * size + 4 * attention.num_heads * (checkpointing != "full")
+    )
 
 
 def working_bytes(model: HiggsAudioModel, positions: int) -> float:
