@@ -3,8 +3,8 @@
     python bench/scale_sim.py [--samples 200000] [--tokens_per_second 40000] [--out scale.json]
 
 Simulated, not measured, but for the plan's own time. Each rank's step takes its packs' model FLOPs at a rate that
-makes a mean pack run at `tokens_per_second`, and a random delay (half-normal); the step ends with the slowest rank and with what of
-the all-reduce does not hide behind backward. Every assumption is an option, and is printed.
+makes a mean pack run at `tokens_per_second`, and a random delay (half-normal); the step ends with the slowest rank and
+with what of the all-reduce does not hide behind backward. Every assumption is an option, and is printed.
 """
 
 from __future__ import annotations

@@ -86,21 +86,20 @@ def activation_bytes(model: HiggsAudioModel, checkpointing: Checkpointing = "non
     layers: Any = model.layers
     first = layers[0]
     attention, config = first.self_attn, first.self_attn.config
-    width, size = config.hidden_size, model.embed_tokens.weight.element_size()
+    width, size = config.hidden_size, model.embed_tokens.weight.dtype.itemsize
     inner = attention.num_heads * attention.head_dim
     kept = 2 * width + 2 * inner + 2 * attention.num_key_value_heads * attention.head_dim + 5 * rank
     kept += 2 * config.intermediate_size + 2 * rank if checkpointing == "none" else 0
     if checkpointing == "full":
         kept = width
-    return model.config.text_config.num_hidden_layers * (
-        kept * size + 4 * attention.num_heads * (checkpointing != "full")
-    )
+    normalisers = 4 * attention.num_heads if checkpointing != "full" else 0
+    return len(layers) * (kept * size + normalisers)
 
 
 def working_bytes(model: HiggsAudioModel, positions: int) -> float:
     """What one layer and the loss need beside that, for a pack: gradients and remade inputs, and a chunk of logits."""
     config: Any = model.config.text_config
-    size = model.embed_tokens.weight.element_size()
+    size = model.embed_tokens.weight.dtype.itemsize
     return positions * size * (6 * config.hidden_size + 4 * config.intermediate_size) + 4 * (1 << 27)
 
 
