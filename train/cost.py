@@ -99,8 +99,8 @@ def activation_bytes(model: HiggsAudioModel, checkpointing: Checkpointing = "non
 def working_bytes(model: HiggsAudioModel, positions: int) -> float:
     """What one layer and the loss need beside that, for a pack: gradients and remade inputs, and a chunk of logits."""
     config: Any = model.config.text_config
-    size = model.embed_tokens.weight.dtype.itemsize
-    return positions * size * (6 * config.hidden_size + 4 * config.intermediate_size) + 4 * (1 << 27)
+    weight: Any = model.embed_tokens.weight
+    return positions * weight.element_size() * (6 * config.hidden_size + 4 * config.intermediate_size) + 4 * (1 << 27)
 
 
 def choose_checkpointing(model: HiggsAudioModel, positions: int, free: float) -> Checkpointing:
