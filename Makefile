@@ -31,7 +31,7 @@ demo: toy
 	    --output_dir $(DEMO)/stage1 --max_steps 60 --tokens_per_pack 2048 --learning_rate 1e-2
 	$(TRAIN) --training_stage stage2 --model_path $(DEMO)/stage1 --train_data_dir $(DEMO)/shards \
 	    --output_dir $(DEMO)/stage2 --max_steps 120 --tokens_per_pack 2048 --learning_rate 1e-2
-	$(BIN)/higgs-inspect report $(DEMO)/shards -o $(DEMO)/report.html
+	$(BIN)/higgs-inspect report $(DEMO)/shards -o $(DEMO)/report.html --run $(DEMO)/stage2
 	$(BIN)/python examples/closing_table.py $(DEMO)
 
 # what a machine without a GPU can measure, in about half an hour on two idle cores; OMP_NUM_THREADS is yours to set
@@ -43,6 +43,7 @@ bench: setup
 	cd bench && ../$(BIN)/python plan.py --samples 10000 100000 1000000
 	cd bench && ../$(BIN)/python loader.py --samples 2000 --rounds 3
 
+# the tests of the report in a browser are skipped without Chromium (Debian: apt-get install chromium chromium-driver)
 test: setup
 	$(BIN)/pytest
 

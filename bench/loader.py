@@ -26,7 +26,7 @@ import soundfile
 import torch
 import tyro
 import webdataset
-from higgs_tune.preprocess.audio import Clip, Limits, load_clip
+from higgs_tune.preprocess.audio import AudioOptions, Clip, load_clip
 from higgs_tune.preprocess.codec import CodecConfig, HiggsCodec
 from higgs_tune.shards.format import Sample
 from higgs_tune.shards.reader import ShardSet
@@ -146,7 +146,8 @@ class OnTheFly(Dataset[np.ndarray]):
 
     def __getitem__(self, number: int) -> np.ndarray:
         clips = [Clip("", str(self.folder / f"{(2 * number + i) % 8}.wav")) for i in range(2)]
-        return np.concatenate([self.codec.encode(load_clip(c, 24_000, Limits(0, 60)).samples_S) for c in clips], axis=1)
+        waves = [load_clip(clip, 24_000, AudioOptions(0, 60)).samples_S for clip in clips]
+        return np.concatenate([self.codec.encode(wave_S) for wave_S in waves], axis=1)
 
 
 def make_wavs(folder: Path) -> None:

@@ -165,8 +165,8 @@ def main() -> None:
     for row in found:
         print(f"{row['ranks']:>6,}{row['steps']:>8,}{row['step_p50_s']:>8.3f}{row['step_p99_s']:>8.3f}"
               f"{row['plan_imbalance']:>8.2%}{row['imbalance']:>11.2%}{row['tail_loss']:>8.2%}"
-              f"{row['all_reduce_s'] * 1e3:>9.1f} ms{row['efficiency']:>12.2%}{row['efficiency_without_tail']:>9.2%}{row['loader_share']:>8.1%}"
-              f"{row['storage_share']:>9.2%}")  # fmt: skip
+              f"{row['all_reduce_s'] * 1e3:>9.1f} ms{row['efficiency']:>12.2%}{row['efficiency_without_tail']:>9.2%}"
+              f"{row['loader_share']:>8.1%}{row['storage_share']:>9.2%}")  # fmt: skip
     loader_full = options.tokens_per_second / float(lengths.mean()) / options.workers
     storage_full = options.storage_gb_s * 1e9 / options.bytes_per_sample / options.tokens_per_second * lengths.mean()
     print(f"data wait would begin below {loader_full:.0f} samples/s a loader process, "

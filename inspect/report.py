@@ -1,79 +1,98 @@
 """The report: one HTML page that needs no network and no other file.
 
-In: a shard set and its codec. Out: the page: summary, and for each sample its texts, a player and a code grid for
-each segment. Never: text from the data as markup (the template escapes everything).
+In: a shard set, its codec, perhaps a run folder. Out: the page. Never: all audio in memory; each distinct clip is
+decoded, compressed and written once, however many samples share it.
 """
 
 from __future__ import annotations
 
-import base64
-import io
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import numpy as np
-import soundfile
-from PIL import Image
 
-from ..shards.durable import write_bytes
-from ..shards.format import Sample
+from ..preprocess.progress import Progress
+from ..shards.durable import atomic_file
+from ..shards.format import checksum
 from ..shards.reader import ShardSet
-from .view import Checkpoints, segment_codes, segment_label, statistics
+from .charts import code_charts, data_charts
+from .checkpoints import Checkpoints
+from .clips import decode_all, ogg_of_file
+from .pages import as_base64, detail, list_row, packed_codes, searchable, set_info
+from .run import Run, run_page
+from .shell import Blob, for_html, render
+from .stats import evenly, scan
+from .view import Segment
+
+SCAN_SAMPLES = 20_000  # more would not change a chart, and cost minutes
 
 
-def write_report(shards: ShardSet, checkpoints: Checkpoints, path: Path, max_samples: int) -> int:
-    """Write the page; return how many samples it shows."""
-    rows = np.unique(np.linspace(0, len(shards) - 1, min(max_samples, len(shards))).round().astype(int)).tolist()
-    samples = [_sample(shards, row, checkpoints) for row in rows]
-    loader = jinja2.FileSystemLoader(Path(__file__).parent)
-    environment = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined)
-    page = environment.get_template("report.html").render(
-        name=shards.folder.resolve().name, statistics=statistics(shards), samples=samples, total=len(shards)
-    )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_bytes(path, page.encode())
-    return len(samples)
+@dataclass
+class _Clips:
+    """The distinct clips of the page, by a hash of their codes."""
+
+    codes: dict[str, np.ndarray] = field(default_factory=dict)
+
+    def name(self, segment: Segment) -> str:
+        name = f"{checksum(packed_codes(segment.codes_KT)):016x}"
+        self.codes.setdefault(name, segment.codes_KT)
+        return name
 
 
-def _sample(shards: ShardSet, row: int, checkpoints: Checkpoints) -> dict[str, Any]:
-    sample = shards.read(row)
-    entry = shards.index[row]
-    return {
-        "key": sample.key,
-        "speaker": sample.meta["speaker"] or "",
-        "split": "validation" if entry["split"] else "training",
-        "tokens": int(entry["tokens"]),
-        "texts": list(_texts(sample)),
-        "segments": [
-            {
-                "label": segment_label(number, sample.meta["segments"][number]),
-                "audio": flac_url(checkpoints.codec.decode(codes_KT), checkpoints.codec.config.sample_rate_hz),
-                "grid": grid_url(codes_KT),
-            }
-            for number, codes_KT in enumerate(segment_codes(sample))
-        ],
+def write_report(
+    shards: ShardSet,
+    checkpoints: Checkpoints,
+    path: Path,
+    *,
+    max_samples: int,
+    run: Run | None,
+    audio: bool,
+) -> int:
+    """Write the page.
+
+    Args:
+        max_samples: samples on it, taken evenly over the set.
+        run: a training run to show.
+        audio: decode the clips; else the page has no players for them.
+
+    Returns:
+        How many samples it shows.
+    """
+    rows = evenly(len(shards), max_samples)
+    clips, lines, details = _Clips(), [], []
+    for row in rows:
+        sample = shards.read(row)
+        lines.append(list_row(shards, row, sample, clips.name) | {"search": searchable(sample)})
+        found = detail(shards, row, sample, checkpoints, clips.name)
+        details.append(Blob(f"sample-{row}", for_html(found)))
+    codec = checkpoints.codec if audio else None
+    seen = scan(shards, SCAN_SAMPLES)
+    info: dict[str, Any] = set_info(shards) | {
+        "rows": lines,
+        "audio": audio,
+        "scanned": seen.samples,
+        "charts": {"data": data_charts(shards, seen), "codes": code_charts(seen)},
+        "run": run_page(run) if run else None,
     }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_file(path) as file:
+        for piece in render(f"{info['name']}: report", info, _blobs(details, clips, codec, run)):
+            file.write(piece.encode())
+    return len(rows)
 
 
-def _texts(sample: Sample) -> list[tuple[str, str]]:
-    return [
-        (message["role"], part["text"])
-        for message in sample.meta["messages"]
-        for part in message["content"]
-        if part["type"] == "text"
-    ]
-
-
-def flac_url(wave_S: np.ndarray, sample_rate_hz: int) -> str:
-    """A clip as a data: URL, 16-bit FLAC."""
-    buffer = io.BytesIO()
-    soundfile.write(buffer, np.clip(wave_S, -1, 1), sample_rate_hz, format="FLAC", subtype="PCM_16")
-    return "data:audio/flac;base64," + base64.b64encode(buffer.getvalue()).decode()
-
-
-def grid_url(codes_KT: np.ndarray) -> str:
-    """Codes as a data: URL of a picture: a row a codebook, a pixel a frame, brightness by code."""
-    buffer = io.BytesIO()
-    Image.fromarray((codes_KT >> 2).astype(np.uint8)).save(buffer, format="PNG")
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+def _blobs(details: list[Blob], clips: _Clips, codec: Any, run: Run | None) -> Iterator[Blob]:
+    """Details, then codes and audio of each clip, then the run's audio."""
+    yield from details
+    for name, codes_KT in clips.codes.items():
+        yield Blob(f"codes-{name}", as_base64(packed_codes(codes_KT)))
+    if codec:
+        with Progress() as progress:
+            progress.start("decode", len(clips.codes), "clips")
+            for name, audio in decode_all(codec, clips.codes.items()):
+                yield Blob(f"clip-{name}", as_base64(audio))
+                progress.advance(1)
+    for number, path in enumerate(run.audio if run else ()):
+        yield Blob(f"clip-run/{number}", as_base64(ogg_of_file(path)))

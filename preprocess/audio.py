@@ -1,8 +1,9 @@
 """From an audio file to the waveform that the codec takes: mono float32 at the codec's rate.
 
-In: a file (or bytes) that libsndfile reads: wav, flac, mp3, ogg/opus. Out: samples, and what is known of the source.
-The mix-down and the resampling are librosa's (mean over channels, soxr HQ), the calls that Boson's tokenizer makes.
-Never: an exception other than `Reject` for a bad file.
+In: a file (or bytes) that libsndfile reads: wav, flac, mp3, ogg, opus. Out: samples, and what is known of the source.
+The mix-down and the resampling are librosa's (mean over channels, soxr HQ), as Boson's tokenizer calls it; a
+cut takes the samples that `librosa.load(offset=…, duration=…)` takes.
+Never: an exception other than `Reject` for a bad file; more samples in memory than the longest clip that is allowed.
 
 Shapes: S samples, C channels.
 """
@@ -13,15 +14,29 @@ import base64
 import binascii
 import hashlib
 import io
-import math
+import os
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
+from typing import Literal
 
-import librosa
 import numpy as np
 import soundfile
 
+from ..shards.writer import file_sha256
+from .arrow import arrow_audio, arrow_cell
 from .reject import Reject
+from .resample import resample_soxr
+
+Flag = Literal["silence", "clipping"]
+MAX_CHANNELS = 2
+CUT_TOLERANCE_S = 0.1  # durations in metadata are rounded; a cut may end this much after the file does
+UNKNOWN_LENGTH = 1 << 60  # libsndfile's frames of a stream whose end it cannot find
+STREAMED_RIFF = 0x7FFF0000  # sizes from here on (and 0) stand in headers of files that were written to a pipe
+OGG_PAGE, OGG_END = 65307, 4  # longest page in bytes; the flag of a stream's last page
 
 
 @dataclass(frozen=True)
@@ -29,7 +44,7 @@ class Clip:
     """One piece of audio that samples refer to; equal clips are encoded once.
 
     Attributes:
-        source: the path or URL as the data names it; for inline audio `inline:` and its SHA-256.
+        source: the path as the data names it; for inline audio `inline:` and its SHA-256.
         path: where to read it; empty for inline audio.
         inline: base64 of the file's bytes, or empty.
         offset_s, duration_s: the part to take, in seconds; None: from the start, to the end.
@@ -43,73 +58,207 @@ class Clip:
 
 
 @dataclass(frozen=True)
-class Limits:
-    """Which clips are taken, in seconds."""
+class AudioOptions:
+    """Which clips are taken, and how loud.
+
+    Attributes:
+        min_seconds, max_seconds: lengths that are taken.
+        loudness_lufs: integrated loudness to bring clips to; None: as they are.
+        roots: folders that no path may leave; empty: no limit.
+        reject_flags: flags that a clip may not have.
+    """
 
     min_seconds: float
     max_seconds: float
+    loudness_lufs: float | None = None
+    roots: tuple[Path, ...] = ()
+    reject_flags: tuple[Flag, ...] = ()
 
 
 @dataclass(frozen=True)
 class Waveform:
-    """samples_S: float32 [S], mono; seconds: length; sha256: of the source file's bytes."""
+    """samples_S: float32 [S], mono; seconds: length; sha256: of the source file's bytes; flags: what was noticed."""
 
     samples_S: np.ndarray
     seconds: float
     sha256: str
+    flags: tuple[Flag, ...]
 
 
-def load_clip(clip: Clip, sample_rate_hz: int, limits: Limits) -> Waveform:
-    """Read, cut, mix down and resample one clip.
+def load_clip(clip: Clip, sample_rate_hz: int | None, options: AudioOptions) -> Waveform:
+    """Read, cut, mix down, level and resample one clip.
+
+    Args:
+        sample_rate_hz: of the samples that are returned; None: the file's own.
 
     Raises:
-        Reject: missing, unreadable, empty, not finite, too short or too long; names the file.
+        Reject: missing, unreadable, empty, cut off, not finite, too short or too long, …; names the file.
     """
-    data = _read(clip)
-    try:
-        with soundfile.SoundFile(io.BytesIO(data)) as file:
-            rate = file.samplerate
-            if clip.duration_s is None and clip.offset_s is None and file.frames > limits.max_seconds * rate:
-                raise Reject("too_long", _length(file.frames / rate, limits), clip.source)
-            start = round((clip.offset_s or 0.0) * rate)
-            if start:
-                file.seek(min(start, file.frames))
-            frames = -1 if clip.duration_s is None else round(clip.duration_s * rate)
-            samples_SC = file.read(frames, dtype="float32", always_2d=True)
-    except (soundfile.SoundFileError, RuntimeError, ValueError, OverflowError, TypeError) as error:
-        raise Reject("unreadable_audio", f"not audio that libsndfile reads: {error}", clip.source) from error
-    _check(samples_SC, rate, limits, clip.source)
+    source = _source(clip, options)
+    with _opened(source, clip.source) as file:
+        samples_SC, rate = _read(file, clip, options), file.samplerate
+    flags = noticed(samples_SC, rate)
+    for flag in flags:
+        if flag in options.reject_flags:
+            raise Reject(flag, f"the clip is flagged for {flag}", clip.source)
     mono_S = np.mean(samples_SC.T, axis=0)
-    if rate != sample_rate_hz:
-        mono_S = librosa.resample(mono_S, orig_sr=rate, target_sr=sample_rate_hz)
-    return Waveform(mono_S, len(samples_SC) / rate, hashlib.sha256(data).hexdigest())
+    if options.loudness_lufs is not None:
+        mono_S = _level(mono_S, rate, options.loudness_lufs, clip.source)
+    if sample_rate_hz is not None:
+        mono_S = resample_soxr(mono_S, rate, sample_rate_hz)
+    return Waveform(mono_S, len(samples_SC) / rate, _digest(source, clip.source), flags)
 
 
-def _read(clip: Clip) -> bytes:
-    if clip.inline:
-        try:
-            return base64.b64decode(clip.inline, validate=True)
-        except (binascii.Error, ValueError) as error:
-            raise Reject("unreadable_audio", f"raw_audio is not base64: {error}", clip.source) from error
+def clip_seconds(clip: Clip, options: AudioOptions) -> float | None:
+    """Length by the file's header; None where the file cannot be used."""
     try:
-        return Path(clip.path).read_bytes()
+        with _opened(_source(clip, options), clip.source) as file:
+            return file.frames / file.samplerate
+    except Reject:
+        return None
+
+
+def _source(clip: Clip, options: AudioOptions) -> Path | bytes:
+    """The file to open, or the bytes where there is no file of their own."""
+    cell = arrow_cell(clip.path)
+    if clip.inline:
+        source = _inline_bytes(clip)
+    elif cell:
+        source = arrow_audio(_allowed(cell[0], clip.source, options), *cell[1:], clip.source)
+    else:
+        source = _allowed(clip.path, clip.source, options)
+    _refuse_cut_off(source, clip.source)
+    return source
+
+
+@contextmanager
+def _opened(source: Path | bytes, name: str) -> Iterator[soundfile.SoundFile]:
+    """Turns libsndfile's errors, on opening and on reading, into rejects."""
+    try:
+        with soundfile.SoundFile(io.BytesIO(source) if isinstance(source, bytes) else source) as file:
+            yield file
+    except (soundfile.SoundFileError, RuntimeError, ValueError, OverflowError, TypeError, OSError) as error:
+        raise Reject("unreadable_audio", f"not audio that libsndfile reads: {error}", name) from error
+
+
+def _inline_bytes(clip: Clip) -> bytes:
+    try:
+        return base64.b64decode(clip.inline, validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise Reject("unreadable_audio", f"raw_audio is not base64: {error}", clip.source) from error
+
+
+def _allowed(path: str, source: str, options: AudioOptions) -> Path:
+    """The file to open: a regular file, below one of the roots where there are any."""
+    try:
+        real = Path(os.path.realpath(path))
+        if options.roots and not any(real.is_relative_to(os.path.realpath(root)) for root in options.roots):
+            raise Reject("outside_audio_root", f"expected a file below {options.roots[0]}, got {real}", source)
+        if not stat.S_ISREG(Path(path).stat().st_mode):  # a pipe or a device would block, or never end
+            raise Reject("unreadable_audio", f"not a regular file: {path}", source)
     except FileNotFoundError:
-        raise Reject("missing_audio", f"no such file: {clip.path}", clip.source) from None
+        raise Reject("missing_audio", f"no such file: {path}", source) from None
     except (OSError, ValueError) as error:
-        raise Reject("unreadable_audio", f"cannot read {clip.path}: {error}", clip.source) from error
+        raise Reject("unreadable_audio", f"cannot read {path!r:.200}: {error}", source) from error
+    return Path(path)
 
 
-def _check(samples_SC: np.ndarray, rate: int, limits: Limits, source: str) -> None:
-    seconds = len(samples_SC) / rate
+def _digest(source: Path | bytes, name: str) -> str:
+    if isinstance(source, bytes):
+        return hashlib.sha256(source).hexdigest()
+    try:
+        found = source.stat()
+        return _cached_digest(source, found.st_size, found.st_mtime_ns)
+    except OSError as error:
+        raise Reject("unreadable_audio", f"cannot read {source}: {error}", name) from error
+
+
+@lru_cache(maxsize=4096)
+def _cached_digest(path: Path, _size: int, _mtime_ns: int) -> str:
+    """Many cuts of one long recording hash it once."""
+    return file_sha256(path)
+
+
+def _refuse_cut_off(source: Path | bytes, name: str) -> None:
+    """libsndfile plays what is left of a WAV or Ogg file whose end is missing, without a word."""
+    try:
+        with io.BytesIO(source) if isinstance(source, bytes) else source.open("rb") as file:
+            head, size = file.read(12), file.seek(0, os.SEEK_END)
+            file.seek(max(0, size - OGG_PAGE))
+            tail = file.read() if head[:4] == b"OggS" else b""
+    except OSError as error:
+        raise Reject("unreadable_audio", f"cannot read {source!r:.200}: {error}", name) from error
+    stated = int.from_bytes(head[4:8], "little") + 8
+    if head[:4] == b"RIFF" and head[8:] == b"WAVE" and 8 < stated < STREAMED_RIFF and stated > size + 1:
+        raise Reject("truncated_audio", f"the header states {stated} bytes, the file has {size}", name)
+    if tail:
+        page = tail[tail.rfind(b"OggS") :]
+        sizes = page[27 : 27 + page[26]] if len(page) > 26 else b""
+        if not sizes or not page[5] & OGG_END or len(page) < 27 + len(sizes) + sum(sizes):
+            raise Reject("truncated_audio", "the last page of the Ogg stream is missing", name)
+
+
+def _read(file: soundfile.SoundFile, clip: Clip, options: AudioOptions) -> np.ndarray:
+    """float32 [S, C] of the part that the clip names."""
+    rate, source = file.samplerate, clip.source
+    if not 1 <= file.channels <= MAX_CHANNELS:
+        raise Reject("too_many_channels", f"expected 1 to {MAX_CHANNELS} channels, got {file.channels}", source)
+    if file.frames > UNKNOWN_LENGTH:
+        raise Reject("unreadable_audio", "the file does not say how long it is", source)
+    start = int((clip.offset_s or 0.0) * rate)
+    wanted = file.frames - start if clip.duration_s is None else int(clip.duration_s * rate)
+    if start and start >= file.frames:
+        raise Reject("cut_outside_audio", f"offset {clip.offset_s} s, length {file.frames / rate:.3f} s", source)
+    if wanted > options.max_seconds * rate:
+        raise Reject("too_long", _length(wanted / rate, options), source)
+    if start:
+        file.seek(start)
+    samples_SC = file.read(wanted, dtype="float32", always_2d=True)
+    missing = (wanted - len(samples_SC)) / rate
+    if clip.duration_s is None and missing > 0:
+        raise Reject("truncated_audio", f"the header states {wanted} samples, got {len(samples_SC)}", source)
+    if missing > CUT_TOLERANCE_S:
+        raise Reject("cut_outside_audio", f"the cut ends {missing:.3f} s after the file does", source)
     if not samples_SC.size:
         raise Reject("empty_audio", "no samples", source)
     if not np.isfinite(samples_SC).all():
         raise Reject("non_finite_audio", "samples are NaN or infinite", source)
-    if seconds > limits.max_seconds or math.isnan(seconds):
-        raise Reject("too_long", _length(seconds, limits), source)
-    if seconds < limits.min_seconds:
-        raise Reject("too_short", _length(seconds, limits), source)
+    if len(samples_SC) < options.min_seconds * rate:
+        raise Reject("too_short", _length(len(samples_SC) / rate, options), source)
+    return samples_SC
 
 
-def _length(seconds: float, limits: Limits) -> str:
-    return f"expected {limits.min_seconds:g} to {limits.max_seconds:g} s, got {seconds:.3f} s"
+def _length(seconds: float, options: AudioOptions) -> str:
+    return f"expected {options.min_seconds:g} to {options.max_seconds:g} s, got {seconds:.3f} s"
+
+
+def noticed(samples_SC: np.ndarray, rate: int) -> tuple[Flag, ...]:
+    """What is wrong with how a clip was recorded.
+
+    silence: 90 % of its 20 ms windows are below -60 dBFS. clipping: three samples in a row at full scale.
+    """
+    flags: list[Flag] = []
+    window = max(1, rate // 50)
+    whole = samples_SC[: max(len(samples_SC) // window, 1) * window]
+    windows = whole.reshape(-1, min(window, len(whole)) * samples_SC.shape[1])
+    quiet = np.mean(np.square(windows), axis=1) < 1e-6
+    if quiet.mean() >= 0.9:
+        flags.append("silence")
+    full = np.abs(samples_SC) >= 0.999
+    if (full[2:] & full[1:-1] & full[:-2]).any():
+        flags.append("clipping")
+    return tuple(flags)
+
+
+def _level(mono_S: np.ndarray, rate: int, target_lufs: float, source: str) -> np.ndarray:
+    """Boson's `loudness_normalize`: BS.1770 gain on the mono mix, before resampling."""
+    import pyloudnorm  # brings scipy's signal package, which takes a second
+
+    try:
+        measured = pyloudnorm.Meter(rate).integrated_loudness(mono_S)
+    except ValueError as error:
+        raise Reject("unmeasurable_loudness", f"{error}", source) from error
+    if not np.isfinite(measured):
+        raise Reject("unmeasurable_loudness", "silent", source)
+    gain = 10.0 ** ((target_lufs - measured) / 20.0)
+    return (mono_S * gain).astype(np.float32)

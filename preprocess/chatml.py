@@ -1,16 +1,14 @@
-"""ChatML samples: reading the file, checking each sample, and the text tokens with their labels.
+"""ChatML samples: checking each, and the text tokens with their labels.
 
-In: a JSON array or JSONL of `{"messages": [...], "speaker", "misc", "start_index", "id"}`. Out: for each entry either
-a `ChatSample` (boson's own dataclass, its clips, its key) or a `Reject`; tokens and labels as boson's
+In: one entry, `{"messages": [...], "speaker", "misc", "start_index", "id"}`, as `entries` reads it. Out: a
+`ChatSample` (boson's own dataclass, its clips, its key) or a `Reject`; tokens and labels as boson's
 `prepare_chatml_sample` makes them. Never: a guess at what a malformed sample meant.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +20,6 @@ from boson_multimodal.dataset.chatml_dataset import prepare_chatml_sample
 from transformers import PreTrainedTokenizerBase
 
 from ..shards.durable import to_json
-from ..shards.errors import UserError
 from ..shards.sequence import SpecialIds
 from .audio import Clip
 from .reject import Reject
@@ -42,7 +39,10 @@ TEMPLATE_TOKENS = (
     "<|AUDIO|>",
     "<|AUDIO_OUT|>",
 )
+MAX_TEXT_CHARS = 20_000
 _UNSAFE = re.compile(r"[^A-Za-z0-9_-]")
+_CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")  # all control characters but tab and line ends
+_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
 
 
 @dataclass(frozen=True)
@@ -61,49 +61,6 @@ class ChatSample:
     roles: tuple[str, ...]
 
 
-def read_entries(path: Path) -> Iterator[Any]:
-    """The raw entries of a JSON array or JSONL file; a line that is no JSON comes as a Reject.
-
-    Raises:
-        UserError: the file cannot be read, or is neither.
-    """
-    try:
-        with path.open(encoding="utf-8-sig") as file:
-            first = next((line for line in file if line.strip()), "")
-            file.seek(0)
-            if first.lstrip().startswith("["):
-                yield from _read_array(file.read(), path)
-            elif first.lstrip().startswith("{"):
-                yield from _read_lines(file)
-            else:
-                expected = "a JSON array, or one JSON object a line"
-                raise UserError("not a ChatML file", where=path, expected=expected, got=first[:40].strip() or "nothing")
-    except OSError as error:
-        raise UserError(f"cannot read the data: {error.strerror}", where=path) from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"the data is not UTF-8: {error}", where=path) from error
-
-
-def _read_array(text: str, path: Path) -> list[Any]:
-    try:
-        return json.loads(text, parse_constant=_no_number)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"the data is not JSON: {error}", where=path) from error
-
-
-def _read_lines(lines: Iterator[str]) -> Iterator[Any]:
-    for number, line in enumerate(lines, 1):
-        if line.strip():
-            try:
-                yield json.loads(line, parse_constant=_no_number)
-            except (ValueError, RecursionError) as error:
-                yield Reject("invalid_json", f"line {number}: {error}")
-
-
-def _no_number(_name: str) -> None:
-    """NaN and infinities are no JSON; boson reads them as null, and so do we."""
-
-
 def key_of(entry: Any, position: int) -> str:
     """The sample's key: its `id` (or misc.id) where it has one, made fit for a file name, else its position."""
     misc = entry.get("misc") if isinstance(entry, dict) else None
@@ -116,16 +73,18 @@ def key_of(entry: Any, position: int) -> str:
     return safe if safe == name else f"{safe}-{xxhash.xxh3_64_hexdigest(name.encode('utf-8', 'replace'))}"
 
 
-def parse_entry(entry: Any, position: int, folder: Path) -> ChatSample:
+def parse_entry(entry: Any, position: int, folder: Path, max_text_chars: int = MAX_TEXT_CHARS) -> ChatSample:
     """Check one raw entry.
 
     Args:
         entry: what `read_entries` gave.
         position: its place in the file, from 0.
         folder: what relative audio paths are relative to.
+        max_text_chars: longest single text that is taken, in characters.
 
     Raises:
-        Reject: malformed, unknown role, empty text, no assistant turn, a template token inside a text.
+        Reject: malformed, unknown role, a text that is empty, too long, or holds control characters or a template
+            token.
     """
     if isinstance(entry, Reject):
         raise entry
@@ -133,18 +92,20 @@ def parse_entry(entry: Any, position: int, folder: Path) -> ChatSample:
         raise Reject("malformed_chatml", "expected an object with a non-empty list of messages")
     try:
         to_json(entry)
-    except (ValueError, RecursionError) as error:  # a lone surrogate, a number beyond float64, nesting without end
+    except UnicodeEncodeError as error:  # undecodable bytes of the file, or half of a surrogate pair
+        raise Reject("invalid_unicode", f"{error}") from error
+    except (ValueError, RecursionError) as error:  # a number beyond float64, nesting without end
         raise Reject("malformed_chatml", f"cannot be stored as JSON: {error}") from error
-    messages = [_message(message, number) for number, message in enumerate(entry["messages"])]
+    messages = [_message(m, f"message {i}", max_text_chars) for i, m in enumerate(entry["messages"])]
     start_index = entry.get("start_index")
     if start_index is not None and (not isinstance(start_index, int) or isinstance(start_index, bool)):
-        raise Reject("malformed_chatml", f"start_index: expected an integer, got {start_index!r}")
+        raise Reject("malformed_chatml", f"start_index: expected an integer, got {start_index!r:.60}")
     misc = entry.get("misc")
     if misc is not None and not isinstance(misc, dict):
-        raise Reject("malformed_chatml", f"misc: expected an object, got {misc!r}")
+        raise Reject("malformed_chatml", f"misc: expected an object, got {misc!r:.60}")
     speaker = entry.get("speaker") if entry.get("speaker") is not None else (misc or {}).get("speaker")
     if speaker is not None and not isinstance(speaker, str | int):
-        raise Reject("malformed_chatml", f"speaker: expected a string, got {speaker!r}")
+        raise Reject("malformed_chatml", f"speaker: expected a string, got {speaker!r:.60}")
     name = None if speaker is None else str(speaker)
     chat = ChatMLSample(messages=messages, start_index=start_index, misc=misc, speaker=name)
     found = [
@@ -163,8 +124,7 @@ def _parts(message: Message) -> list[Any]:
     return message.content
 
 
-def _message(message: Any, number: int) -> Message:
-    where = f"message {number}"
+def _message(message: Any, where: str, max_chars: int) -> Message:
     if not isinstance(message, dict):
         raise Reject("malformed_chatml", f"{where}: expected an object, got {message!r:.40}")
     role = message.get("role")
@@ -177,34 +137,42 @@ def _message(message: Any, number: int) -> Message:
     recipient = message.get("recipient")
     if recipient is not None and (not isinstance(recipient, str) or role != "assistant"):
         raise Reject("malformed_chatml", f"{where}: recipient: expected a string, of an assistant message")
-    return Message(role=role, content=[_content(part, where) for part in parts], recipient=recipient)
+    if recipient:
+        _text(recipient, where, max_chars)
+    return Message(role=role, content=[_content(part, where, max_chars) for part in parts], recipient=recipient)
 
 
-def _content(part: Any, where: str) -> TextContent | AudioContent:
+def _content(part: Any, where: str, max_chars: int) -> TextContent | AudioContent:
     if isinstance(part, str):
         part = {"type": "text", "text": part}
     kind = part.get("type") if isinstance(part, dict) else None
     if kind == "text":
-        return TextContent(text=_text(part.get("text"), where))
+        return TextContent(text=_text(part.get("text"), where, max_chars))
     if kind != "audio":
         raise Reject("malformed_chatml", f"{where}: expected content of type text or audio, got {part!r:.60}")
     url, inline = part.get("audio_url"), part.get("raw_audio")
-    if not (isinstance(url, str) and url) and not (isinstance(inline, str) and inline):
+    if not isinstance(url, str | None) or not isinstance(inline, str | None) or not (url or inline):
         raise Reject("malformed_chatml", f"{where}: audio without audio_url or raw_audio")
+    if url and not inline and _URL.match(url):
+        raise Reject("remote_audio", f"{where}: audio is not fetched from a network: {url:.200}", url)
     cut = {name: part.get(name) for name in ("offset", "duration")}
     for name, value in cut.items():
         least = 0 if name == "offset" else 1e-9
         if value is not None and (isinstance(value, bool) or not isinstance(value, int | float) or not value >= least):
-            raise Reject("malformed_chatml", f"{where}: {name}: expected seconds, got {value!r}")
-    name = url if isinstance(url, str) else ""
-    return AudioContent(audio_url=name, raw_audio=inline, offset=cut["offset"], duration=cut["duration"])
+            raise Reject("malformed_chatml", f"{where}: {name}: expected seconds, got {value!r:.60}")
+    return AudioContent(audio_url=url or "", raw_audio=inline, offset=cut["offset"], duration=cut["duration"])
 
 
-def _text(text: Any, where: str) -> str:
+def _text(text: Any, where: str, max_chars: int) -> str:
     if not isinstance(text, str):
         raise Reject("malformed_chatml", f"{where}: text: expected a string, got {text!r:.40}")
     if not text.strip():
         raise Reject("empty_text", f"{where}: text is empty")
+    if len(text) > max_chars:
+        raise Reject("text_too_long", f"{where}: expected at most {max_chars} characters, got {len(text)}")
+    control = _CONTROL.search(text)
+    if control:
+        raise Reject("control_character", f"{where}: text holds {control[0]!r} at character {control.start()}")
     found = [token for token in TEMPLATE_TOKENS if token in text]
     if found:
         raise Reject("template_token_in_text", f"{where}: text holds {found[0]}")
@@ -235,6 +203,24 @@ def tokenize(sample: ChatSample, tokenizer: PreTrainedTokenizerBase, ids: Specia
     if (tokens_2L[1] < 0).all():
         raise Reject("nothing_to_train", "no assistant content at or after start_index")
     return tokens_2L
+
+
+def without_inline(entry: dict[str, Any], sample: ChatSample) -> dict[str, Any]:
+    """The entry with each `raw_audio` taken out, and named in `audio_url` where that was empty."""
+    clips = iter(sample.clips)
+
+    def part(given: Any) -> Any:
+        if not isinstance(given, dict) or given.get("type") != "audio":
+            return given
+        clip = next(clips)
+        return {**given, "raw_audio": None, "audio_url": given.get("audio_url") or clip.source}
+
+    messages = []
+    for message in entry["messages"]:
+        content = message["content"]
+        content = [part(given) for given in content] if isinstance(content, list) else part(content)
+        messages.append({**message, "content": content})
+    return {**entry, "messages": messages}
 
 
 def _without_audio_data(content: Any) -> Any:

@@ -45,7 +45,7 @@ def read_config(path: Path) -> dict[str, Any]:
         raise UserError(
             "not a Higgs Audio v2 checkpoint",
             where=file,
-            expected="model_type higgs_audio",
+            expected="model_type higgs_audio or higgs_audio_v2",
             got=config.get("model_type"),
         )
     return config

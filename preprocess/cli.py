@@ -1,11 +1,14 @@
-"""higgs-preprocess: build a shard set.
+"""higgs-preprocess: build a shard set, or check data before.
 
 higgs-preprocess --data chatml.json --out SHARDS --model_path M --audio_tokenizer_path T
+higgs-preprocess --check --data chatml.json --model_path M
 """
 
 from __future__ import annotations
 
+import sys
 import time
+from typing import Any
 
 import tyro
 
@@ -19,18 +22,37 @@ def main() -> None:
 
 def _main() -> None:
     config = tyro.cli(PreprocessConfig, prog="higgs-preprocess")
+    if config.check:
+        from .check import check
+        from .check_report import print_report
+
+        report = check(config)
+        print_report(report, as_json=config.json)
+        sys.exit(0 if report["fit_to_build"] else 1)
+    from .engine import Stopped
     from .pipeline import build  # after the flags are checked: torch takes seconds to import
 
     began = time.monotonic()
-    summary = build(config)
+    try:
+        summary = build(config)
+    except Stopped as stopped:
+        print(f"stopped on {stopped}: start the same command again to continue", file=sys.stderr)
+        sys.exit(128 + stopped.number)
+    _print_summary(summary, config, time.monotonic() - began)
+
+
+def _print_summary(summary: dict[str, Any], config: PreprocessConfig, elapsed: float) -> None:
     if summary["already_built"]:
         print(f"{config.out} is already built from this data with these options: nothing to do")
         return
-    elapsed = max(time.monotonic() - began, 1e-9)
     rejects = summary["rejects"]
     print(f"samples   {summary['samples']} in {config.out}")
     print(f"audio     {summary['seconds'] / 3600:.3f} h in samples, {summary['clips']} distinct clips")
-    print(f"speed     {summary['encoded_seconds'] / elapsed:.1f} hours an hour ({elapsed:.0f} s)")
-    print(f"rejects   {sum(rejects.values())}" + (f", see {config.out / 'rejects.jsonl'}" if rejects else ""))
+    print(f"speed     {summary['encoded_seconds'] / max(elapsed, 1e-9):.1f} hours an hour ({elapsed:.0f} s)")
+    spent = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in summary["spent"].items())
+    print(f"spent     {spent or 'nothing: all was encoded before'}")
+    for flag, count in sorted(summary["flags"].items()):
+        print(f"flagged   {count} clips for {flag}")
+    print(f"rejects   {sum(rejects.values())}" + (f", see {config.out}/rejects.jsonl" if rejects else ""))
     for reason, count in sorted(rejects.items()):
         print(f"  {reason:<24}{count}")

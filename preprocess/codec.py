@@ -13,7 +13,6 @@ Shapes: S samples at 24 kHz, T frames, K codebooks, C channels.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,7 +20,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import nn
 from transformers import DacConfig, HubertConfig, HubertModel
-from transformers.models.dac.modeling_dac import DacDecoder, DacEncoder
+from transformers.models.dac.modeling_dac import DacDecoder, DacEncoder, Snake1d
 
 from .resample import resample_sinc
 
@@ -102,6 +101,14 @@ class _Codebook(nn.Module):
         return self.project_out(F.embedding(codes_1T, self.embed)).transpose(1, 2)
 
 
+class _SnakeInPlace(Snake1d):
+    """x + sin(ax)^2 / a by the same operations in the same order, but one buffer instead of six: memory is its cost."""
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        squared = torch.mul(self.alpha, hidden_states).sin_().pow_(2)
+        return squared.mul_((self.alpha + 1e-9).reciprocal()).add_(hidden_states)
+
+
 class HiggsCodec(nn.Module):
     """The codec, for inference only. Module names are those of the transformers-native checkpoint layout."""
 
@@ -117,6 +124,9 @@ class HiggsCodec(nn.Module):
             if isinstance(module, nn.ConvTranspose1d):  # Boson's decoder keeps odd strides exact
                 module.output_padding = (module.stride[0] % 2,)
         self.acoustic_decoder.register_module("tanh", nn.Identity())
+        for module in self.modules():
+            if isinstance(module, Snake1d):
+                module.__class__ = _SnakeInPlace
         self.fc = nn.Linear(acoustic + semantic, acoustic + semantic)
         self.fc2 = nn.Linear(acoustic + semantic, acoustic)
         self.quantizers = nn.ModuleList(_Codebook(config, acoustic + semantic) for _ in range(config.codebooks))
@@ -138,11 +148,11 @@ class HiggsCodec(nn.Module):
         Raises:
             ValueError: the clip is shorter than one frame.
         """
-        x_11S = torch.as_tensor(wave_S, dtype=self.fc.weight.dtype).to(self.device)[None, None]
+        x_11S = torch.as_tensor(wave_S, dtype=torch.float32).to(self.device)[None, None]
         semantic_1CT = self.encoder_semantic(self._semantic_features(x_11S))
         acoustic_1CT = self._acoustic_features(x_11S, semantic_1CT.shape[2])
         frames = min(acoustic_1CT.shape[2], semantic_1CT.shape[2])
-        joined = torch.cat([acoustic_1CT[..., :frames], semantic_1CT[..., :frames]], dim=1)
+        joined = torch.cat([acoustic_1CT[..., :frames], semantic_1CT[..., :frames]], dim=1).float()
         residual = self.fc(joined.transpose(1, 2)).transpose(1, 2)
         codes = []
         for codebook in self.quantizers:
@@ -162,10 +172,20 @@ class HiggsCodec(nn.Module):
         wave_11S = self.acoustic_decoder(self.fc2(quantized_1CT.transpose(1, 2)).transpose(1, 2))
         return wave_11S[0, 0].float().cpu().numpy()
 
+    def encoder_precision(self, dtype: torch.dtype) -> None:
+        """Run HuBERT and the DAC encoder in `dtype`; resampling and quantisation stay in float32."""
+        for part in (self.semantic_model, self.encoder_semantic, self.acoustic_encoder):
+            nn.Module.to(part, dtype)
+
+    @property
+    def _encoder_dtype(self) -> torch.dtype:
+        return self.acoustic_encoder.conv1.weight.dtype
+
     def _semantic_features(self, x_11S: torch.Tensor) -> torch.Tensor:
         """HuBERT's hidden states, averaged over the embedding and all layers, at the code frame rate: [1, C, T]."""
         x_1S = resample_sinc(x_11S[:, 0], self.config.sample_rate_hz, self.config.semantic_sample_rate_hz)
-        states = self.semantic_model(F.pad(x_1S, (160, 160)), output_hidden_states=True).hidden_states
+        x_1S = F.pad(x_1S, (160, 160)).to(self._encoder_dtype)
+        states = self.semantic_model(x_1S, output_hidden_states=True).hidden_states
         mean_1TC = torch.stack(states, dim=1).mean(1)
         return mean_1TC[:, :: self.config.semantic_stride].transpose(1, 2)
 
@@ -173,7 +193,7 @@ class HiggsCodec(nn.Module):
         if self._acoustic_frames(x_11S.shape[2]) != frames:
             pad = 160 * self.config.semantic_stride
             x_11S = F.pad(x_11S, (pad, pad))
-        return self.acoustic_encoder(x_11S)
+        return self.acoustic_encoder(x_11S.to(self._encoder_dtype))
 
     def _acoustic_frames(self, samples: int) -> int:
         """Frames that the DAC encoder makes of `samples` samples."""
@@ -184,7 +204,3 @@ class HiggsCodec(nn.Module):
     def shortest_clip(self) -> int:
         """Fewest samples that make a frame."""
         return 2 * self.config.hop_length
-
-    def decode_segments(self, segments: Sequence[np.ndarray]) -> list[np.ndarray]:
-        """`decode` of each."""
-        return [self.decode(codes_KT) for codes_KT in segments]

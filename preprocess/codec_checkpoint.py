@@ -18,6 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch.nn.utils import parametrize
 from transformers import DacConfig, HubertConfig
+from transformers.modeling_utils import no_init_weights
 
 from ..shards.errors import UserError
 from ..shards.writer import file_sha256
@@ -32,6 +33,9 @@ _UNUSED = re.compile(r"^(decoder_semantic|fc_post1|fc1)\.|\.(inited|cluster_size
 
 def load_codec(path: str | Path, device: str | torch.device = "cpu") -> HiggsCodec:
     """Load a codec for inference, in float32.
+
+    Both layouts get Boson's padding of 320 samples where a clip is no whole number of frames, which is what the
+    language model was trained on; transformers' own class for the native layout (5.23) pads by 480 there.
 
     Raises:
         UserError: no config, an unknown layout, or weights that do not fit.
@@ -54,10 +58,10 @@ def load_codec(path: str | Path, device: str | torch.device = "cpu") -> HiggsCod
         )
     weights = _read_weights(folder)
     try:
-        config = _native_config(raw, weights) if native else _boson_config(raw, weights, config_path)
+        config = _native_config(raw, weights, config_path) if native else _boson_config(raw, weights, config_path)
     except KeyError as error:
         raise UserError(f"the audio tokenizer lacks a weight or setting: {error}", where=folder) from error
-    with torch.device("meta"):
+    with no_init_weights():  # on the meta device, weight norm would import all of torch's compiler: seconds a worker
         codec = HiggsCodec(config)
     fold_position_conv(codec)
     rename = native_name if native else boson_name
@@ -167,13 +171,18 @@ def _boson_config(raw: dict[str, Any], weights: Weights, where: Path) -> CodecCo
     return _config(*rates, acoustic, _hubert(weights), weights)
 
 
-def _native_config(raw: dict[str, Any], weights: Weights) -> CodecConfig:
-    defaults: dict[str, Any] = {"encoder_hidden_size": 64, "decoder_hidden_size": 1024, "hidden_size": 256}
-    given = defaults | (raw.get("acoustic_model_config") or {})
-    acoustic = DacConfig(**{k: given[k] for k in ("encoder_hidden_size", "decoder_hidden_size")})
-    acoustic.downsampling_ratios = list(given.get("downsampling_ratios", (8, 5, 4, 2, 3)))
-    acoustic.upsampling_ratios = list(given.get("upsampling_ratios", acoustic.downsampling_ratios))
-    acoustic.hidden_size = given["hidden_size"]
+def _native_config(raw: dict[str, Any], weights: Weights, where: Path) -> CodecConfig:
+    """Settings that the file leaves out have transformers' defaults."""
+    fixed = {"kernel_size": 3, "unit_kernel_size": 3, "channel_ratios": [1, 1], "strides": [1, 1]}
+    for name, only in {**fixed, "block_dilations": [1, 1], "downsample_factor": 320}.items():
+        if raw.get(name, only) != only:
+            raise UserError(f"unsupported {name}", where=where, expected=only, got=raw[name])
+    sizes = {"encoder_hidden_size": 64, "decoder_hidden_size": 1024, "hidden_size": 256}
+    ratios = {"downsampling_ratios": [8, 5, 4, 2], "upsampling_ratios": [8, 5, 4, 2]}
+    given: dict[str, Any] = {**sizes, **ratios, **(raw.get("acoustic_model_config") or {})}
+    acoustic = DacConfig(**{name: given[name] for name in ("encoder_hidden_size", "decoder_hidden_size")})
+    for name in ("hidden_size", *ratios):  # DacConfig derives these; this codec's differ
+        setattr(acoustic, name, given[name])
     semantic = HubertConfig(**(raw.get("semantic_model_config") or {}))
     rates = raw.get("sample_rate", 24_000), raw.get("semantic_sample_rate", 16_000)
     return _config(*rates, acoustic, semantic, weights)

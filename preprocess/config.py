@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Literal
 
 from ..shards.errors import UserError
+from ..shards.remote import is_url
+from .audio import AudioOptions, Flag
 
 
 @dataclass(frozen=True)
@@ -14,41 +16,147 @@ class PreprocessConfig:
     """Encode audio once, offline, into tar shards that the trainer streams."""
 
     data: Path
-    """ChatML file: a JSON array, or JSONL. Audio paths in it are relative to its folder."""
-    out: Path
-    """Folder that receives the shard set. An interrupted run continues when started again."""
+    """ChatML (JSON array or JSONL), a manifest (JSONL, CSV or TSV with audio, text, speaker and, if wanted, ref_audio,
+    ref_text, id), or a Hugging Face datasets folder on disk with either kind of columns."""
     model_path: Path
-    """Checkpoint folder of the language model: config and tokenizer are read, not the weights."""
-    audio_tokenizer_path: Path
-    """Checkpoint folder of the audio tokenizer (the codec)."""
-    val_fraction: float = 0.0
-    """Share of samples held out for validation, 0 to 1; chosen by a hash, so it is stable."""
-    val_by: Literal["sample", "speaker"] = "sample"
-    """Hold out single samples, or whole speakers."""
+    """Checkpoint of the language model, a folder or Hub name[@revision]: config and tokenizer are read; with
+    --whisper_features encoder also its audio tower."""
+    out: str | None = None
+    """Folder, or URL that fsspec knows (s3://, hf://, …), that receives the shard set. An interrupted run continues
+    when started again."""
+    audio_tokenizer_path: Path | None = None
+    """Checkpoint of the audio tokenizer (the codec), a folder or Hub name[@revision]."""
+    staging: Path | None = None
+    """Where --out is a URL: local folder for unfinished work, from which each finished shard is uploaded; by default
+    one below $HIGGS_TUNE_CACHE, else ~/.cache/higgs-tune."""
+
+    audio_root: Path | None = None
+    """Folder that relative audio paths start from and that no path may leave, links resolved; by default relative
+    paths start from the folder of the data, and may lead anywhere."""
     min_seconds: float = 0.1
     """Shortest clip that is taken, in seconds."""
     max_seconds: float = 60.0
     """Longest clip that is taken, in seconds."""
+    max_text_chars: int = 20_000
+    """Longest single text that is taken, in characters."""
+    loudness_lufs: float | None = None
+    """Bring every clip to this integrated loudness (LUFS, ITU-R BS.1770) before it is encoded; boson's value is -23."""
+    reject_flags: tuple[Flag, ...] = ()
+    """Leave out clips with these flags: silence (90 % of it is below -60 dBFS), clipping (three samples in a row at
+    full scale). Without it they are only counted and marked."""
+
+    ref_drop: float = 0.0
+    """Manifests: share of samples that get no reference clip, 0 to 1; chosen by a hash, so it is stable."""
+    ref_min_seconds: float = 1.0
+    """Manifests: shortest clip that is chosen as a reference, in seconds."""
+    seed: int = 0
+    """Manifests: seed of the choice of references."""
+
+    whisper_features: Literal["none", "mel", "encoder"] = "none"
+    """Whisper features to store: log-mel, or the output of a frozen audio tower."""
+    whisper_roles: Literal["reference", "target", "both"] = "reference"
+    """Which audio gets Whisper features: user and system (reference), assistant (target), or both."""
+    whisper_path: Path | None = None
+    """Checkpoint that holds the tower (a Higgs or a Whisper model), a folder or Hub name; by default --model_path."""
+
+    val_fraction: float = 0.0
+    """Share of samples held out for validation, 0 to 1; chosen by a hash, so it is stable."""
+    val_by: Literal["sample", "speaker"] = "sample"
+    """Hold out single samples, or whole speakers."""
     samples_per_shard: int = 4096
     """Input samples a shard file."""
-    clips_per_unit: int = 64
+    clips_per_unit: int = 16
     """Audio clips encoded between two commits; a killed run loses at most this many a process."""
-    num_processes: int = 1
-    """Worker processes, each with its own codec."""
+
+    engine: Literal["local", "ray"] = "local"
+    """Where the work runs: processes on this machine, or tasks on a Ray cluster that sees the same folders."""
+    ray_address: str = ""
+    """Address of the Ray cluster; empty: start one on this machine."""
+    num_processes: int = 0
+    """Worker processes on this machine, each with its own codec, spread over the GPUs; 0: one for each GPU, or
+    without a GPU one for each core, at most 8."""
+    decode_threads: int = 2
+    """Threads of each worker that read and resample audio ahead of the codec."""
     device: str = "auto"
     """Where the codec runs: auto, cpu, cuda, cuda:1."""
+    precision: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Number format of the codec's encoder; only float32 gives Boson's codes."""
+    tf32: bool = False
+    """Let a GPU round float32 products to TF32: faster, and some codes differ."""
+
+    check: bool = False
+    """Read everything, encode nothing, and report whether the data is fit to build."""
+    json: bool = False
+    """With --check: print the report as JSON."""
+    max_reject_share: float = 0.0
+    """With --check: share of rejected samples, 0 to 1, up to which the data counts as fit to build."""
     debug: bool = False
     """Show tracebacks of user errors."""
 
     def __post_init__(self) -> None:
+        for name in ("out", "audio_tokenizer_path"):
+            if not getattr(self, name) and not self.check:
+                raise UserError(f"--{name} is missing", hint="Only --check does without.")
         checks = [
             ("val_fraction", 0 <= self.val_fraction <= 1, "0 to 1"),
+            ("ref_drop", 0 <= self.ref_drop <= 1, "0 to 1"),
+            ("max_reject_share", 0 <= self.max_reject_share <= 1, "0 to 1"),
             ("min_seconds", self.min_seconds >= 0, "at least 0"),
             ("max_seconds", self.min_seconds < self.max_seconds, "more than min_seconds"),
+            ("loudness_lufs", self.loudness_lufs is None or -70 < self.loudness_lufs <= 0, "-70 to 0"),
+            ("ref_min_seconds", self.ref_min_seconds >= 0, "at least 0"),
+            ("max_text_chars", self.max_text_chars >= 1, "at least 1"),
             ("samples_per_shard", self.samples_per_shard >= 1, "at least 1"),
             ("clips_per_unit", self.clips_per_unit >= 1, "at least 1"),
-            ("num_processes", self.num_processes >= 1, "at least 1"),
+            ("num_processes", self.num_processes >= 0, "at least 0"),
+            ("decode_threads", self.decode_threads >= 1, "at least 1"),
+            ("ray_address", not self.ray_address or self.engine == "ray", "--engine ray with it"),
+            ("staging", not self.staging or is_url(self.out or ""), "a URL as --out"),
+            (
+                "staging",
+                bool(self.staging) or not (self.ray_address and is_url(self.out or "")),
+                "a folder that all nodes of the cluster see",
+            ),
+            ("json", self.check or not self.json, "--check with it"),
         ]
         for name, good, expected in checks:
             if not good:
                 raise UserError(f"--{name} is out of range", expected=expected, got=getattr(self, name))
+
+
+@dataclass(frozen=True)
+class Job:
+    """What every task knows: the options, and where things are, as absolute local paths.
+
+    data: file or folder. out: the set, or its staging folder. model, codec, tower: checkpoint folders.
+    """
+
+    config: PreprocessConfig
+    data: Path
+    out: Path
+    model: Path
+    codec: Path | None
+    tower: Path
+
+    @property
+    def url(self) -> str | None:
+        """Where the set goes, if that is no local folder."""
+        out = self.config.out
+        return out if out and is_url(out) else None
+
+    @property
+    def audio_base(self) -> Path:
+        """What relative audio paths start from."""
+        return self.data if self.data.is_dir() else self.config.audio_root or self.data.parent
+
+    @property
+    def audio(self) -> AudioOptions:
+        """Which clips are taken, and from where."""
+        c = self.config
+        roots = (c.audio_root, self.audio_base) if c.audio_root else ()
+        return AudioOptions(c.min_seconds, c.max_seconds, c.loudness_lufs, roots, c.reject_flags)
+
+    def wants_whisper(self, role: str) -> bool:
+        """Whether audio in a message of this role gets Whisper features."""
+        wanted = "target" if role == "assistant" else "reference"
+        return self.config.whisper_features != "none" and self.config.whisper_roles in (wanted, "both")

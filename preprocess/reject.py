@@ -13,6 +13,7 @@ class Reject(Exception):
     """
 
     def __init__(self, reason: str, detail: str, file: str = "") -> None:
+        detail, file = (text.encode("utf-8", "backslashreplace").decode() for text in (detail, file))  # fit for JSON
         super().__init__(reason, detail, file)
         self.reason, self.detail, self.file = reason, detail, file
 

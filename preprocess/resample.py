@@ -1,7 +1,12 @@
-"""Windowed-sinc resampling, equal to torchaudio.functional.resample with its defaults (hann window).
+"""The two resamplers that Boson's tokenizer uses.
 
-The method is Julius O. Smith's bandlimited interpolation (https://ccrma.stanford.edu/~jos/resample/): every output
-phase is an inner product of the input with a windowed sinc, so a rational rate change is one strided convolution.
+`resample_sinc` is inside the codec (24 to 16 kHz, for HuBERT): windowed sinc, equal to torchaudio.functional.resample
+with its defaults (hann window). The method is Julius O. Smith's bandlimited interpolation
+(https://ccrma.stanford.edu/~jos/resample/): every output phase is an inner product of the input with a windowed sinc,
+so a rational rate change is one strided convolution. `resample_soxr` is before it (any rate to 24 kHz): soxr, equal to
+librosa.resample with its defaults, whose import takes seconds in every worker.
+
+Shapes: B clips, S samples.
 """
 
 from __future__ import annotations
@@ -9,6 +14,8 @@ from __future__ import annotations
 import math
 from functools import lru_cache
 
+import numpy as np
+import soxr
 import torch
 import torch.nn.functional as F  # noqa: N812
 
@@ -40,3 +47,12 @@ def resample_sinc(wave_BS: torch.Tensor, source_hz: int, target_hz: int) -> torc
     phases_BPN = F.conv1d(padded, kernel.to(wave_BS), stride=source)
     samples = math.ceil(target * wave_BS.shape[1] / source)
     return phases_BPN.transpose(1, 2).reshape(len(wave_BS), -1)[:, :samples]
+
+
+def resample_soxr(wave_S: np.ndarray, source_hz: int, target_hz: int) -> np.ndarray:
+    """Resample float32 [S] to [ceil(S * target / source)]."""
+    if source_hz == target_hz:
+        return wave_S
+    out_S = soxr.resample(wave_S, source_hz, target_hz, quality="HQ")
+    samples = math.ceil(len(wave_S) * (target_hz / source_hz))
+    return np.pad(out_S[:samples], (0, max(0, samples - len(out_S))))

@@ -1,16 +1,20 @@
 """The work folder of an unfinished shard set: what is listed, what is encoded, what is committed.
 
 `OUT/.work/` holds `request.json` (what was asked for), `samples-NNNNNN.jsonl` (one file a shard),
-`clips-NNNNNN.jsonl` (one file a unit of clips), `listing.json` (written when both are complete) and `unit-NNNNNN.npz`
-(codes of a unit), beside what the shards' writer keeps there. Each appears whole or not at all, so a restarted run
+`clips-NNNNNN.jsonl` (one file a unit of clips), `whisper.bin` (one byte a clip: 1 where it gets Whisper features),
+`listing.json` (written when these are complete), `unit-NNNNNN.npz` (codes of a unit) and `mel-NNNNNN.npy` (its
+Whisper features), beside what the shards' writer keeps there. Each appears whole or not at all, so a restarted run
 takes up what is there. The folder goes when the set is finished.
 """
 
 from __future__ import annotations
 
+import fcntl
 import io
 import json
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -19,12 +23,29 @@ import numpy as np
 
 from ..shards import durable
 from ..shards.errors import UserError
-from ..shards.writer import MANIFEST, WORK
+from ..shards.writer import WORK
 from .audio import Clip
 from .reject import Reject
 
 HINT = "Choose another --out, or remove the folder."
-Encoded = tuple[np.ndarray, dict[str, Any]]  # codes [K, T], and seconds and sha256 of the source
+
+
+@dataclass(frozen=True)
+class Features:
+    """Whisper features of one chunk. values_CF: float [C, F and up to MEL_TAIL]; frames: F, its true frames."""
+
+    values_CF: np.ndarray
+    frames: int
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """One encoded clip. codes_KT: uint16 [K, T]; features: of each chunk of 30 s, or none; info: `source`, `seconds`,
+    `sha256`, and `flags` where something was noticed."""
+
+    codes_KT: np.ndarray
+    features: tuple[Features, ...]
+    info: dict[str, Any]
 
 
 class Work:
@@ -35,19 +56,6 @@ class Work:
 
     def path(self, kind: str, number: int, suffix: str) -> Path:
         return self.folder / f"{kind}-{number:06d}.{suffix}"
-
-    def finished(self, request: dict[str, Any]) -> bool:
-        """True where the folder holds the finished set that is asked for.
-
-        Raises:
-            UserError: it holds another set.
-        """
-        manifest = self.out / MANIFEST
-        if manifest.is_file():
-            if json.loads(manifest.read_bytes()).get("provenance", {}).get("request") == request:
-                return True
-            raise UserError("this folder holds a shard set made from other data or options", where=self.out, hint=HINT)
-        return False
 
     def begin(self, request: dict[str, Any]) -> None:
         """Open or take up the work folder.
@@ -60,17 +68,42 @@ class Work:
             raise UserError("this folder holds unfinished work on other data or options", where=self.out, hint=HINT)
         durable.write_bytes(file, durable.to_json(request))
 
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keep a second run out of the folder; the system lifts the lock of a killed one.
+
+        Raises:
+            UserError: another run holds it, or the folder cannot be made or written.
+        """
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            lock = (self.folder / "lock").open("w")
+        except OSError as error:
+            raise UserError(f"cannot make the folder: {error.strerror}", where=self.out) from error
+        with lock as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise UserError("another higgs-preprocess is writing here", where=self.out) from None
+            yield
+
     # what is to be done
 
     def write_lines(self, kind: str, number: int, lines: Iterable[Any]) -> None:
         durable.write_bytes(self.path(kind, number, "jsonl"), b"".join(durable.to_json(x) + b"\n" for x in lines))
 
     def read_lines(self, kind: str, number: int) -> list[Any]:
-        with self.path(kind, number, "jsonl").open() as file:
+        with self.path(kind, number, "jsonl").open(encoding="utf-8") as file:
             return [json.loads(line) for line in file]
 
     def clips(self, unit: int) -> list[Clip]:
         return [Clip(**line) for line in self.read_lines("clips", unit)]
+
+    def whisper(self, first: int, count: int) -> bytes:
+        """For each of `count` clips from clip `first` on: 1 where it gets Whisper features."""
+        with (self.folder / "whisper.bin").open("rb") as file:
+            file.seek(first)
+            return file.read(count)
 
     @property
     def listing(self) -> dict[str, int] | None:
@@ -78,54 +111,65 @@ class Work:
         file = self.folder / "listing.json"
         return json.loads(file.read_bytes()) if file.is_file() else None
 
-    def commit_listing(self, listing: dict[str, int]) -> None:
+    def commit_listing(self, listing: dict[str, int], whisper: bytes) -> None:
+        durable.write_bytes(self.folder / "whisper.bin", whisper)
         durable.write_bytes(self.folder / "listing.json", durable.to_json(listing))
 
     # what is done
 
     def commit_unit(self, unit: int, results: list[Encoded | Reject]) -> None:
-        """Store the codes of a unit's clips, or why a clip has none."""
-        codes = [result[0] for result in results if not isinstance(result, Reject)]
-        info = [
+        """Store the codes and features of a unit's clips, or why a clip has none."""
+        encoded = [result for result in results if isinstance(result, Encoded)]
+        features = [feature for result in encoded for feature in result.features]
+        if features:
+            buffer = io.BytesIO()
+            np.save(buffer, np.concatenate([f.values_CF.T.astype(np.float16) for f in features]))
+            durable.write_bytes(self.path("mel", unit, "npy"), buffer.getvalue())
+        notes = [
             {"reject": [result.reason, result.detail, result.file]}
             if isinstance(result, Reject)
-            else {"frames": result[0].shape[1], **result[1]}
+            else result.info
+            | {"frames": result.codes_KT.shape[1]}
+            | {"features": [(f.values_CF.shape[1], f.frames) for f in result.features]}
             for result in results
         ]
+        codes = [result.codes_KT for result in encoded]
         joined = np.concatenate(codes, axis=1) if codes else np.zeros((0, 0), np.uint16)
-        _write_npz(self.path("unit", unit, "npz"), info, codes=joined)
+        buffer = io.BytesIO()
+        np.savez(buffer, notes=np.frombuffer(durable.to_json(notes), np.uint8), codes=joined)
+        durable.write_bytes(self.path("unit", unit, "npz"), buffer.getvalue())
 
-    def unit_info(self, unit: int) -> list[dict[str, Any]] | None:
-        """One dict a clip: frames, seconds, sha256, or reject; None until the unit is committed."""
-        file = self.path("unit", unit, "npz")
-        return _read_npz(file)[0] if file.is_file() else None
+    def done(self, units: int) -> set[int]:
+        """Numbers of the committed units, of `units`."""
+        found = {path.name for path in self.folder.glob("unit-*.npz")}
+        return {unit for unit in range(units) if self.path("unit", unit, "npz").name in found}
 
     def encoded(self, unit: int) -> list[Encoded | Reject]:
-        return _read_unit(self.path("unit", unit, "npz"))
-
-
-def _write_npz(path: Path, notes: Any, **arrays: np.ndarray) -> None:
-    buffer = io.BytesIO()
-    np.savez(buffer, notes=np.frombuffer(durable.to_json(notes), np.uint8), **arrays)  # pyright: ignore[reportArgumentType]
-    durable.write_bytes(path, buffer.getvalue())
-
-
-def _read_npz(path: Path) -> tuple[Any, dict[str, np.ndarray]]:
-    with np.load(path, allow_pickle=False) as file:
-        return json.loads(file["notes"].tobytes()), {name: file[name] for name in file.files if name != "notes"}
+        """What `commit_unit` stored; features are mapped from the file."""
+        path = self.path("unit", unit, "npz")
+        return _read_unit(path, path.stat().st_mtime_ns)
 
 
 @lru_cache(maxsize=256)
-def _read_unit(path: Path) -> list[Encoded | Reject]:
-    notes, arrays = _read_npz(path)
+def _read_unit(path: Path, _mtime_ns: int) -> list[Encoded | Reject]:
+    with np.load(path, allow_pickle=False) as file:
+        notes, codes_KT = json.loads(file["notes"].tobytes()), file["codes"]
+    mel = path.with_name(path.name.replace("unit", "mel")).with_suffix(".npy")
+    stored_FC = np.load(mel, mmap_mode="r", allow_pickle=False) if any(note.get("features") for note in notes) else None
     results: list[Encoded | Reject] = []
-    first = 0
-    for info in notes:
-        if "reject" in info:
-            results.append(Reject(*info["reject"]))
-        else:
-            results.append((arrays["codes"][:, first : first + info["frames"]], info))
-            first += info["frames"]
+    code = row = 0
+    for note in notes:
+        if "reject" in note:
+            results.append(Reject(*note["reject"]))
+            continue
+        frames, chunks = note.pop("frames"), note.pop("features")
+        features = []
+        for size, true_frames in chunks:
+            assert stored_FC is not None
+            features.append(Features(stored_FC[row : row + size].T, true_frames))
+            row += size
+        results.append(Encoded(codes_KT[:, code : code + frames], tuple(features), note))
+        code += frames
     return results
 
 

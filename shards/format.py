@@ -30,6 +30,7 @@ MAX_KEY_CHARS = 64
 CODES, META, TOKENS = "codes.npy", "json", "tokens.npy"  # member suffixes, in the order of the shard
 MEL = "mel.npy.zst"
 ZSTD_LEVEL = 3
+MEL_TAIL = 2  # log-mel frames beyond the true ones that still hear the end of the signal, and are stored too
 KEY_PATTERN = re.compile(r"[A-Za-z0-9_-]{1,64}")
 
 SPLIT_TRAIN, SPLIT_VAL = 0, 1
@@ -73,8 +74,8 @@ class Sample:
         tokens_2L: int32 [2, L]; row 0 input ids, row 1 label ids (-100: no label), not shifted.
         codes_KT: uint16 [K, T]; the raw codes of all segments, one after the other.
         mels: Whisper features, float16 [C, F] for each segment whose metadata has `mel_frames`, in order: C mel bins
-            and F mel frames, or C tower channels and F tower frames; F is at least `mel_frames` (a mel window that
-            begins in the audio may reach past it). Empty where there are none, or they were not read.
+            and F = `mel_frames` and up to MEL_TAIL more, or C tower channels and F = `mel_frames` tower frames. Empty
+            where there are none, or they were not read.
     """
 
     key: str
@@ -115,12 +116,17 @@ def _npy(array: np.ndarray) -> bytes:
     return buffer.getvalue()
 
 
+def tar_header(name: str, size: int) -> bytes:
+    """The USTAR header of a member, 512 bytes; the same name and size always give the same bytes."""
+    info = tarfile.TarInfo(name)
+    info.size = size
+    info.mode = 0o644
+    return info.tobuf(tarfile.USTAR_FORMAT)
+
+
 def tar_member(name: str, payload: bytes) -> bytes:
     """One USTAR member: header, payload, zero padding to the next multiple of 512 bytes."""
-    info = tarfile.TarInfo(name)
-    info.size = len(payload)
-    info.mode = 0o644
-    return info.tobuf(tarfile.USTAR_FORMAT) + payload + bytes(-len(payload) % TAR_BLOCK)
+    return tar_header(name, len(payload)) + payload + bytes(-len(payload) % TAR_BLOCK)
 
 
 def tar_end(size: int) -> bytes:
@@ -145,19 +151,21 @@ def encode_sample(sample: Sample) -> bytes:
     )
 
 
-def same_or_more(counts: list[int], least: list[int]) -> bool:
-    """True where there are as many counts as wanted, each large enough."""
-    return len(counts) == len(least) and all(count >= want for count, want in zip(counts, least, strict=True))
-
-
 def encode_mels(sample: Sample) -> bytes:
     """The tar member of a sample's Whisper features: its arrays as .npy, one after another, in one zstandard frame."""
-    shapes = [mel.shape[1] for mel in sample.mels]
-    frames = [frames for frames in sample.mel_frames if frames]
-    if not same_or_more(shapes, frames) or any(mel.dtype != np.float16 for mel in sample.mels):
+    if not mels_fit(sample.mels, sample.mel_frames) or any(mel.dtype != np.float16 for mel in sample.mels):
+        shapes = [mel.shape for mel in sample.mels]
         raise ValueError(f"sample {sample.key!r}: mel_frames {sample.mel_frames}, arrays {shapes}")
     compressor = zstandard.ZstdCompressor(level=ZSTD_LEVEL, write_checksum=True)
     return tar_member(f"{sample.key}.{MEL}", compressor.compress(b"".join(_npy(mel) for mel in sample.mels)))
+
+
+def mels_fit(mels: tuple[np.ndarray, ...], mel_frames: list[int]) -> bool:
+    """Whether the arrays of Whisper features are those of the segments that have some."""
+    stated = [frames for frames in mel_frames if frames]
+    return len(mels) == len(stated) and all(
+        0 <= mel.shape[1] - frames <= MEL_TAIL for mel, frames in zip(mels, stated, strict=True)
+    )
 
 
 def check_sample(sample: Sample) -> None:

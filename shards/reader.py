@@ -29,7 +29,7 @@ from .format import (
     decode_mels,
     decode_sample,
     index_dtype,
-    same_or_more,
+    mels_fit,
 )
 from .remote import Cache, Source
 from .sequence import SpecialIds
@@ -179,9 +179,9 @@ class ShardSet:
             return sample
         block, where = self._block(entry, "mel_shards", "mel_offset", "mel_length", "mel_xxh3")
         mel_key, arrays = decode_mels(block, where)
-        frames = [frames for frames in sample.mel_frames if frames]
-        if mel_key != key or not same_or_more([mel.shape[1] for mel in arrays], frames):
-            expected, got = f"{key} with {frames} frames", f"{mel_key} with {[mel.shape[1] for mel in arrays]}"
+        if mel_key != key or not mels_fit(arrays, sample.mel_frames):
+            expected = f"{key} with {sample.mel_frames} frames"
+            got = f"{mel_key} with {[mel.shape[1] for mel in arrays]}"
             raise ShardError("the Whisper features are not the sample's", where=where, expected=expected, got=got)
         return Sample(sample.key, sample.meta, sample.tokens_2L, sample.codes_KT, arrays)
 

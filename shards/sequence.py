@@ -21,6 +21,7 @@ import numpy as np
 from .errors import ShardError
 
 IGNORE = -100
+MEL_WINDOW = 3000  # mel frames of the 30 s that Whisper's tower takes
 
 
 class Stored(Protocol):
@@ -117,6 +118,17 @@ def segment_positions(frames: int | np.ndarray, codebooks: int) -> int | np.ndar
 def tower_frames(mel_frames: int) -> int:
     """Frames that Whisper's tower makes of mel frames: a strided convolution, then pooling by two."""
     return ((mel_frames - 1) // 2 + 1 - 2) // 2 + 1 if mel_frames else 0
+
+
+def mel_window(mel_CF: np.ndarray) -> np.ndarray:
+    """Stored log-mel [C, F] as the padded 30 s that the tower takes: [C, MEL_WINDOW], of the same type.
+
+    The padding is what `WhisperFeatureExtractor` makes of silence: 1e-10, clamped at 8 below the maximum in log10, in
+    its scale of (x + 4) / 4.
+    """
+    window = np.full((len(mel_CF), MEL_WINDOW), max(float(mel_CF.max()) - 2.0, -1.5), mel_CF.dtype)
+    window[:, : mel_CF.shape[1]] = mel_CF
+    return window
 
 
 def mel_positions(sample: Described, features: str) -> list[int]:

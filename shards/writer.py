@@ -177,11 +177,7 @@ class SetWriter:
         """Append a sample to the shard's files; returns its index row."""
         codes = tars[0].add(encode_sample(sample))
         mel = tars[1].add(encode_mels(sample)) if sample.mels else (0, 0, 0)
-        text_labels, audio_labels = label_counts(sample, self.ids)
-        tokens = packed_length(sample.tokens_2L.shape[1], sample.segment_frames, self.ids.codebooks)
-        positions = sum(mel_positions(sample, self.features))
-        seconds = sum(segment["seconds"] for segment in sample.meta["segments"])
-        counts = (tokens, positions, text_labels, audio_labels, sample.codes_KT.shape[1], seconds)
+        counts = index_counts(sample, self.ids, self.features)
         return (sample.key.encode(), shard, *codes, *mel, *counts, 0, self.split.of(sample))
 
     def _commit(self, number: int, committed: Committed, paths: list[Path]) -> None:
@@ -219,7 +215,7 @@ class SetWriter:
         return path.stat().st_size if path.is_file() else None
 
     def finish(self, shards: int, provenance: dict[str, Any]) -> dict[str, Any]:
-        """Write index, rejects and, last, the manifest; then remove the work folder.
+        """Write index, rejects and, last, the manifest; then remove the work folder, or all that was staged.
 
         Args:
             shards: their number; all must be committed.
@@ -232,6 +228,7 @@ class SetWriter:
         done = [part for part in parts if part is not None]
         if len(done) != shards:
             raise ShardError("shards are not committed", where=self.folder, expected=shards, got=len(done))
+        durable.remove_leftovers(self.folder)  # of workers that died and were replaced
         index, names = join_index([part.rows for part in done], [part.speakers for part in done])
         rejects = [reject for part in done for reject in part.rejects]
         self._put(INDEX, npy_bytes(index))
@@ -249,6 +246,9 @@ class SetWriter:
         }
         self._put(MANIFEST, durable.to_json(manifest, indent=1) + b"\n")
         shutil.rmtree(self.folder / WORK)
+        if self.target:
+            for name in (MANIFEST, INDEX, REJECTS):
+                (self.folder / name).unlink()
         return manifest
 
     def _put(self, name: str, data: bytes) -> None:
@@ -259,6 +259,15 @@ class SetWriter:
     def _entry(self, name: str) -> dict[str, Any]:
         path = self.folder / name
         return {"name": name, "bytes": path.stat().st_size, "sha256": file_sha256(path)}
+
+
+def index_counts(sample: Sample, ids: SpecialIds, features: str) -> tuple[int, int, int, int, int, float]:
+    """What an index row says of a sample's content: the fields from `tokens` to `seconds`, in their order."""
+    text_labels, audio_labels = label_counts(sample, ids)
+    tokens = packed_length(sample.tokens_2L.shape[1], sample.segment_frames, ids.codebooks)
+    positions = sum(mel_positions(sample, features))
+    seconds = sum(segment["seconds"] for segment in sample.meta["segments"])
+    return tokens, positions, text_labels, audio_labels, sample.codes_KT.shape[1], seconds
 
 
 def npy_bytes(index: np.ndarray) -> bytes:

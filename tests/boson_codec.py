@@ -10,6 +10,7 @@ import importlib
 import math
 import sys
 import types
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -19,6 +20,7 @@ import torch
 from torch import nn
 from transformers import HubertConfig, HubertModel
 
+Resample = Callable[[torch.Tensor, int, int], torch.Tensor]
 REAL_CONFIG = {
     "n_filters": 32,
     "D": 256,
@@ -38,26 +40,24 @@ def naive_resample(wave: torch.Tensor, source_hz: int, target_hz: int) -> torch.
     source, target = source_hz // common, target_hz // common
     cutoff = min(source, target) * 0.99
     signal = wave.reshape(-1).double().numpy()
-    out = np.zeros(math.ceil(target * len(signal) / source))
     reach = math.ceil(6 * source / cutoff)
-    for n in range(len(out)):
-        center = (n // target) * source
-        at = np.arange(center - reach, center + reach + source)
-        time = np.clip(((at - center) / source - (n % target) / target) * cutoff, -6, 6)
-        weight = np.sinc(time) * np.cos(time * math.pi / 12) ** 2 * cutoff / source
-        inside = (at >= 0) & (at < len(signal))
-        out[n] = (signal[at[inside]] * weight[inside].astype(np.float32)).sum()
+    n = np.arange(math.ceil(target * len(signal) / source))[:, None]
+    at = n // target * source + np.arange(-reach, reach + source)
+    time = np.clip(((at - n // target * source) / source - (n % target) / target) * cutoff, -6, 6)
+    weight = np.sinc(time) * np.cos(time * math.pi / 12) ** 2 * cutoff / source
+    padded = np.pad(signal, (reach, 2 * (reach + source)))
+    out = (padded[at + reach] * weight.astype(np.float32)).sum(1)
     return torch.from_numpy(out).to(wave.dtype).reshape(*wave.shape[:-1], -1)
 
 
-def _stand_ins() -> dict[str, types.ModuleType]:
+def _stand_ins(resample: Resample) -> dict[str, types.ModuleType]:
     def module(name: str, **names: Any) -> types.ModuleType:
         made = types.ModuleType(name)
         made.__dict__.update(names)
         return made
 
     layers = importlib.import_module("boson_multimodal.audio_processing.descriptaudiocodec.dac.nn.layers")
-    functional = module("torchaudio.functional", resample=naive_resample)
+    functional = module("torchaudio.functional", resample=resample)
     return {
         "torchaudio": module("torchaudio", functional=functional),
         "torchaudio.functional": functional,
@@ -72,12 +72,24 @@ def _stand_ins() -> dict[str, types.ModuleType]:
     }
 
 
-def boson_tokenizer(hubert: HubertConfig, seed: int = 0) -> Any:
-    """HiggsAudioTokenizer at its real sizes with random weights; `hubert` has hidden size 768."""
-    with mock.patch.dict(sys.modules, _stand_ins()):
+def boson_tokenizer(
+    hubert: HubertConfig, seed: int = 0, *, narrow: int = 1, resample: Resample = naive_resample
+) -> Any:
+    """HiggsAudioTokenizer with random weights, at its real sizes but for `hubert`, whose hidden size is 768.
+
+    Args:
+        narrow: how many times fewer channels its DAC has.
+        resample: stands in for torchaudio's resampler.
+    """
+    with mock.patch.dict(sys.modules, _stand_ins(resample)):
         library = importlib.import_module("boson_multimodal.audio_processing.higgs_audio_tokenizer")
     torch.manual_seed(seed)
-    with mock.patch.object(library, "AutoModel") as auto:
+    dac = library.dac2
+    sizes = {
+        "Encoder": lambda width, *rest, make=dac.Encoder: make(width // narrow, *rest),
+        "Decoder": lambda channels, width, *rest, make=dac.Decoder: make(channels, width // narrow, *rest),
+    }
+    with mock.patch.object(library, "AutoModel") as auto, mock.patch.multiple(dac, **sizes):
         auto.from_pretrained.return_value = HubertModel(hubert)
         tokenizer = library.HiggsAudioTokenizer(**REAL_CONFIG, device="cpu")
     for layer in tokenizer.quantizer.vq.layers:

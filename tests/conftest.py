@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import fsspec
 import pytest
 import torch
 from higgs_tune.preprocess.config import PreprocessConfig
@@ -47,16 +50,10 @@ def toy_tokenizer(toy: Path, toy_ids: SpecialIds) -> PreTrainedTokenizerBase:
     return load_tokenizer(toy / "model", toy_ids)
 
 
-def preprocess(toy: Path, data: Path, out: Path, **options: object) -> dict[str, object]:
+def preprocess(toy: Path, data: Path, out: Path | str, **options: Any) -> dict[str, Any]:
     """Run higgs-preprocess in this process on the toy checkpoints."""
-    config = PreprocessConfig(
-        data=data,
-        out=out,
-        model_path=toy / "model",
-        audio_tokenizer_path=toy / "codec",
-        **options,  # pyright: ignore[reportArgumentType]
-    )
-    return build(config)
+    given: dict[str, Any] = {"model_path": toy / "model", "audio_tokenizer_path": toy / "codec", "num_processes": 1}
+    return build(PreprocessConfig(data=data, out=str(out), **(given | options)))
 
 
 @pytest.fixture(scope="session")
@@ -65,3 +62,24 @@ def shards(toy: Path, tmp_path_factory: pytest.TempPathFactory) -> ShardSet:
     out = tmp_path_factory.mktemp("shards")
     preprocess(toy, EXAMPLES, out, val_fraction=0.1, samples_per_shard=16)
     return ShardSet(out)
+
+
+@pytest.fixture(scope="session")
+def s3() -> Iterator[str]:
+    """A bucket on a real S3 server on loopback."""
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    settings = {"AWS_ACCESS_KEY_ID": "id", "AWS_SECRET_ACCESS_KEY": "key", "AWS_DEFAULT_REGION": "us-east-1"}
+    settings["AWS_ENDPOINT_URL"] = f"http://{host}:{port}"
+    before = {name: os.environ.get(name) for name in settings}
+    os.environ.update(settings)
+    fsspec.filesystem("s3").mkdir("bucket")
+    yield "s3://bucket"
+    server.stop()
+    for name, value in before.items():
+        os.environ.pop(name)
+        if value is not None:
+            os.environ[name] = value

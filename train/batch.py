@@ -22,10 +22,18 @@ import numpy as np
 import torch
 
 from ..shards.format import Sample
-from ..shards.sequence import Expanded, SpecialIds, Stored, expand, mel_positions, tower_frames
+from ..shards.sequence import (
+    MEL_WINDOW,
+    Expanded,
+    SpecialIds,
+    Stored,
+    expand,
+    mel_positions,
+    mel_window,
+    tower_frames,
+)
 
 SHORT = ("codes_KA", "audio_labels_KL")  # arrays kept as int16: most of the bytes
-MEL_WINDOW = 3000  # mel frames of Whisper's 30 s
 Layout = dict[str, tuple[int, tuple[int, ...], bool]]
 
 
@@ -221,18 +229,6 @@ def _tower_rows(mel_frames: list[int]) -> np.ndarray:
     counts = [tower_frames(frames) for frames in mel_frames]
     rows = [np.arange(count) + number * (MEL_WINDOW // 4) for number, count in enumerate(counts)]
     return np.concatenate([np.zeros(0, np.int64), *rows])
-
-
-def mel_window(mel_CF: np.ndarray) -> np.ndarray:
-    """The 30 s window [C, 3000] that a stored log-mel was cut from.
-
-    Whisper's features are log10 of the mel energies, floored at 1e-10 and at 8 below the maximum, then (x + 4) / 4.
-    Padding is silence, so beyond the stored frames stands the floor.
-    """
-    window = np.empty((len(mel_CF), MEL_WINDOW), mel_CF.dtype)
-    window[:, mel_CF.shape[1] :] = max((-10 + 4) / 4, float(mel_CF.max()) - 8 / 4)
-    window[:, : mel_CF.shape[1]] = mel_CF
-    return window
 
 
 def _flatten(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Literal
@@ -210,18 +211,29 @@ class Loader:
     def _next(self) -> Batch | LoadFailure:
         if self._batches is None:
             self._batches = iter(self._loader)
-        try:
+        with naming_dead_workers():
             return next(self._batches)
-        except RuntimeError as error:
-            if "DataLoader worker" not in str(error):
-                raise
-            hint = "Was it killed for memory? Fewer --dataloader_num_workers or --tokens_per_pack need less."
-            raise UserError(f"a loader process died: {error}", hint=hint) from error
 
     def close(self) -> None:
         """Stop the worker processes."""
         self._batches = None
         self._loader._iterator = None
+
+
+@contextmanager
+def naming_dead_workers() -> Iterator[None]:
+    """Say which loader process has died; torch raises that from a signal handler, wherever the program is.
+
+    Raises:
+        UserError: a loader process has died within the block.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        hint = "Was it killed for memory? Fewer --dataloader_num_workers or --tokens_per_pack need less."
+        raise UserError(f"a loader process died: {error}", hint=hint) from error
 
 
 def _start_worker(_worker: int) -> None:

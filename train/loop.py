@@ -24,6 +24,7 @@ from .assemble import build, check, checkpoint_bytes, describe_run
 from .checkpoint import VERSION, Snapshot
 from .config import TrainConfig
 from .cost import Rows, model_flops, peak_of
+from .data import naming_dead_workers
 from .diagnostics import UpdateWatch, assert_frozen, fingerprint, look_at_predictions
 from .faults import StopFlag, Stopped, together
 from .garbage import collected_on_schedule
@@ -113,7 +114,7 @@ def _train(config: TrainConfig, place: Place, stop: StopFlag) -> None:
         tools.speaker = Speaker(run, tokenizer, checked.features)
     if config.profile and place.is_main:
         tools.profiler = StepProfiler(config.output_dir / "profile", place.device)
-    with collected_on_schedule() as tools.collect:
+    with naming_dead_workers(), collected_on_schedule() as tools.collect:
         run_steps(run, tools, window)
     if tools.profiler:
         tools.profiler.close()

@@ -19,8 +19,7 @@ from boson_multimodal.data_collator.higgs_audio_collator import HiggsAudioSample
 from boson_multimodal.dataset.chatml_dataset import ChatMLDatasetSample
 
 from ..shards.format import Sample
-from ..shards.sequence import SpecialIds, Stored
-from .batch import MEL_WINDOW, mel_window
+from ..shards.sequence import MEL_WINDOW, SpecialIds, Stored, mel_window
 from .loss import IGNORE, LossOptions, LossParts
 from .model import HiggsAudioModel
 

@@ -212,12 +212,12 @@ def rng_state(device: torch.device) -> dict[str, torch.Tensor]:
 
 def restore_rng(states: dict[str, torch.Tensor], device: torch.device) -> None:
     """Put back what `rng_state` gave."""
-    torch.set_rng_state(states["torch"])
+    torch.set_rng_state(states["torch"].clone())  # it does not take a view into a larger tensor
     random.setstate((3, tuple(states["python"].tolist()), None))
     words = states["numpy"].numpy()
     np.random.set_state(("MT19937", words[:-1].astype(np.uint32), int(words[-1]), 0, 0.0))
     if device.type == "cuda" and "cuda" in states:
-        torch.cuda.set_rng_state(states["cuda"], device)
+        torch.cuda.set_rng_state(states["cuda"].clone(), device)
 
 
 def changed_options(state: dict[str, Any], config: TrainConfig) -> Iterator[str]:

@@ -48,7 +48,9 @@ class Part:
     margin: float = ABOVE_UNIFORM
 
     def verdict(self) -> str:
-        """`right`, `wrong shift`, `above uniform`, or `cannot tell` (nothing learned yet)."""
+        """`right`, `wrong shift`, `above uniform`, `not finite`, or `cannot tell` (nothing learned yet)."""
+        if not all(map(math.isfinite, self.losses)):
+            return "not finite"
         if self.losses[1] > self.uniform + self.margin:
             return "above uniform"
         if min(self.losses) > self.uniform - KNOWS_SOMETHING:
@@ -75,7 +77,7 @@ class Report:
         found = [
             f"{part.name}: {part.verdict()}"
             for part in self.parts
-            if part.verdict() in ("above uniform", "wrong shift")
+            if part.verdict() in ("above uniform", "wrong shift", "not finite")
         ]
         if self.eos_labels != self.segments * self.codebooks:
             found.append(
@@ -100,7 +102,9 @@ class Report:
         return [head, *rows, shares, f"first trained text: {self.text}"]
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self) | {"verdicts": {part.name: part.verdict() for part in self.parts}}
+        parts = [asdict(part) | {"losses": [loss if math.isfinite(loss) else None for loss in part.losses]}
+                 for part in self.parts]  # fmt: skip
+        return asdict(self) | {"parts": parts, "verdicts": {part.name: part.verdict() for part in self.parts}}
 
 
 def refuse_if_wrong(report: Report) -> None:

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 
 from ..preprocess.checkpoint import describe_checkpoint
+from ..preprocess.hub import MODEL_FILES, WEIGHT_FILES, local_checkpoint
 from ..shards.errors import UserError
 from ..shards.reader import ShardSet
 from .config import TrainConfig
@@ -78,16 +79,22 @@ def join_world() -> Place:
 def resolve_model(path: Path) -> tuple[Path, Path | None]:
     """The base checkpoint of `--model_path`, and the adapter in it, if it is the output folder of a stage.
 
+    Args:
+        path: a folder, or `owner/name[@revision]` of the Hub.
+
     Raises:
-        UserError: the adapter's base checkpoint is not there.
+        UserError: there is no such checkpoint, or the adapter's base checkpoint is not there.
     """
+    files = (*MODEL_FILES, *WEIGHT_FILES)
     adapter = read_adapter_config(path)
     if adapter is None:
-        return path.absolute(), None
+        return local_checkpoint(path, files), None
     base = Path(adapter.get("base_model_name_or_path") or "")
-    if not base.is_dir():
-        raise UserError("the adapter's base checkpoint is not there", where=path / "adapter_config.json", got=base)
-    return base, path
+    try:
+        return local_checkpoint(base, files), path
+    except UserError as error:
+        where = path / "adapter_config.json"
+        raise UserError("the adapter's base checkpoint is not there", where=where, got=base) from error
 
 
 def open_sets(config: TrainConfig, base: Path) -> list[ShardSet]:

@@ -1,0 +1,62 @@
+// A training run: curves, validation, generated samples, what trained.
+
+function generatedBlock(source, run) {
+  const { steps, rows } = run.generated;
+  if (!rows.length) return el("p", { class: "muted", text: "No generated samples." });
+  const later = steps.filter((step) => step !== "base");
+  const shown = el("select", { id: "step" }, ...later.map((step) => el("option", { value: step, text: step })));
+  const columns = [["Reference", (row) => row.reference], ["Target", (row) => row.target]];
+  if (steps.includes("base")) columns.push(["Base model", (row) => row.steps.base]);
+  const body = el("tbody", { role: "rowgroup" });
+  let loads = new AbortController();
+  const cell = (row, title, given) => {
+    const clip = typeof given === "string" ? { clip: given } : given;
+    const props = { role: "cell", "data-label": title };
+    if (!clip?.clip) return el("td", props, clip?.text ? bdi(clip.text, "p", "said") : el("span", { class: "muted", text: "none" }), told(clip));
+    return el("td", props, player(source, clip.clip, `${title} of ${row.key}`, loads.signal).box, told(clip));
+  };
+  const fill = () => {
+    loads.abort();
+    loads = new AbortController();
+    const all = shown.value ? [...columns, [shown.value, (row) => row.steps[shown.value]]] : columns;
+    head.replaceChildren(...["Key", "Text", ...all.map(([title]) => title)].map((title) => el("th", { scope: "col", role: "columnheader", text: title })));
+    body.replaceChildren(...rows.map((row) => el("tr", { role: "row" },
+      el("th", { scope: "row", role: "rowheader" }, bdi(row.key)), el("td", { role: "cell", "data-label": "Text" }, bdi(row.text, "p", "said")),
+      ...all.map(([title, get]) => cell(row, title, get(row))))));
+  };
+  const head = el("tr", { role: "row" });
+  shown.addEventListener("change", fill);
+  if (later.length) shown.value = later.at(-1);
+  fill();
+  return el("div", {},
+    later.length ? el("label", { class: "field" }, "Step", shown) : null,
+    el("table", { class: "samples generated", role: "table" }, el("caption", { class: "hidden", text: "Generated samples" }),
+      el("thead", { role: "rowgroup" }, head), body));
+}
+
+/** What is known of a generated clip. */
+function told(clip) {
+  if (!clip || clip.reached_eos === undefined) return null;
+  const parts = [clip.reached_eos ? "ended by itself" : "did not end"];
+  if (clip.duration_ratio != null) parts.push(`${number(clip.duration_ratio, 2)} × the target's length`);
+  if (clip.silence_ratio != null) parts.push(`${percent(clip.silence_ratio)} silence`);
+  return el("p", { class: clip.reached_eos ? "muted" : "warn", text: parts.join(", ") });
+}
+
+function runSection(source, run) {
+  const heads = ["Metric", "Base model", "Best", "Last"];
+  const validation = run.validation.length
+    ? table("Validation", heads, run.validation)
+    : el("p", { class: "muted", text: "No validation lines in metrics.jsonl." });
+  const { rows, parameters } = run.trained;
+  const trained = rows.length
+    ? table("What trained", ["Module", "Shape", "Tensors", "Parameters"], rows.map((row) => [row[0], row[1], number(row[2]), number(row[3])]))
+    : el("p", { class: "muted", text: "No trainable.json." });
+  return section("run", "Training run",
+    el("p", {}, bdi(run.name), run.every > 1 ? ` (one in ${number(run.every)} logged steps is drawn)` : null),
+    charts(run.charts),
+    el("h3", { text: "Validation" }), validation,
+    el("h3", { text: "Generated samples" }), generatedBlock(source, run),
+    el("h3", { text: rows.length ? `What trained: ${number(parameters)} parameters` : "What trained" }), trained,
+    el("details", {}, el("summary", { text: "Options of the run" }), pairs(run.config)));
+}

@@ -1,0 +1,223 @@
+"""Statistics of a shard set: what the index knows at once, and what only a look into every sample tells.
+
+In: a `ShardSet`. Out: plain numbers, ready for JSON. Never: a torch import; a sample passed over: a damaged one is an
+error.
+
+Shapes: K codebooks, C codes of a codebook.
+"""
+
+from __future__ import annotations
+
+import unicodedata
+from collections import Counter
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..preprocess.progress import Progress
+from ..shards.errors import ShardError
+from ..shards.format import FRAME_RATE_HZ, Sample
+from ..shards.plan import make_plan
+from ..shards.reader import ShardSet
+from ..shards.sequence import SpecialIds, segment_positions
+from .view import segments_of, target_text
+
+PERCENTILES = (0, 5, 25, 50, 75, 95, 99, 100)
+PROGRESS_EVERY = 256  # samples
+
+
+@cache
+def script_of(character: str) -> str:
+    """The Unicode script of a letter by the first word of its name (`Arabic`, `Latin`, `Han`); empty for no letter."""
+    if not unicodedata.category(character).startswith("L"):
+        return ""
+    name = unicodedata.name(character, "Unknown").split()[0].split("-")[0]
+    return "Han" if name == "CJK" else name.capitalize()
+
+
+def main_script(text: str) -> str:
+    """The script of most of a text's letters; `none` without letters."""
+    letters: Counter[str] = Counter()
+    for character, count in Counter(text).items():
+        if script := script_of(character):
+            letters[script] += count
+    return max(letters, key=lambda name: (letters[name], name)) if letters else "none"
+
+
+def letters_in(text: str) -> int:
+    """Letters and digits; marks such as vowel signs do not count."""
+    return sum(unicodedata.category(character)[0] in "LN" for character in text)
+
+
+@dataclass
+class Scan:
+    """What samples hold, summed up.
+
+    counts_KC: how often each code occurs. scripts: samples by the script of what is said. positions, labelled: by
+    modality, of the expanded sequences; audio labels count a codebook. target_s, reference_s: seconds of each segment.
+    letters_per_s: speaking rate of each sample with one target.
+    """
+
+    counts_KC: np.ndarray
+    samples: int = 0
+    scripts: Counter[str] = field(default_factory=Counter)
+    positions: Counter[str] = field(default_factory=Counter)
+    labelled: Counter[str] = field(default_factory=Counter)
+    target_s: list[float] = field(default_factory=list)
+    reference_s: list[float] = field(default_factory=list)
+    letters_per_s: list[float] = field(default_factory=list)
+
+    def add(self, sample: Sample, ids: SpecialIds, whisper_positions: int) -> None:
+        """Count one sample.
+
+        Raises:
+            ShardError: a code is beyond the codebook.
+        """
+        books, size = self.counts_KC.shape
+        codes = sample.codes_KT
+        if codes.size and (len(codes) != books or int(codes.max()) >= size):
+            got = f"{len(codes)} codebooks, codes up to {codes.max()}"
+            expected = f"{books} codebooks of {size}"
+            raise ShardError("codes out of range", where=f"sample {sample.key}", expected=expected, got=got)
+        flat = codes.astype(np.int64) + np.arange(books)[:, None] * size
+        self.counts_KC += np.bincount(flat.ravel(), minlength=books * size).reshape(books, size)
+        self.samples += 1
+        segments, said = segments_of(sample, ids), target_text(sample)
+        self.scripts[main_script(said)] += 1
+        self.positions["text"] += sample.tokens_2L.shape[1] - len(segments)
+        self.positions["whisper"] += whisper_positions
+        places = np.isin(sample.tokens_2L[0], (ids.audio_in, ids.audio_out))
+        self.labelled["text"] += int((sample.tokens_2L[1][~places] >= 0).sum())
+        outputs = (sample.tokens_2L[0][places] == ids.audio_out).tolist()
+        for segment, is_output in zip(segments, outputs, strict=True):
+            self.positions["audio_out" if is_output else "audio_in"] += segment_positions(segment.frames, books)
+            self.labelled["audio_out"] += (segment.frames + 1) if segment.trained else 0
+            seconds = segment.frames / FRAME_RATE_HZ
+            (self.target_s if segment.trained else self.reference_s).append(seconds)
+        targets = [segment.seconds for segment in segments if segment.trained]
+        if len(targets) == 1 and targets[0] > 0:
+            self.letters_per_s.append(letters_in(said) / targets[0])
+
+
+def evenly(count: int, most: int | None) -> list[int]:
+    """Row numbers, at most `most`, spread evenly over `count`."""
+    if most is None or most >= count:
+        return list(range(count))
+    return np.unique(np.linspace(0, count - 1, most).round().astype(int)).tolist()
+
+
+def scan(shards: ShardSet, max_samples: int | None = None) -> Scan:
+    """Read samples and count what they hold, with progress on stderr."""
+    size = shards.provenance["model"].get("codebook_size") or shards.special_ids.stream_bos
+    found = Scan(np.zeros((shards.special_ids.codebooks, size), np.int64))
+    rows = evenly(len(shards), max_samples)
+    with Progress() as progress:
+        progress.start("scan", len(rows), "samples")
+        for done, row in enumerate(rows):
+            found.add(shards.read(row), shards.special_ids, int(shards.index["mel_tokens"][row]))
+            if done % PROGRESS_EVERY == PROGRESS_EVERY - 1:
+                progress.advance(PROGRESS_EVERY)
+        progress.advance(len(rows) % PROGRESS_EVERY)
+    return found
+
+
+def statistics(shards: ShardSet, found: Scan, tokens_per_pack: int) -> dict[str, Any]:
+    """Everything that `higgs-inspect stats` tells."""
+    index, totals = shards.index, shards.manifest["totals"]
+    lengths = packed_lengths(shards)
+    speakers = np.bincount(index["speaker"], minlength=len(shards.manifest["speakers"]))
+    names = [name or "(none)" for name in shards.manifest["speakers"]]
+    by_speaker = dict(zip(names, speakers.tolist(), strict=True))
+    return {
+        "samples": totals["samples"],
+        "validation_samples": totals["validation_samples"],
+        "hours": totals["seconds"] / 3600,
+        "tokens": int(lengths.sum()),
+        "text_labels": totals["text_labels"],
+        "audio_labels": totals["audio_labels"],
+        "whisper_features": shards.features,
+        "speakers": dict(sorted(by_speaker.items(), key=lambda item: (-item[1], item[0]))),
+        "scanned_samples": found.samples,
+        "languages_by_script": dict(found.scripts.most_common()),
+        "length_percentiles": percentiles(lengths),
+        "target_seconds_percentiles": percentiles(found.target_s),
+        "reference_seconds_percentiles": percentiles(found.reference_s),
+        "letters_per_second_percentiles": percentiles(found.letters_per_s),
+        "pack_fill": pack_fill(shards, tokens_per_pack),
+        "label_shares": label_shares(found),
+        "code_usage": code_usage(found.counts_KC),
+        "shards": len(shards.manifest["shards"]),
+        "bytes": sum(shard["bytes"] for shard in shards.manifest["shards"]),
+        "disk_bytes": disk_bytes(shards),
+        "rejects": shards.manifest["rejects"]["by_reason"],
+    }
+
+
+def packed_lengths(shards: ShardSet) -> np.ndarray:
+    """int64 [samples]: positions of each sample, Whisper features included."""
+    return shards.index["tokens"].astype(np.int64) + shards.index["mel_tokens"]
+
+
+def percentiles(values: Any) -> dict[str, float]:
+    """Values by percentile; empty of nothing."""
+    if not len(values):
+        return {}
+    return {str(p): round(float(v), 3) for p, v in zip(PERCENTILES, np.percentile(values, PERCENTILES), strict=True)}
+
+
+def pack_fill(shards: ShardSet, tokens_per_pack: int) -> dict[str, Any]:
+    """How full the packs of the first epoch are at a budget; samples beyond the budget are counted and left out."""
+    rows = shards.rows_of(validation=False)
+    lengths = packed_lengths(shards)[rows]
+    fits = lengths <= tokens_per_pack
+    options = {"tokens_per_pack": tokens_per_pack, "seed": 42, "epoch": 0, "set_hash": shards.manifest_hash}
+    packs = len(make_plan(rows[fits], lengths[fits], **options))
+    return {
+        "tokens_per_pack": tokens_per_pack,
+        "packs": packs,
+        "fill": int(lengths[fits].sum()) / (packs * tokens_per_pack) if packs else 0.0,
+        "samples_too_long": int((~fits).sum()),
+    }
+
+
+def label_shares(found: Scan) -> dict[str, float]:
+    """Share of all positions that each modality takes, and share of its positions that the loss is taken on."""
+    every = sum(found.positions.values()) or 1
+    shares = {f"{name}_positions": count / every for name, count in found.positions.items()}
+    for name in ("text", "audio_out"):
+        shares[f"{name}_labelled"] = found.labelled[name] / (found.positions[name] or 1)
+    return shares
+
+
+def code_usage(counts_KC: np.ndarray) -> dict[str, Any]:
+    """Of each codebook: the entropy of its codes in bits, how many of its codes never occur, and how many there are."""
+    shares = counts_KC / np.maximum(counts_KC.sum(1, keepdims=True), 1)
+    bits = -(shares * np.log2(shares, out=np.zeros_like(shares), where=shares > 0)).sum(1)
+    return {
+        "codebook_size": counts_KC.shape[1],
+        "entropy_bits": [round(float(value), 4) + 0.0 for value in bits],
+        "dead_codes": (counts_KC == 0).sum(1).tolist(),
+        "frames": int(counts_KC[0].sum()) if len(counts_KC) else 0,
+    }
+
+
+def disk_bytes(shards: ShardSet) -> dict[str, int]:
+    """Bytes by kind of file."""
+    manifest = shards.manifest
+    sizes = {
+        "codes": sum(file["bytes"] for file in manifest["shards"]),
+        "mel": sum(file["bytes"] for file in manifest["mel_shards"]),
+        "index": manifest["index"]["bytes"],
+        "rejects": manifest["rejects"]["bytes"],
+    }
+    return {**sizes, "total": sum(sizes.values())}
+
+
+def set_name(shards: ShardSet) -> str:
+    """A short name of the set: the last part of its path or URL."""
+    return (
+        shards.location.rstrip("/").rpartition("/")[2] if shards.source.remote else Path(shards.location).resolve().name
+    )

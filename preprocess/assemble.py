@@ -1,0 +1,165 @@
+"""Step 3: the samples of one shard get tokens, labels, codes and features, and become its files.
+
+In: a shard's number. Out: its committed files. Never: a sample whose audio was rejected; another in its place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from ..shards.format import FRAME_RATE_HZ, Sample
+from ..shards.sequence import SpecialIds
+from ..shards.writer import SetWriter, ValidationSplit
+from .chatml import ChatSample, parse_entry, stored_messages, tokenize
+from .checkpoint import load_tokenizer, read_config, special_ids
+from .config import Job
+from .manifest import DISTINCT
+from .reject import Reject
+from .work import Encoded, Features, Work
+
+CHUNK_FRAMES = 30 * FRAME_RATE_HZ  # codes of the 30 s that a Whisper window covers
+
+
+@dataclass(frozen=True)
+class _Segment:
+    """What one audio placeholder stands for."""
+
+    meta: dict[str, Any]
+    codes_KT: np.ndarray
+    features: Features | None
+
+
+def set_writer(job: Job) -> SetWriter:
+    """The writer of the set that is asked for."""
+    config = job.config
+    ids = special_ids(read_config(job.model), job.model)
+    split = ValidationSplit(config.val_fraction, config.val_by)
+    return SetWriter(job.out, ids, split, features=config.whisper_features, url=job.url)
+
+
+def assemble_shard(job: Job, number: int) -> None:
+    """Task: write one shard's files and commit what it adds to the index."""
+    work, writer = Work(job.out), set_writer(job)
+    tokenizer = cached_tokenizer(job.model, writer.ids)
+    rejects: list[dict[str, Any]] = []
+
+    def samples() -> Iterator[Sample]:
+        for line in work.read_lines("samples", number):
+            try:
+                yield make_sample(line, job, work, tokenizer, writer.ids)
+            except Reject as reject:
+                found = {"reason": reject.reason, "detail": reject.detail, "file": reject.file}
+                rejects.append({"id": line["key"], "position": line["position"], **found})
+
+    writer.write(number, samples(), rejects)
+
+
+@lru_cache(maxsize=1)
+def cached_tokenizer(path: Path, ids: SpecialIds) -> PreTrainedTokenizerBase:
+    """This process's tokenizer."""
+    return load_tokenizer(path, ids)
+
+
+def make_sample(
+    line: dict[str, Any], job: Job, work: Work, tokenizer: PreTrainedTokenizerBase, ids: SpecialIds
+) -> Sample:
+    """One line of samples-*.jsonl as a stored sample.
+
+    Raises:
+        Reject: the line says so, one of its clips was rejected, or its text or its pair of clips cannot be used.
+    """
+    if "reject" in line:
+        raise Reject(*line["reject"])
+    chat = parse_entry(line["entry"], line["position"], job.audio_base, job.config.max_text_chars)
+    tokens_2L = tokenize(chat, tokenizer, ids)
+    encoded = [_encoded(work, clip, job.config.clips_per_unit) for clip in line["clips"]]
+    if line["entry"].get(DISTINCT):
+        refuse_same_audio([result.info for result in encoded])
+    segments = [
+        _segments(role, result, whisper=job.wants_whisper(role))
+        for role, result in zip(chat.roles, encoded, strict=True)
+    ]
+    tokens_2L = repeat_placeholders(tokens_2L, [len(parts) for parts in segments], ids)
+    flat = [segment for parts in segments for segment in parts]
+    codes = [segment.codes_KT for segment in flat]
+    return Sample(
+        chat.key,
+        _meta(chat, [segment.meta for segment in flat]),
+        tokens_2L,
+        np.concatenate(codes, axis=1) if codes else np.zeros((ids.codebooks, 0), np.uint16),
+        tuple(np.ascontiguousarray(segment.features.values_CF) for segment in flat if segment.features),
+    )
+
+
+def _encoded(work: Work, clip: int, clips_per_unit: int) -> Encoded:
+    unit, at = divmod(clip, clips_per_unit)
+    result = work.encoded(unit)[at]
+    if isinstance(result, Reject):
+        raise result
+    return result
+
+
+def refuse_same_audio(infos: list[dict[str, Any]]) -> None:
+    """Two files of a manifest's pair may have different names and the same content.
+
+    Raises:
+        Reject: they do.
+    """
+    digests = [info["sha256"] for info in infos]
+    if len(set(digests)) < len(digests):
+        raise Reject("self_reference", f"{infos[0]['source']} and {infos[-1]['source']} are equal", infos[-1]["source"])
+
+
+def _meta(chat: ChatSample, segments: list[dict[str, Any]]) -> dict[str, Any]:
+    return {
+        "messages": stored_messages(chat),
+        "start_index": chat.chat.start_index,
+        "speaker": chat.chat.speaker,
+        "misc": chat.chat.misc,
+        "segments": segments,
+    }
+
+
+def _segments(role: str, result: Encoded, *, whisper: bool) -> list[_Segment]:
+    """The clip as segments: one, or for a reference with Whisper features one for each chunk of 30 s.
+
+    Raises:
+        Reject: a target with Whisper features is longer than their window; it cannot be split.
+    """
+    features = result.features if whisper else ()
+    if role == "assistant" and len(features) > 1:
+        detail = f"Whisper features of a target: expected at most 30 s, got {result.info['seconds']:.3f} s"
+        raise Reject("too_long_for_whisper", detail, result.info["source"])
+    count = max(len(features), 1)
+    pieces = np.split(result.codes_KT, [CHUNK_FRAMES * (i + 1) for i in range(count - 1)], axis=1)
+    seconds = [min(result.info["seconds"] - 30 * i, 30.0) for i in range(count - 1)]
+    seconds.append(result.info["seconds"] - sum(seconds))
+    segments = []
+    for i, codes_KT in enumerate(pieces):
+        feature = features[i] if features and features[i].frames else None
+        meta = result.info | {"role": role, "frames": codes_KT.shape[1], "seconds": round(seconds[i], 6)}
+        segments.append(_Segment(meta | ({"mel_frames": feature.frames} if feature else {}), codes_KT, feature))
+    return segments
+
+
+def repeat_placeholders(tokens_2L: np.ndarray, counts: list[int], ids: SpecialIds) -> np.ndarray:
+    """Repeat `<|audio_bos|><|AUDIO|><|audio_eos|>` for each chunk of long audio, labels with it, as boson's collator.
+
+    Args:
+        counts: of each placeholder, in order of appearance.
+    """
+    if all(count == 1 for count in counts):
+        return tokens_2L
+    parts, done = [], 0
+    places = np.flatnonzero(np.isin(tokens_2L[0], (ids.audio_in, ids.audio_out)))
+    for place, count in zip(places.tolist(), counts, strict=True):
+        parts += [tokens_2L[:, done : place - 1], *[tokens_2L[:, place - 1 : place + 2]] * count]
+        done = place + 2
+    return np.concatenate([*parts, tokens_2L[:, done:]], axis=1)

@@ -1,0 +1,239 @@
+"""higgs-preprocess --check: read everything, encode nothing, and say whether the data is fit to build.
+
+In: what a build takes; no --out, and the codec only to time it. Out: a report as plain values (check_report prints it).
+It takes the build's own path with two changes: clips are decoded and measured but get zeros for codes, and samples are
+made but looked at instead of written. So what it rejects is what a build rejects.
+Never: a file left behind.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections import Counter
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from ..shards.format import FRAME_RATE_HZ, Sample, encode_sample
+from ..shards.sequence import mel_positions, packed_length
+from .assemble import cached_tokenizer, make_sample, set_writer
+from .audio import Clip, load_clip
+from .config import Job, PreprocessConfig
+from .encode import UnitReport, codec_for, one_thread
+from .engine import Stop, auto_processes, run_tasks
+from .figures import dominant_script, language_table, percentiles, rate_outliers
+from .listing import list_work
+from .pipeline import make_job
+from .progress import Progress
+from .reject import Reject
+from .whisper import HOP, RATE_HZ, channels_of
+from .work import Encoded, Features, Work
+
+DURATION_BINS_S = (0, 1, 2, 3, 5, 10, 15, 20, 30, 60)
+TOKEN_BINS = (0, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
+MEL_COMPRESSION = 0.8  # zstandard on float16 log-mel of speech
+CORRUPT = ("unreadable_audio", "truncated_audio", "non_finite_audio", "empty_audio")
+PAIR = 2  # clips of a speaker below which no reference can be paired
+FEW_CLIPS = 5  # clips of a speaker below which there is little choice of references
+TIMED_S = 4.0
+SHOWN = 20
+
+
+@dataclass
+class SampleFacts:
+    """What one sample comes to; `reject`: why it is left out, with `id` and `position`, else None."""
+
+    reject: dict[str, Any] | None
+    key: str = ""
+    speaker: str = ""
+    tokens: int = 0
+    stored_bytes: int = 0
+    segments: list[dict[str, Any]] = field(default_factory=list)
+    texts: list[tuple[str, int, int]] = field(default_factory=list)  # language, characters, tokens
+    rates: list[tuple[str, float]] = field(default_factory=list)  # language, spoken characters a second
+
+    @property
+    def self_reference(self) -> bool:
+        """A reference with the content of the target."""
+        target = {(s["sha256"], s["seconds"]) for s in self.segments if s["role"] == "assistant"}
+        return any((s["sha256"], s["seconds"]) in target for s in self.segments if s["role"] != "assistant")
+
+
+def check(config: PreprocessConfig) -> dict[str, Any]:
+    """The report on the data.
+
+    Raises:
+        UserError: bad paths or checkpoints, or data of no known form.
+    """
+    with tempfile.TemporaryDirectory(prefix="higgs-check-") as folder, Stop() as stop, Progress() as progress:
+        job = replace(make_job(config), out=Path(folder))
+        work = Work(job.out)
+        work.folder.mkdir()
+        listing = list_work(job, work, stop.go_on)
+        progress.start("read", listing["clips"], "clips")
+        for report in run_tasks(partial(measure_unit, job), list(range(listing["units"])), config, stop):
+            progress.encoded(report)
+        progress.start("look", listing["shards"], "shards")
+        shards: dict[int, list[SampleFacts]] = {}
+        for number, facts in run_tasks(partial(look_at_shard, job), list(range(listing["shards"])), config, stop):
+            shards[number] = facts
+            progress.advance(1)
+        clips = [clip for unit in range(listing["units"]) for clip in work.encoded(unit)]
+        return make_report(clips, [facts for number in sorted(shards) for facts in shards[number]], job)
+
+
+def measure_unit(job: Job, unit: int) -> UnitReport:
+    """Task: decode the clips of a unit; store their facts and zeros for codes."""
+    work, report = Work(job.out), UnitReport()
+    clips = work.clips(unit)
+    whisper = work.whisper(unit * job.config.clips_per_unit, len(clips))
+    results = [_measure(clip, job, whisper=bool(wanted)) for clip, wanted in zip(clips, whisper, strict=True)]
+    for result in results:
+        report.add(result)
+    work.commit_unit(unit, results)
+    return report
+
+
+def _measure(clip: Clip, job: Job, *, whisper: bool) -> Encoded | Reject:
+    try:
+        wave = load_clip(clip, None, job.audio)
+    except Reject as reject:
+        return reject
+    codebooks = set_writer(job).ids.codebooks
+    codes_KT = np.zeros((codebooks, max(1, round(wave.seconds * FRAME_RATE_HZ))), np.uint16)
+    features = []
+    if whisper:
+        samples, channels = int(wave.seconds * RATE_HZ), channels_of(job.tower, job.config.whisper_features)
+        for at in range(0, max(samples, 1), 30 * RATE_HZ):
+            frames = -(-min(samples - at, 30 * RATE_HZ) // HOP)
+            frames = frames if job.config.whisper_features == "mel" else frames // 4
+            features.append(Features(np.zeros((channels, frames), np.float16), frames))
+    info = {"source": clip.source, "seconds": round(wave.seconds, 6), "sha256": wave.sha256}
+    return Encoded(codes_KT, tuple(features), info | ({"flags": wave.flags} if wave.flags else {}))
+
+
+def look_at_shard(job: Job, number: int) -> tuple[int, list[SampleFacts]]:
+    """Task: the facts of one shard's samples, in order."""
+    work, writer = Work(job.out), set_writer(job)
+    tokenizer, found = cached_tokenizer(job.model, writer.ids), []
+    for line in work.read_lines("samples", number):
+        try:
+            sample = make_sample(line, job, work, tokenizer, writer.ids)
+        except Reject as reject:
+            what = {"reason": reject.reason, "detail": reject.detail, "file": reject.file}
+            found.append(SampleFacts({"id": line["key"], "position": line["position"], **what}))
+        else:
+            found.append(_facts(sample, job, tokenizer, writer.ids.codebooks))
+    return number, found
+
+
+def _facts(sample: Sample, job: Job, tokenizer: PreTrainedTokenizerBase, codebooks: int) -> SampleFacts:
+    meta, texts, rates = sample.meta, [], []
+    seconds = iter([segment["seconds"] for segment in meta["segments"]])
+    for message in meta["messages"]:
+        spoken = [part["text"] for part in message["content"] if part["type"] == "text"]
+        heard = sum(next(seconds, 0.0) for part in message["content"] if part["type"] == "audio")
+        given = (meta["misc"] or {}).get("language")
+        language = given if isinstance(given, str) else dominant_script(" ".join(spoken))
+        texts += [(language, len(text), len(tokenizer.encode(text, add_special_tokens=False))) for text in spoken]
+        if message["role"] == "assistant" and spoken and heard:
+            rates.append((language, sum(map(len, spoken)) / heard))
+    mels = sum(mel.nbytes for mel in sample.mels)
+    tokens = packed_length(sample.tokens_2L.shape[1], sample.segment_frames, codebooks)
+    return SampleFacts(
+        None,
+        sample.key,
+        meta["speaker"] or "",
+        tokens + sum(mel_positions(sample, job.config.whisper_features)),
+        len(encode_sample(sample)) + int(mels * MEL_COMPRESSION),
+        meta["segments"],
+        texts,
+        rates,
+    )
+
+
+def make_report(clips: list[Encoded | Reject], facts: list[SampleFacts], job: Job) -> dict[str, Any]:
+    """Everything that is found, as plain values."""
+    good = [sample for sample in facts if sample.reject is None]
+    rejects = [sample.reject for sample in facts if sample.reject is not None]
+    itself = [sample.key for sample in good if sample.self_reference]
+    measured = [clip.info for clip in clips if isinstance(clip, Encoded)]
+    bad = Counter((clip.reason, clip.file) for clip in clips if isinstance(clip, Reject))
+    share = (len(rejects) + len(itself)) / max(len(facts), 1)
+    flags = Counter(flag for info in measured for flag in info.get("flags", ()))
+    seconds, tokens = [info["seconds"] for info in measured], [sample.tokens for sample in good]
+    return {
+        "fit_to_build": bool(good) and share <= job.config.max_reject_share,
+        "bad_share": share,
+        "samples": {"all": len(facts), "usable": len(good), "rejected": len(rejects)},
+        "rejects": dict(Counter(reject["reason"] for reject in rejects)),
+        "reject_examples": rejects[:SHOWN],
+        "hours": {
+            "distinct_clips": sum(seconds) / 3600,
+            "in_samples": sum(s["seconds"] for sample in good for s in sample.segments) / 3600,
+        },
+        "clips": {"distinct": len(clips), "flags": dict(flags)},
+        "seconds": percentiles(seconds) | {"histogram": _histogram(seconds, DURATION_BINS_S)},
+        "tokens": percentiles(tokens) | {"histogram": _histogram(tokens, TOKEN_BINS)},
+        "files": {
+            "missing": sorted(file for reason, file in bad if reason == "missing_audio"),
+            "corrupt": sorted(file for reason, file in bad if reason in CORRUPT),
+            "duplicate": _duplicates(measured),
+        },
+        "self_references": itself,
+        "empty_texts": sum(reject["reason"] == "empty_text" for reject in rejects),
+        "rate_outliers": rate_outliers([(s.key, language, rate) for s in good for language, rate in s.rates]),
+        "languages": language_table(text for sample in good for text in sample.texts),
+        "speakers": _speakers(good),
+        "predicted": _predicted(good, sum(seconds), len(clips), job),
+    }
+
+
+def _histogram(values: list[float] | list[int], bins: tuple[int, ...]) -> dict[str, int]:
+    """Counts by lower edge."""
+    at = np.searchsorted(bins, values, side="right") - 1
+    return {str(edge): int((at == i).sum()) for i, edge in enumerate(bins)}
+
+
+def _duplicates(measured: list[dict[str, Any]]) -> list[list[str]]:
+    """Groups of files with the same content."""
+    groups: dict[str, set[str]] = {}
+    for info in measured:
+        groups.setdefault(info["sha256"], set()).add(info["source"])
+    return sorted(sorted(group) for group in groups.values() if len(group) > 1)
+
+
+def _speakers(good: list[SampleFacts]) -> dict[str, Any]:
+    clips: dict[str, set[str]] = {}
+    for sample in good:
+        targets = {s["sha256"] for s in sample.segments if s["role"] == "assistant"}
+        clips.setdefault(sample.speaker or "(none)", set()).update(targets)
+    counts = {name: len(found) for name, found in sorted(clips.items())}
+    return {
+        "count": len(counts),
+        "single_clip": [name for name, count in counts.items() if count < PAIR],
+        "few_clips": {name: count for name, count in counts.items() if count < FEW_CLIPS},
+    }
+
+
+def _predicted(good: list[SampleFacts], distinct_s: float, clips: int, job: Job) -> dict[str, Any]:
+    """Disk of the set, and time to encode it, from the codec's speed on noise."""
+    disk = sum(sample.stored_bytes for sample in good)
+    if job.codec is None:
+        return {"disk_bytes": disk, "encode_seconds": None, "times_real_time": None, "processes": None}
+    codec, device = codec_for(job), job.config.device
+    noise_S = 0.1 * np.random.default_rng(0).standard_normal(int(TIMED_S * codec.config.sample_rate_hz))
+    with one_thread():
+        codec.encode(noise_S)  # the first call sets things up
+        began = time.perf_counter()
+        codec.encode(noise_S)
+    speed = TIMED_S / (time.perf_counter() - began)
+    units = -(-clips // job.config.clips_per_unit)
+    processes = min(job.config.num_processes or auto_processes(device, units), max(units, 1))
+    encode_s = distinct_s / (speed * processes)
+    return {"disk_bytes": disk, "encode_seconds": encode_s, "times_real_time": speed, "processes": processes}

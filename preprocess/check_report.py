@@ -1,0 +1,102 @@
+"""What --check found, for a person or, as JSON, for a script."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+SHOWN = 5
+POOR_COVERAGE = 1.0  # tokens a character, from where a text falls apart into bytes
+
+
+def print_report(report: dict[str, Any], *, as_json: bool) -> None:
+    """Print the report on standard output."""
+    if as_json:
+        print(json.dumps(report, ensure_ascii=False, indent=1))
+        return
+    table = Table(show_header=False, box=None)
+    for name, value in rows(report):
+        table.add_row(name, value)
+    console = Console(soft_wrap=True, markup=False, highlight=False, emoji=False)
+    console.print(table)
+    for line in warnings(report):
+        console.print(f"warning: {line}")
+    for line in problems(report):
+        console.print(f"problem: {line}")
+    fit = "fit to build" if report["fit_to_build"] else "not fit to build"
+    console.print(f"{fit}: {report['bad_share']:.2%} of the samples are rejected or refer to themselves")
+
+
+def rows(report: dict[str, Any]) -> list[tuple[str, str]]:
+    """The figures, one a line."""
+    samples, hours, clips = report["samples"], report["hours"], report["clips"]
+    predicted, speakers, files = report["predicted"], report["speakers"], report["files"]
+    found = [
+        ("samples", f"{samples['usable']} of {samples['all']} usable"),
+        ("clips", f"{hours['distinct_clips']:.3f} h in {clips['distinct']} clips"),
+        ("in samples", f"{hours['in_samples']:.3f} h"),
+        ("seconds", _spread(report["seconds"])),
+        ("tokens", _spread(report["tokens"])),
+        ("files", ", ".join(f"{len(names)} {kind}" for kind, names in files.items())),
+        ("speakers", f"{speakers['count']}, {len(speakers['few_clips'])} of them with few clips"),
+        ("disk", f"{predicted['disk_bytes'] / 1e6:.1f} MB"),
+        ("encoding", _time(predicted)),
+    ]
+    for language, sums in report["languages"].items():
+        coverage = f"{sums['tokens_per_character']:.2f} tokens a character in {sums['texts']} texts"
+        found.append((f"language {language}", coverage))
+    return found
+
+
+def _spread(values: dict[str, Any]) -> str:
+    """Percentiles, and the histogram by lower edge."""
+    spread = ", ".join(f"p{percent} {value:g}" for percent, value in values["percentiles"].items())
+    bars = "  ".join(f"{edge}+: {count}" for edge, count in values["histogram"].items() if count)
+    return f"{spread or 'nothing'}\n{bars}"
+
+
+def _time(predicted: dict[str, Any]) -> str:
+    if predicted["encode_seconds"] is None:
+        return "unknown: give --audio_tokenizer_path"
+    seconds, speed = round(predicted["encode_seconds"]), predicted["times_real_time"]
+    clock = f"{seconds // 3600}:{seconds // 60 % 60:02d}:{seconds % 60:02d}"
+    return f"{clock} with {predicted['processes']} processes of {speed:.1f}x real time here (timed on noise)"
+
+
+def problems(report: dict[str, Any]) -> list[str]:
+    """What makes samples unusable."""
+    found = []
+    for reason, count in sorted(report["rejects"].items()):
+        examples = [reject for reject in report["reject_examples"] if reject["reason"] == reason][:SHOWN]
+        named = "; ".join(f"{reject['id']}: {reject['detail']}" for reject in examples)
+        found.append(f"{count} rejected for {reason}: {named}" if named else f"{count} rejected for {reason}")
+    itself = report["self_references"]
+    if itself:
+        found.append(f"{len(itself)} samples refer to their own target: {_some(itself)}")
+    return found
+
+
+def warnings(report: dict[str, Any]) -> list[str]:
+    """What a build takes, and a person may want to look at."""
+    found = [f"{count} clips are flagged for {flag}" for flag, count in sorted(report["clips"]["flags"].items())]
+    duplicate, speakers = report["files"]["duplicate"], report["speakers"]
+    if duplicate:
+        found.append(f"{len(duplicate)} groups of equal files: {_some([' = '.join(group) for group in duplicate])}")
+    outliers = [f"{o['id']} ({o['characters_per_second']:g} against {o['median']:g})" for o in report["rate_outliers"]]
+    if outliers:
+        found.append(f"{len(outliers)} texts do not fit their audio, in characters a second: {_some(outliers)}")
+    if speakers["few_clips"]:
+        few = [f"{name} ({count})" for name, count in speakers["few_clips"].items()]
+        found.append(f"speakers with few clips: {_some(few)}")
+    for language, sums in report["languages"].items():
+        if sums["tokens_per_character"] > POOR_COVERAGE:
+            found.append(f"the tokenizer covers {language} poorly: {sums['tokens_per_character']:g} tokens a character")
+    return found
+
+
+def _some(names: list[str]) -> str:
+    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return ", ".join(names[:SHOWN]) + more

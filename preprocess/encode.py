@@ -1,0 +1,162 @@
+"""Step 2: the clips of one unit become codes and, where wanted, Whisper features.
+
+In: a unit's number. Out: its committed files. Threads read, resample and take the log-mel of the clips ahead, so that
+the codec does not wait for them. Never: clips padded to a batch; more than one CPU thread in a sum, since their number
+changes its last bits, and with them one code in very many.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+
+from .audio import Clip, Waveform, load_clip
+from .codec import HiggsCodec
+from .codec_checkpoint import load_codec
+from .config import Job
+from .reject import Reject
+from .whisper import Tower, log_mel, mel_bins_of
+from .work import Encoded, Features, Work
+
+
+@dataclass
+class UnitReport:
+    """What the encoding of one unit came to.
+
+    clips, rejects: counts. seconds: of encoded audio. flags: clips by flag. spent: seconds of work by what they went
+    to; `decode` and `mel` are those of the threads, beside the others.
+    """
+
+    clips: int = 0
+    rejects: int = 0
+    seconds: float = 0.0
+    flags: Counter[str] = field(default_factory=Counter)
+    spent: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def spend(self, what: str) -> Iterator[None]:
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.count(what, time.perf_counter() - began)
+
+    def count(self, what: str, seconds: float) -> None:
+        self.spent[what] = self.spent.get(what, 0.0) + seconds
+
+    def add(self, result: Encoded | Reject) -> None:
+        self.clips += 1
+        if isinstance(result, Reject):
+            self.rejects += 1
+            return
+        self.seconds += result.info["seconds"]
+        self.flags.update(result.info.get("flags", ()))
+
+
+def encode_unit(job: Job, unit: int) -> UnitReport:
+    """Task: encode the clips of one unit and commit them."""
+    report, work = UnitReport(), Work(job.out)
+    clips = work.clips(unit)
+    whisper = work.whisper(unit * job.config.clips_per_unit, len(clips))
+    with one_thread(), ThreadPoolExecutor(job.config.decode_threads) as threads:
+        with report.spend("load codec"):
+            codec = codec_for(job)
+        mel_bins = mel_bins_of(job.tower) if any(whisper) else 0
+        ahead = [
+            threads.submit(_read, clip, codec.config.sample_rate_hz, job, mel_bins if wanted else 0)
+            for clip, wanted in zip(clips, whisper, strict=True)
+        ]
+        results: list[Encoded | Reject] = []
+        for clip, future in zip(clips, ahead, strict=True):
+            try:
+                with report.spend("wait for decode"):
+                    ready = future.result()
+                results.append(_encode(clip, ready, codec, job, report))
+            except Reject as reject:
+                results.append(reject)
+            report.add(results[-1])
+        with report.spend("commit"):
+            work.commit_unit(unit, results)
+    return report
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Sums on one CPU thread; what runs beside them has its own process or thread."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@dataclass(frozen=True)
+class _Ready:
+    """A clip that waits for the codec, and the seconds that its thread spent on it."""
+
+    wave: Waveform
+    mels: tuple[Features, ...]
+    decode_s: float
+    mel_s: float
+
+
+def _read(clip: Clip, rate_hz: int, job: Job, mel_bins: int) -> _Ready:
+    """In a thread: the clip's samples, and its log-mel where `mel_bins` is not 0."""
+    began = time.perf_counter()
+    wave = load_clip(clip, rate_hz, job.audio)
+    decoded = time.perf_counter()
+    mels = tuple(log_mel(wave.samples_S, rate_hz, mel_bins)) if mel_bins else ()
+    return _Ready(wave, mels, decoded - began, time.perf_counter() - decoded)
+
+
+def _encode(clip: Clip, ready: _Ready, codec: HiggsCodec, job: Job, report: UnitReport) -> Encoded:
+    wave, mels = ready.wave, ready.mels
+    report.count("decode", ready.decode_s)
+    report.count("mel", ready.mel_s)
+    if len(wave.samples_S) < codec.shortest_clip():
+        expected, got = codec.shortest_clip(), len(wave.samples_S)
+        raise Reject("too_short", f"expected at least {expected} samples for the codec, got {got}", clip.source)
+    with report.spend("encode"):
+        codes_KT = codec.encode(wave.samples_S)
+    if job.config.whisper_features == "encoder" and mels:
+        with report.spend("tower"):
+            tower = _cached_tower(job.tower, device_of(job))
+            mels = tuple(tower(mel) for mel in mels)
+    info = {"source": clip.source, "seconds": round(wave.seconds, 6), "sha256": wave.sha256}
+    return Encoded(codes_KT, mels, info | ({"flags": wave.flags} if wave.flags else {}))
+
+
+def device_of(job: Job) -> str:
+    """Where this process encodes. `cuda` is the GPU that the engine gave to it."""
+    if job.config.device != "auto":
+        return job.config.device
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def codec_for(job: Job) -> HiggsCodec:
+    """This process's codec; also sets the process's GPU to the precision that was asked for."""
+    assert job.codec is not None
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = job.config.tf32
+    torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
+    return _cached_codec(job.codec, device_of(job), job.config.precision)
+
+
+@lru_cache(maxsize=1)
+def _cached_codec(path: Path, device: str, precision: str) -> HiggsCodec:
+    codec = load_codec(path, device)
+    codec.encoder_precision(getattr(torch, precision))
+    return codec
+
+
+@lru_cache(maxsize=1)
+def _cached_tower(path: Path, device: str) -> Tower:
+    return Tower(path, device)

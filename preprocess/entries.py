@@ -1,0 +1,107 @@
+"""Reading the data: ChatML, a manifest, or a datasets folder; what comes out are ChatML entries.
+
+In: a JSON array, JSONL, CSV or TSV file, or a folder as `datasets` saves it to disk. Out: raw ChatML entries, one for
+each row, in order; a row that cannot be read comes as a `Reject` in its place. Rows with `messages` are ChatML; rows
+with `audio` and `text` are a manifest, which `manifest` turns into ChatML.
+Never: a row dropped or moved.
+"""
+
+from __future__ import annotations
+
+import csv
+import itertools
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from ..shards.errors import UserError
+from . import arrow
+from .config import Job
+from .manifest import to_chatml
+from .reject import Reject
+
+CSV_SUFFIXES = {".csv": ",", ".tsv": "\t"}
+NEEDED = {"audio", "text", "speaker"}  # columns of a manifest
+EXPECTED = "ChatML (a JSON array, or one object a line), or a manifest with audio, text and speaker"
+
+
+def read_entries(job: Job) -> Iterator[Any]:
+    """The entries of the data.
+
+    Raises:
+        UserError: the data cannot be read, or is none of the known forms.
+    """
+    rows = arrow.read_rows(job.data) if job.data.is_dir() else _file_rows(job.data)
+    seen: list[Any] = []
+    first: dict[str, Any] | None = None
+    for row in rows:  # the first row that can be read says what the others are
+        seen.append(row)
+        if isinstance(row, dict):
+            first = row
+            break
+    rows = itertools.chain(seen, rows)
+    table = job.data.is_dir() or job.data.suffix in CSV_SUFFIXES
+    if first is None or "messages" in first or not (table or first.keys() & NEEDED):
+        return rows
+    missing = NEEDED - first.keys()
+    if missing:
+        raise UserError("the manifest lacks columns", where=job.data, expected=sorted(missing), got=sorted(first))
+    return to_chatml(list(rows), job)
+
+
+def _file_rows(path: Path) -> Iterator[Any]:
+    try:
+        # undecodable bytes become lone surrogates here, and a named reject where their row is looked at
+        with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
+            first = next((line for line in file if line.strip()), "")
+            file.seek(0)
+            if first.lstrip().startswith("["):
+                yield from _read_array(file.read(), path)
+            elif first.lstrip().startswith("{"):
+                yield from _read_lines(file)
+            elif path.suffix in CSV_SUFFIXES:
+                yield from _read_table(file, CSV_SUFFIXES[path.suffix])
+            else:
+                got = first[:40].strip() or "nothing"
+                raise UserError("not a ChatML file or manifest", where=path, expected=EXPECTED, got=got)
+    except OSError as error:
+        raise UserError(f"cannot read the data: {error.strerror}", where=path) from error
+
+
+def _read_array(text: str, path: Path) -> list[Any]:
+    try:
+        return json.loads(text, parse_constant=_no_number)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"the data is not JSON: {error}", where=path) from error
+
+
+def _read_lines(lines: Iterator[str]) -> Iterator[Any]:
+    for number, line in enumerate(lines, 1):
+        if line.strip():
+            try:
+                yield json.loads(line, parse_constant=_no_number)
+            except (ValueError, RecursionError) as error:
+                yield Reject("invalid_json", f"line {number}: {error}")
+
+
+def _no_number(_name: str) -> None:
+    """NaN and infinities are no JSON; boson reads them as null, and so do we."""
+
+
+def _read_table(lines: Iterator[str], delimiter: str) -> Iterator[Any]:
+    reader = csv.reader(lines, delimiter=delimiter, strict=True)
+    header = [name.strip() for name in next(reader, [])]
+    while True:
+        try:
+            fields = next(reader, None)
+        except csv.Error as error:
+            yield Reject("malformed_manifest", f"line {reader.line_num}: {error}")
+            continue
+        if fields is None:
+            return
+        if len(fields) == len(header):
+            yield dict(zip(header, fields, strict=True))
+        elif fields:
+            found = f"line {reader.line_num}: expected {len(header)} fields, got {len(fields)}"
+            yield Reject("malformed_manifest", found)

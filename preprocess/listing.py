@@ -1,0 +1,90 @@
+"""Step 1: what is to be done. Every entry is checked, the distinct clips are numbered, and the tasks are written.
+
+In: the data. Out, in the work folder: `samples-*.jsonl`, one file a shard, whose lines hold `key`, `position`, `entry`
+and the numbers of its `clips`, or `key`, `position` and `reject`; `clips-*.jsonl`, one file a unit; and their counts.
+Never: audio (but for the headers that a manifest's choice of references asks for).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import asdict
+from typing import Any
+
+from .audio import Clip
+from .chatml import key_of, parse_entry, without_inline
+from .config import Job
+from .entries import read_entries
+from .reject import Reject
+from .work import Work, batches
+
+
+class ClipNumbers:
+    """Numbers the distinct clips in order of first use, and writes them unit by unit."""
+
+    def __init__(self, work: Work, clips_per_unit: int) -> None:
+        self.work, self.clips_per_unit = work, clips_per_unit
+        self.units = 0
+        self.whisper = bytearray()
+        self._numbers: dict[bytes, int] = {}
+        self._waiting: list[Clip] = []
+
+    def number(self, clip: Clip, whisper: bool) -> int:
+        """The clip's number; `whisper`: this use of it wants Whisper features."""
+        name = _digest(repr(clip))
+        number = self._numbers.setdefault(name, len(self._numbers))
+        if number == len(self.whisper):
+            self.whisper.append(0)
+            self._waiting.append(clip)
+            if len(self._waiting) == self.clips_per_unit:
+                self.flush()
+        self.whisper[number] |= whisper
+        return number
+
+    def flush(self) -> None:
+        """Write the clips that no unit holds yet as one more."""
+        if self._waiting:
+            self.work.write_lines("clips", self.units, [asdict(clip) for clip in self._waiting])
+            self.units += 1
+            self._waiting = []
+
+
+def list_work(job: Job, work: Work, go_on: Callable[[], None]) -> dict[str, int]:
+    """Check every entry, number the clips, write the tasks.
+
+    Args:
+        go_on: called between shards; raises to stop.
+
+    Returns:
+        Numbers of samples, shards, clips and units.
+    """
+    numbers, keys = ClipNumbers(work, job.config.clips_per_unit), set[bytes]()
+    samples = shards = 0
+    for batch in batches(enumerate(read_entries(job)), job.config.samples_per_shard):
+        go_on()
+        work.write_lines("samples", shards, [_line(entry, at, job, keys, numbers) for at, entry in batch])
+        samples, shards = samples + len(batch), shards + 1
+    numbers.flush()
+    listing = {"samples": samples, "shards": shards, "clips": len(numbers.whisper), "units": numbers.units}
+    work.commit_listing(listing, bytes(numbers.whisper))
+    return listing
+
+
+def _line(entry: Any, position: int, job: Job, keys: set[bytes], numbers: ClipNumbers) -> dict[str, Any]:
+    key = key_of(entry, position)
+    try:
+        sample = parse_entry(entry, position, job.audio_base, job.config.max_text_chars)
+        name = _digest(key)
+        if name in keys:
+            raise Reject("duplicate_id", f"another sample is named {key}")
+        keys.add(name)
+        used = zip(sample.clips, sample.roles, strict=True)
+        clips = [numbers.number(clip, job.wants_whisper(role)) for clip, role in used]
+        return {"key": key, "position": position, "entry": without_inline(entry, sample), "clips": clips}
+    except Reject as reject:
+        return {"key": key, "position": position, "reject": [reject.reason, reject.detail, reject.file]}
+
+
+def _digest(text: str) -> bytes:
+    return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest()
