@@ -3,7 +3,8 @@
     python bench/growth.py --size small [--packs 2048 4096 8192] [--lengths 128 512 2048] [--compile]
 
 Pack sizes use the stated length distribution; sample lengths use packs of equal samples, three tenths of them text.
-Memory is the peak beyond the weights, for each position and layer, beside the estimate of `train/cost.py`.
+Memory: the peak beyond the weights; and what autograd keeps (eager only) for each position and layer, beside the
+estimate of `train/cost.py`.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import tyro
 from higgs_tune.shards.format import Arrays
 from higgs_tune.train.batch import Batch, collate
 from higgs_tune.train.cost import activation_bytes
-from higgs_tune.train.forward import Checkpointing, Running, label_states
+from higgs_tune.train.forward import Checkpointing, Running, hidden_states, label_states
 from higgs_tune.train.fused import stack_layer
 from higgs_tune.train.loss import LossOptions, pack_loss
 from higgs_tune.train.model import HiggsAudioModel
@@ -71,6 +72,22 @@ def equal_pack(positions: int, length: int) -> list[Arrays]:
     return [synthetic_sample(number, frames=(frames, frames), text=text) for number in range(positions // length)]
 
 
+def kept_bytes(model: HiggsAudioModel, batch: Batch, running: Running) -> int:
+    """Bytes that autograd keeps for backward, but for parameters and the batch itself."""
+    owned = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers(), batch.flat)}
+    kept: dict[int, torch.UntypedStorage] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in owned:
+            kept[storage.data_ptr()] = storage
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        hidden_states(model, batch, running)
+    return sum(storage.nbytes() for storage in kept.values())
+
+
 def measure(model: HiggsAudioModel, samples: list[Arrays], options: Options) -> dict[str, Any]:
     device = next(model.parameters()).device
     batch: Batch = collate(samples, 0.0, IDS).to(device)
@@ -86,11 +103,12 @@ def measure(model: HiggsAudioModel, samples: list[Arrays], options: Options) -> 
                 torch.cuda.synchronize()
             seconds.append(time.perf_counter() - began)
         memory_gb = memory.more_gb
+    kept = kept_bytes(model, batch, running) if running.checkpointing == "none" and not running.compiled else 0
     time_s, layers = statistics.median(seconds[1:]), len(model.layers)
     return {
         "positions": batch.positions, "samples": len(samples), "seconds": seconds[1:],
         "tokens_per_second": batch.positions / time_s, "peak_memory_gb": memory_gb,
-        "bytes_per_position_and_layer": memory_gb * 1e9 / batch.positions / layers,
+        "kept_bytes_per_position_and_layer": kept / batch.positions / layers,
         "estimated_bytes_per_position_and_layer": activation_bytes(model, options.checkpointing) / layers,
     }  # fmt: skip
 
@@ -106,14 +124,14 @@ def main() -> None:
     machine = describe_machine()
     print(machine)
     print(f"{options.size}, {dtype}, compile {options.compile}, checkpointing {options.checkpointing}")
-    print(f"{'':<22}{'samples':>8}{'tokens/s':>11}{'peak GB':>9}{'B/position/layer':>18}{'estimate':>10}")
+    print(f"{'':<22}{'samples':>8}{'tokens/s':>11}{'peak GB':>9}{'kept B/pos/layer':>18}{'estimate':>10}")
     result: dict[str, Any] = {"size": options.size, "machine": machine, "packs": {}, "lengths": {}}
     cases = [("packs", size, pack_of(size)) for size in options.packs]
     cases += [("lengths", length, equal_pack(options.length_pack, length)) for length in options.lengths]
     for kind, size, samples in cases:
         found = result[kind][size] = measure(model, samples, options)
         print(f"{kind.removesuffix('s'):<10}{size:>12,}{found['samples']:>8}{found['tokens_per_second']:>11,.0f}"
-              f"{found['peak_memory_gb']:>9.2f}{found['bytes_per_position_and_layer']:>18,.0f}"
+              f"{found['peak_memory_gb']:>9.2f}{found['kept_bytes_per_position_and_layer']:>18,.0f}"
               f"{found['estimated_bytes_per_position_and_layer']:>10,.0f}")  # fmt: skip
     if options.out:
         options.out.write_text(json.dumps(result, indent=1) + "\n")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import platform
 from importlib.metadata import version
@@ -35,6 +36,7 @@ class PeakMemory:
             torch.cuda.reset_peak_memory_stats()
             self._before = torch.cuda.memory_allocated()
         else:
+            ctypes.CDLL(None).malloc_trim(0)  # memory that was freed before goes back first
             Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
             self._before = _status_bytes("VmRSS")
         return self
