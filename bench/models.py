@@ -108,9 +108,9 @@ def make_model(config: HiggsAudioConfig, device: torch.device, dtype: torch.dtyp
 def with_lora(model: HiggsAudioModel, rank: int = 16, seed: int = 0) -> PeftModel:
     """LoRA of the `comprehensive` preset, its B matrices random, so that every gradient is of the size it has later."""
     pattern = rf"layers\.\d+\.({'|'.join(PRESETS['comprehensive'])})"
+    torch.manual_seed(seed)
     peft_model = get_peft_model(model, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=pattern))  # pyright: ignore
     assert isinstance(peft_model, PeftModel)
-    torch.manual_seed(seed)
     for name, parameter in peft_model.named_parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()

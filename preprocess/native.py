@@ -51,6 +51,14 @@ def boson_config(native: dict[str, Any], folder: Path) -> dict[str, Any]:
     text |= {"model_type": "llama", "rope_theta": rope.pop("rope_theta", native.get("rope_theta", 500000.0))}
     if rope.get("rope_type", "default") != "default":
         text["rope_scaling"] = rope
+    stream_eos = native.get("audio_stream_eos_id", stream_bos + 1)
+    if native.get("codebook_size", stream_bos + 2) != stream_bos + 2 or stream_eos != stream_bos + 1:
+        raise UserError(
+            "codebook_size does not end with the two ids of the stream",
+            where=folder / "config.json",
+            expected=f"{stream_bos + 2}, with ids {stream_bos} and {stream_bos + 1}",
+            got=f"{native.get('codebook_size')}, with ids {stream_bos} and {stream_eos}",
+        )
     return {
         "model_type": "higgs_audio",
         "text_config": text,
@@ -61,7 +69,7 @@ def boson_config(native: dict[str, Any], folder: Path) -> dict[str, Any]:
         "audio_num_codebooks": codebooks,
         "audio_codebook_size": stream_bos,  # codes lie below the two ids of the stream
         "audio_stream_bos_id": stream_bos,
-        "audio_stream_eos_id": native.get("audio_stream_eos_id", stream_bos + 1),
+        "audio_stream_eos_id": stream_eos,
         "encode_whisper_embed": False,
         "encode_audio_in_tokens": True,
         "skip_audio_tower": True,

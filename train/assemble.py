@@ -22,7 +22,7 @@ from .data import Loader, LoaderOptions
 from .faults import BadSteps
 from .forward import Checkpointing, Running
 from .fused import stack_layer
-from .lora import TrainableOptions, add_lora, trainable
+from .lora import TrainableOptions, add_lora, describe_trainable, trainable
 from .loss import LossOptions
 from .model import HiggsAudioModel, load_config, load_model
 from .optim import Ema, learning_rates, make_optimizer
@@ -90,6 +90,9 @@ def check(config: TrainConfig, place: Place) -> Checked:
         raise UserError("--early_stopping_patience needs validation", expected="a validation split, and --eval_steps")
     if config.sample_steps:
         codec_path(config, sets)
+        if config.full_finetune and place.world.size > 1:
+            hint = "Samples of different lengths would wait for each other's weights; generate from the saved model."
+            raise UserError("--sample_steps has no place in --full_finetune on several ranks", hint=hint)
     checkpoint = find_checkpoint(config, place)
     if place.is_main and not config.dry_run:
         overwrite, resuming = config.overwrite_output_dir, config.resume_from_checkpoint
@@ -195,11 +198,12 @@ def checkpoint_bytes(run: Run) -> int:
 
 
 def describe_run(run: Run, checkpoint: Path | None) -> str:
-    """What the run is about to do, in a line."""
+    """What the run is about to do: a line, then what trains."""
     count = sum(parameter.numel() for parameter in run.parameters.values())
     begun = f", from step {run.progress.step} ({checkpoint})" if checkpoint else ""
-    return (
+    line = (
         f"{run.config.training_stage}: {count / 1e6:.2f} M trainable parameters in {len(run.parameters)} tensors, "
         f"{run.total_steps} steps ({run.steps_per_epoch} an epoch) on {run.place.world.size} x {run.place.device.type}"
         f"{begun}"
     )
+    return "\n".join([line, *describe_trainable(run.parameters)])

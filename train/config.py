@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,7 +23,7 @@ class TrainConfig:
     training_stage: Stage
     """stage1: text loss only, every audio parameter frozen. stage2: both losses. single: stage2 without stage1."""
     model_path: Path
-    """Base checkpoint folder, or the output folder of an earlier stage."""
+    """Base checkpoint (a folder, or a name on the Hub), or the output folder of an earlier stage."""
     train_data_dir: tuple[str, ...]
     """Shard sets to train on: folders, or URLs that fsspec knows (s3://, hf://, …)."""
     output_dir: Path
@@ -269,7 +270,7 @@ def arguments_of_file(path: Path) -> list[str]:
     Takes a mapping of option names, or a run's config.yaml, whose options stand under `options`.
 
     Raises:
-        UserError: the file cannot be read, or is no such mapping.
+        UserError: the file cannot be read, is no such mapping, or names an unknown option.
     """
     try:
         content = yaml.safe_load(path.read_text())
@@ -278,8 +279,14 @@ def arguments_of_file(path: Path) -> list[str]:
     options = content.get("options", content) if isinstance(content, dict) else None
     if not isinstance(options, dict) or not all(isinstance(name, str) for name in options):
         raise UserError("not a config", where=path, expected="a mapping of option names", got=type(content).__name__)
+    known = [field.name for field in fields(TrainConfig)]
     arguments: list[str] = []
-    for name, value in options.items():
+    for given, value in options.items():
+        name = given.replace("-", "_")
+        if name not in known:
+            near = get_close_matches(name, known, n=1, cutoff=0.5)
+            hint = f"Did you mean {near[0]}?" if near else "higgs_tune.train --help lists the options."
+            raise UserError(f"unknown option {given!r}", where=path, hint=hint)
         if isinstance(value, bool):
             arguments.append(f"--{name}" if value else f"--no-{name}")
         elif isinstance(value, list):

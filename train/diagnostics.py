@@ -15,9 +15,10 @@ from torch import nn
 from ..shards.errors import UserError
 from .batch import Batch
 from .forward import hidden_states
-from .lora import normed
+from .lora import evaluating, normed
 from .loss import LossOptions
 from .model import HiggsAudioModel
+from .sharded import local, whole
 
 EDGE_FRAMES = 4  # first and last frames that are shown
 _GROUPS = (
@@ -38,7 +39,7 @@ def norms_by_group(tensors: dict[str, torch.Tensor]) -> dict[str, float]:
     """The norm of all tensors of each group together."""
     squares: dict[str, torch.Tensor] = {}
     for name, value in tensors.items():
-        square = value.detach().float().pow(2).sum()
+        square = whole(value.detach().float().pow(2).sum())
         squares[group_of(name)] = squares[group_of(name)] + square if group_of(name) in squares else square
     return {group: float(square.sqrt()) for group, square in squares.items()}
 
@@ -70,7 +71,9 @@ def look_at_predictions(model: HiggsAudioModel, batch: Batch, tokenizer: Any, op
         `key`, `text` and `predicted_text`, `codes` and `predicted_codes` (first and last frames that are labelled, one
         list of K a frame), `accuracy_per_codebook` over the whole batch.
     """
-    hidden_NH, first_end = hidden_states(model, batch), batch.lengths[0]
+    with evaluating(model):
+        hidden_NH = hidden_states(model, batch)
+    first_end = batch.lengths[0]
     found: dict[str, Any] = {"key": batch.keys[0]}
     if options.with_text:
         rows, labels = batch["text_rows"].long(), batch["text_labels"]
@@ -131,16 +134,16 @@ def _code(code: int) -> str:
 
 
 @torch.no_grad()
-def fingerprint(parameters: Iterable[tuple[str, nn.Parameter]]) -> dict[str, tuple[float, int]]:
+def fingerprint(parameters: Iterable[tuple[str, nn.Parameter]]) -> dict[str, tuple[str, int]]:
     """Sum of values and version counter of every frozen parameter: what must be the same at every save."""
     return {
-        name: (float(parameter.double().sum()), parameter._version)
+        name: (str(float(local(parameter.detach()).sum(dtype=torch.float64))), parameter._version)
         for name, parameter in parameters
         if not parameter.requires_grad
     }
 
 
-def assert_frozen(model: nn.Module, before: dict[str, tuple[float, int]]) -> None:
+def assert_frozen(model: nn.Module, before: dict[str, tuple[str, int]]) -> None:
     """Raise UserError where a parameter that should be frozen has changed, or trains.
 
     Raises:

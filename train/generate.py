@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from transformers import LogitsProcessor, LogitsProcessorList
 
 from ..shards.format import Sample
 from ..shards.sequence import SpecialIds, segment_positions, undelay
@@ -79,12 +80,25 @@ def generate(model: Any, sample: Sample, ids: SpecialIds, sampling: Sampling, *,
             **choice,
             max_new_tokens=limit,
             use_cache=True,
+            logits_processor=LogitsProcessorList([_NoPlaceholder(core.vocab_size, ids)]),
             pad_token_id=core.config.pad_token_id,
             eos_token_id=core.config.audio_eos_token_id if sampling.speak else _end_of_turn(sample),
         )
     earlier = int((prompt.tokens_2L[0] == ids.audio_out).sum())
     found = list(audios)
     return _said(tokens[0, length:].tolist(), found[earlier:] if len(found) > earlier else found, ids)
+
+
+class _NoPlaceholder(LogitsProcessor):
+    """As sampled text a placeholder of audio would break boson's loop, which sets it by itself."""
+
+    def __init__(self, vocabulary: int, ids: SpecialIds) -> None:
+        self.vocabulary, self.placeholders = vocabulary, [ids.audio_in, ids.audio_out]
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        if scores.shape[-1] == self.vocabulary:  # text, not a codebook
+            scores[..., self.placeholders] = -torch.inf
+        return scores
 
 
 def _said(tokens: list[int], audios: list[torch.Tensor], ids: SpecialIds) -> Said:

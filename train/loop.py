@@ -10,6 +10,7 @@ import contextlib
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -26,13 +27,14 @@ from .config import TrainConfig
 from .cost import Rows, model_flops, peak_of
 from .data import naming_dead_workers
 from .diagnostics import UpdateWatch, assert_frozen, fingerprint, look_at_predictions
-from .faults import StopFlag, Stopped, together
+from .faults import EXIT_REQUEUE, StopFlag, Stopped, together
 from .garbage import collected_on_schedule
 from .metrics import loss_metrics, max_memory_gb
 from .output import (
     ADAPTER,
     ADAPTER_CONFIG,
     FULL,
+    STOPPED,
     adapter_config_json,
     adapter_tensors,
     save_adapter,
@@ -59,7 +61,7 @@ class Tools:
     """What works beside the steps. reporter and saver: on rank 0 only. speaker: where samples are generated."""
 
     tokenizer: PreTrainedTokenizerBase
-    frozen: dict[str, tuple[float, int]]
+    frozen: dict[str, tuple[str, int]]
     validation: Validation
     stop: StopFlag
     reporter: Reporter | None = None
@@ -147,16 +149,20 @@ def run_steps(run: Run, tools: Tools, window: Window) -> None:
         counts = obey(run, tools, window, counts)
         looks = config.diagnostics_steps and (progress.step + 1) % config.diagnostics_steps == 0
         watch = UpdateWatch(run.parameters) if looks else None
-        predictions = look_at_predictions(run.model, batches[0], tools.tokenizer, run.loss) if watch else {}
+        predictions: dict[str, object] = {}
+        if watch:
+            look = partial(look_at_predictions, tokenizer=tools.tokenizer, options=run.loss)
+            predictions = run.look(batches[0], look)
         norm = train_step(run, batches, counts, window, watch)
         step, last = progress.step, progress.step == run.total_steps
         tools.collect(step)
         if tools.profiler and (table := tools.profiler.step()):
             say(tools, table)
+        predictions |= watch.norms() if watch else {}
         if tools.reporter:
             tools.reporter.step(step)
             if watch:
-                tools.reporter.diagnose(predictions | watch.norms(), step)
+                tools.reporter.diagnose(predictions, step)
         if step % config.logging_steps == 0 or step == 1 or last:
             report(tools, summarise(run, window, norm))
             window = run.window()
@@ -194,6 +200,7 @@ def obey(run: Run, tools: Tools, window: Window, counts: list[float]) -> list[fl
     for failure in failures:
         say(tools, f"error: {failure}")
     if failed:
+        _ = saver and saver.finish()
         hint = "--allow_failed_saves trains on without."
         raise UserError(f"a checkpoint could not be saved: {'; '.join(failures) or 'see rank 0'}", hint=hint)
     if bad:
@@ -206,6 +213,7 @@ def obey(run: Run, tools: Tools, window: Window, counts: list[float]) -> list[fl
                    "--resume_from_checkpoint auto goes on")  # fmt: skip
         if tools.reporter:
             tools.reporter.close()
+            write_bytes(config.output_dir / STOPPED, to_json({"exit_code": EXIT_REQUEUE, "step": run.progress.step}))
         raise Stopped
     return agreed[: len(counts)]
 

@@ -20,7 +20,7 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F  # noqa: N812
-from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file
 from torch import nn
@@ -199,8 +199,10 @@ def _full_name(name: str) -> str:
 
 
 def _load_adapter(peft_model: PeftModel, weights: dict[str, torch.Tensor], adapter: Path | None) -> None:
+    """Set an earlier adapter's weights; what joins in this stage keeps its own."""
+    own = get_peft_model_state_dict(peft_model)  # peft insists on weights for every module trained in full
     try:
-        result = set_peft_model_state_dict(peft_model, weights)
+        result = set_peft_model_state_dict(peft_model, own | weights)
     except RuntimeError as error:
         raise UserError(f"the adapter does not fit: {error}", where=adapter) from error
     if result.unexpected_keys:
@@ -211,6 +213,15 @@ def _load_adapter(peft_model: PeftModel, weights: dict[str, torch.Tensor], adapt
 def trainable(module: nn.Module) -> dict[str, nn.Parameter]:
     """The parameters that train, by name."""
     return {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
+
+
+def describe_trainable(parameters: dict[str, nn.Parameter]) -> list[str]:
+    """What trains, as people read it: a line for each kind of tensor, with `*` for the number of its layer."""
+    kinds: dict[tuple[str, tuple[int, ...]], list[int]] = {}
+    for name, value in parameters.items():
+        kind = re.sub(r"\.\d+\.", ".*.", name.removeprefix("base_model.model."))
+        kinds.setdefault((kind, tuple(value.shape)), []).append(value.numel())
+    return [f"  {name:<60} {list(shape)!s:>16} x{len(n):<4} {sum(n):>13,}" for (name, shape), n in kinds.items()]
 
 
 def parameter_group(name: str) -> str:
@@ -231,6 +242,18 @@ def base_only(peft_model: nn.Module) -> Iterator[None]:
         yield
     for name, parameter in peft_model.named_parameters():  # peft turns all of an adapter's parameters on
         parameter.requires_grad_(flags[name])
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """No dropout within the block."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 def linear(module: nn.Module, x_NH: torch.Tensor) -> torch.Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import platform
 import shutil
 import subprocess
@@ -24,6 +25,7 @@ from .model import HiggsAudioModel
 from .sharded import whole
 
 ADAPTER, ADAPTER_CONFIG, FULL = "adapter_model.safetensors", "adapter_config.json", "model.safetensors"
+STOPPED = "stopped.json"  # a signal stopped the run; torchrun hides the exit code, so scripts look for this
 RUN_FILES = (
     "config.yaml",
     "metrics.jsonl",
@@ -49,6 +51,8 @@ def prepare_folder(folder: Path, *, overwrite: bool, resuming: str | None, check
         UserError: it holds a run already, or cannot be made.
     """
     remove_leftovers(folder)
+    with contextlib.suppress(OSError):
+        (folder / STOPPED).unlink(missing_ok=True)
     if checkpoint and checkpoint.parent.resolve() == folder.resolve():
         return
     found = [name for name in RUN_FILES if (folder / name).exists()]

@@ -28,9 +28,8 @@ from ..shards.format import FRAME_RATE_HZ, Sample
 from ..shards.reader import ShardSet
 from .config import TrainConfig
 from .generate import Said, Sampling, generate
-from .lora import base_only
+from .lora import base_only, evaluating
 from .step import Run
-from .validation import evaluating
 
 SILENCE_DB = -45.0  # a window below this level, relative to full scale, is silent
 WINDOW_S = 0.02

@@ -1,7 +1,8 @@
 """The self-test before the first step: does the untouched model know the next token, or is the signal wrong?
 
 In: the model as it will be trained, real batches. Out: losses at shifts 0, 1 and 2 (a target against the prediction
-made at its own position, one before, two before), beside the loss of a uniform guess. Never: a change to the model.
+made at its own position, one before, two before), beside the loss of a uniform guess and the loss that will train.
+Never: a change to the model.
 
 A trained checkpoint predicts one ahead, so shift 1 must be the best. Compared unshifted, labels leak: that was the
 bug of public trainers, whose audio loss fell to 0 while the model learned to copy.
@@ -11,7 +12,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,47 +24,55 @@ from ..shards.errors import UserError
 from .batch import Batch
 from .diagnostics import isolated
 from .forward import hidden_states
-from .lora import normed
+from .lora import evaluating, normed
 from .loss import IGNORE, head_cross_entropy
 from .model import HiggsAudioModel
-from .step import Run
+from .step import PackModel, Run
 
 SHIFTS = (0, 1, 2)
-# nats over the uniform loss that no sensible pairing of checkpoint and data shows; random weights can lie half a nat
-# over it, and a single codebook, which has few labels, further
-ABOVE_UNIFORM, CODEBOOK_ABOVE_UNIFORM = 1.5, 2.5
+ABOVE_UNIFORM = 1.5  # nats over the uniform loss that no sensible pairing of checkpoint and data shows
 KNOWS_SOMETHING = 0.1  # nats under the uniform loss from which on a checkpoint counts as trained
 CLEARLY_BETTER = 0.05  # nats by which another shift must beat shift 1
+CHANCE = 3.0  # nats: a mean over n labels strays by less than this / sqrt(n); 3 to 4 deviations with random weights
+SAME_LOSS = 0.005  # relative difference by which the loss that trains may differ from the one at shift 1, for rounding
 
 
 @dataclass(frozen=True)
 class Part:
     """Mean losses of text, of all codebooks or of one, at each shift.
 
-    uniform: the loss of a uniform guess. margin: nats above it that are too many.
+    uniform: the loss of a uniform guess. labels: how many each mean is over.
     """
 
     name: str
     losses: tuple[float, ...]
     uniform: float
-    margin: float = ABOVE_UNIFORM
+    labels: int
 
     def verdict(self) -> str:
-        """`right`, `wrong shift`, `above uniform`, `not finite`, or `cannot tell` (nothing learned yet)."""
+        """`right`, `wrong shift`, `above uniform`, `not finite`, or `cannot tell` (nothing learned, or few labels)."""
         if not all(map(math.isfinite, self.losses)):
             return "not finite"
-        if self.losses[1] > self.uniform + self.margin:
+        chance = CHANCE / math.sqrt(max(1, self.labels))
+        if self.losses[1] > self.uniform + ABOVE_UNIFORM + chance:
             return "above uniform"
-        if min(self.losses) > self.uniform - KNOWS_SOMETHING:
+        if min(self.losses) > self.uniform - KNOWS_SOMETHING - chance:
             return "cannot tell"
-        return "wrong shift" if self.losses[1] > min(self.losses) + CLEARLY_BETTER else "right"
+        if self.losses[1] > min(self.losses) + CLEARLY_BETTER + chance:
+            return "wrong shift"
+        return "right" if self.losses[1] == min(self.losses) else "cannot tell"
 
 
 @dataclass(frozen=True)
 class Report:
-    """What the self-test found. eos_labels, segments: over the batches; the first must be 8 times the second."""
+    """What the self-test found.
+
+    training_loss: each part's mean loss by the code that trains, without smoothing; must be that at shift 1.
+    eos_labels, segments: over the batches; the first must be 8 times the second.
+    """
 
     parts: list[Part]
+    training_loss: dict[str, float]
     positions: int
     text_labels: int
     audio_label_rows: int
@@ -79,6 +89,10 @@ class Report:
             for part in self.parts
             if part.verdict() in ("above uniform", "wrong shift", "not finite")
         ]
+        for part in self.parts:
+            trained = self.training_loss.get(part.name, part.losses[1])
+            if abs(trained - part.losses[1]) > SAME_LOSS * part.losses[1] + 1e-3:
+                found.append(f"{part.name}: the training loss is {trained:.3f}, at shift 1 it is {part.losses[1]:.3f}")
         if self.eos_labels != self.segments * self.codebooks:
             found.append(
                 f"{self.eos_labels} end-of-stream labels, expected {self.segments} segments x {self.codebooks}"
@@ -99,12 +113,16 @@ class Report:
             f"{self.audio_label_rows / max(1, self.positions):.1%} audio labels; "
             f"{self.eos_labels} end-of-stream labels for {self.segments} segments"
         )
-        return [head, *rows, shares, f"first trained text: {self.text}"]
+        knows = {part.verdict() for part in self.parts if part.name in ("text", "audio")}
+        unsure = ["the checkpoint looks untrained: the self-test cannot tell whether the signal is right"]
+        return [head, *rows, *unsure * (knows == {"cannot tell"}), shares, f"first trained text: {self.text}"]
 
     def to_dict(self) -> dict[str, Any]:
         parts = [asdict(part) | {"losses": [loss if math.isfinite(loss) else None for loss in part.losses]}
                  for part in self.parts]  # fmt: skip
-        return asdict(self) | {"parts": parts, "verdicts": {part.name: part.verdict() for part in self.parts}}
+        training = {name: loss if math.isfinite(loss) else None for name, loss in self.training_loss.items()}
+        found = asdict(self) | {"parts": parts, "training_loss": training}
+        return found | {"verdicts": {part.name: part.verdict() for part in self.parts}}
 
 
 def refuse_if_wrong(report: Report) -> None:
@@ -144,7 +162,7 @@ def shifted_sums(model: HiggsAudioModel, batch: Batch, *, with_text: bool, with_
 def _rows_at(batch: Batch, name: str, shift: int) -> torch.Tensor:
     """The rows that stand `shift` positions before the targets of the labels under `name`."""
     positions = batch["to_sorted"][batch[name].long()] + 1 - shift
-    return batch["to_sequence"][positions.long()]
+    return batch["to_sequence"][positions.long().clamp(0, batch.positions - 1)]
 
 
 def _sums(
@@ -167,16 +185,30 @@ def run_selftest(run: Run, base: Path) -> Report:
     """
     batch = run.loader.peek().to(run.place.device)
     parts = {"with_text": run.loss.with_text, "with_audio": run.loss.with_audio}
-    sums = shifted_sums(run.model, batch, **parts)
+    with evaluating(run.model):
+        trained = training_sums(run, batch)
+        with torch.no_grad():
+            looked = run.look(batch, partial(shifted_sums, **parts))
+        sums = torch.cat([looked.flatten(), trained])
     tokenizer = load_tokenizer(base, run.special_ids)
     first = batch["text_labels"][batch["to_sorted"][batch["text_rows"].long()] < batch.lengths[0]]
     text = isolated(tokenizer.decode(first.tolist(), skip_special_tokens=False))
-    report = make_report(run.place.agree(sums.flatten().tolist()), [batch], run.model, text, **parts)
+    report = make_report(run.place.agree(sums.tolist()), [batch], run.model, text, **parts)
     wrong_ranks = run.place.agree([float(bool(report.problems))])[0]
     if wrong_ranks and not run.config.skip_alignment_check:
+        if run.place.is_main:
+            print("\n".join(report.lines()), flush=True)
         refuse_if_wrong(report)
         raise UserError("the training signal looks wrong on another rank; see its message")
     return report
+
+
+@torch.no_grad()
+def training_sums(run: Run, batch: Batch) -> torch.Tensor:
+    """Sums of the losses that train, by the code that trains: [1 + K] (text, then each codebook)."""
+    options = replace(run.loss, smoothing=0.0, contrastive=0.0)
+    weights = torch.ones(2 + run.codebooks, device=run.place.device)
+    return run.look(batch, lambda model, batch: PackModel(model, (), options)(batch, weights).sums)
 
 
 def make_report(
@@ -185,24 +217,28 @@ def make_report(
     """Name the numbers.
 
     Args:
-        sums: `shifted_sums`, flat, over all batches and ranks.
+        sums: `shifted_sums`, flat, then `training_sums`, over all batches and ranks.
         batches: this rank's.
         text: the first trained text, decoded.
     """
     codebooks, batches = model.config.audio_num_codebooks, list(batches)
-    table = torch.tensor(sums, dtype=torch.float64).view(len(SHIFTS), 2, 1 + codebooks)
-    means = table[:, 0] / table[:, 1].clamp(min=1)
+    every = torch.tensor(sums, dtype=torch.float64)
+    table = every[: -1 - codebooks].view(len(SHIFTS), 2, 1 + codebooks)
+    means, counts = table[:, 0] / table[:, 1].clamp(min=1), table[1, 1].int().tolist()
+    names = ["text", *(f"codebook {k}" for k in range(codebooks))]
     parts = []
-    if with_text and table[1, 1, 0]:
-        parts.append(Part("text", tuple(means[:, 0].tolist()), math.log(model.vocab_size)))
-    if with_audio and table[1, 1, 1:].any():
+    if with_text and counts[0]:
+        parts.append(Part("text", tuple(means[:, 0].tolist()), math.log(model.vocab_size), counts[0]))
+    if with_audio and any(counts[1:]):
         uniform = math.log(model.audio_codebook_size)
-        parts.append(Part("audio", tuple(means[:, 1:].mean(1).tolist()), uniform))
-        for k, losses in enumerate(means[:, 1:].t().tolist()):
-            parts.append(Part(f"codebook {k}", tuple(losses), uniform, CODEBOOK_ABOVE_UNIFORM))
+        parts.append(Part("audio", tuple(means[:, 1:].mean(1).tolist()), uniform, sum(counts[1:])))
+        for name, losses, count in zip(names[1:], means[:, 1:].t().tolist(), counts[1:], strict=True):
+            parts.append(Part(name, tuple(losses), uniform, count))
+    training = every[-1 - codebooks :] / table[1, 1].clamp(min=1)
     eos, labels = model.config.audio_stream_eos_id, [batch["audio_labels_KL"] for batch in batches]
     return Report(
         parts=parts,
+        training_loss=dict(zip(names, training.tolist(), strict=True)),
         positions=sum(batch.positions for batch in batches),
         text_labels=sum(len(batch["text_labels"]) for batch in batches),
         audio_label_rows=sum(label.shape[1] for label in labels),

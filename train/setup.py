@@ -186,13 +186,15 @@ def loss_options(config: TrainConfig, loaded: Loaded) -> LossOptions:
     """The loss of the stage.
 
     Raises:
-        UserError: text is to be trained, and the checkpoint has no text head.
+        UserError: text is to be trained, and the checkpoint has no text head; or every loss has weight 0.
     """
     codebooks = loaded.model.config.audio_num_codebooks
     if config.codebook_loss_weights and len(config.codebook_loss_weights) != codebooks:
         got = len(config.codebook_loss_weights)
         raise UserError("--codebook_loss_weights has a wrong length", expected=codebooks, got=got)
     with_text = config.text_loss_weight > 0
+    if not with_text and not (config.with_audio and (config.audio_loss_weight or config.contrastive_loss_weight)):
+        raise UserError(f"every loss of {config.training_stage} has weight 0", expected="one that trains")
     if with_text and not loaded.has_text_head:
         hint = "Train audio alone with --training_stage single --text_loss_weight 0, or use Boson's original layout."
         raise UserError("the checkpoint has no text head, so text cannot be trained", hint=hint)

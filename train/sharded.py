@@ -73,6 +73,11 @@ def whole(value: torch.Tensor) -> torch.Tensor:
     return value.full_tensor() if isinstance(value, DTensor) else value
 
 
+def local(value: torch.Tensor) -> torch.Tensor:
+    """This rank's part of a tensor that may be spread over ranks."""
+    return value.to_local() if isinstance(value, DTensor) else value
+
+
 def spread_like(value: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     """A whole tensor, spread over ranks as `like` is."""
     value = value.to(like.device)

@@ -15,6 +15,7 @@ import math
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import nn
@@ -61,8 +62,12 @@ class PackModel(nn.Module):
         self.options, self.running = options, running
         self._model = (model,)  # in a tuple: not a submodule
 
-    def forward(self, batch: Batch, label_weights: torch.Tensor) -> LossParts:
+    def forward(self, batch: Batch, label_weights: torch.Tensor, look: Callable[..., Any] | None = None) -> Any:
+        """The loss share of a pack; or with `look`, what that says of the model and the batch, whose weights are then
+        all there."""
         model = self._model[0]
+        if look is not None:
+            return look(model, batch)
         if batch.reference is not None:
             return reference_loss(model, batch.reference, label_weights, self.options, weight=batch.weight)
         if self.options.contrastive:
@@ -152,6 +157,10 @@ class Run:
     @property
     def special_ids(self) -> SpecialIds:
         return self.loader.special_ids
+
+    def look(self, batch: Batch, look: Callable[..., Any]) -> Any:
+        """What a function of model and batch says; all ranks together."""
+        return self.module(batch, batch.flat, look)
 
     def window(self) -> Window:
         return Window.empty(self.codebooks, self.place.device)

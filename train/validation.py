@@ -8,16 +8,14 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import nn
 
 from ..shards.errors import ShardError, UserError
 from ..shards.plan import Plan, plan_epoch
 from .data import LoaderOptions, LoadFailure, PackDataset
-from .lora import base_only
+from .lora import base_only, evaluating
 from .metrics import loss_metrics
 from .schedule import PackRequest, Schedule
 from .step import Run
@@ -83,15 +81,3 @@ class Validation:
             "samples": len(self.plan.rows),
             "eval_s": time.perf_counter() - began,
         }
-
-
-@contextlib.contextmanager
-def evaluating(module: nn.Module) -> Iterator[None]:
-    """Evaluation mode within the block; every module's mode is put back after."""
-    training = [part for part in module.modules() if part.training]
-    module.eval()
-    try:
-        yield
-    finally:
-        for part in training:
-            part.training = True
