@@ -15,7 +15,7 @@ from higgs_tune.preprocess.checkpoint import special_ids
 from higgs_tune.shards.format import Sample
 from higgs_tune.shards.sequence import Expanded, SpecialIds, expand, mel_positions
 from higgs_tune.train.batch import Batch, collate
-from higgs_tune.train.forward import hidden_states
+from higgs_tune.train.forward import hidden_states, label_states
 from higgs_tune.train.loss import LossOptions, LossParts, pack_loss
 from higgs_tune.train.model import HiggsAudioModel
 from higgs_tune.train.reference import boson_inputs, reference_loss
@@ -300,3 +300,19 @@ def test_cuda_attention_is_called_as_torch_wants_it(plain: Case, monkeypatch: py
         monkeypatch.setattr(forward, "_varlen_takes_gqa", lambda takes=takes_gqa: takes)
         monkeypatch.setattr(forward, "causal_attention", forward._varlen)
         torch.testing.assert_close(packed_logits(plain, plain.batch())[0], expected, atol=1e-5, rtol=0)
+
+
+def test_rows_with_labels_alone_give_the_same_loss_and_gradients(case: Case) -> None:
+    """The last layer leaves out what no label needs."""
+    options, batch = LossOptions(), case.batch()
+    weights = options.per_label(torch.cat([batch["label_counts"], batch["pairs"]]).float())
+    case.model.requires_grad_(True)
+    found = []
+    for at_labels in (False, True):
+        hidden = label_states(case.model, batch) if at_labels else hidden_states(case.model, batch)
+        pack_loss(case.model, hidden, batch, weights, options, at_labels=at_labels).total.backward()
+        found.append([p.grad for p in case.model.parameters() if p.grad is not None])
+        case.model.zero_grad(set_to_none=True)
+    case.model.requires_grad_(False)
+    for expected, got in zip(*found, strict=True):
+        torch.testing.assert_close(got, expected, atol=1e-6, rtol=1e-4)

@@ -59,9 +59,9 @@ def test_gradients_reach_only_what_may_be_seen(
     batch, entered = case.batch(), []
     make_spans = forward.make_spans
 
-    def spy(model: Any, batch: Any, like: torch.Tensor, text_rows: int) -> forward.Spans:
+    def spy(model: Any, batch: Any, like: torch.Tensor, *rest: Any) -> forward.Spans:
         entered.append(like.requires_grad_())
-        return make_spans(model, batch, like, text_rows)
+        return make_spans(model, batch, like, *rest)
 
     with monkeypatch.context() as patch:
         patch.setattr(forward, "make_spans", spy)

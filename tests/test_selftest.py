@@ -156,7 +156,9 @@ def test_unshifted_loss_is_refused(
         model = tmp_path / "model"
         write_checkpoint(model, toy_tokenizer)
 
-    def unshifted_pack_loss(model: Any, hidden: torch.Tensor, batch: Any, *rest: Any) -> loss.LossParts:
+    def unshifted_pack_loss(
+        model: Any, hidden: torch.Tensor, batch: Any, *rest: Any, at_labels: bool
+    ) -> loss.LossParts:
         batch = replace(batch, flat=batch.flat.clone())
         at = batch["to_sorted"][batch["text_rows"].long()] + 1
         batch["text_rows"].copy_(batch["to_sequence"][at.clamp(max=len(hidden) - 1).long()])
@@ -166,6 +168,7 @@ def test_unshifted_loss_is_refused(
         labels = torch.roll(inputs["label_ids"], 1, 1)
         return reference.reference_loss(model, inputs | {"label_ids": labels}, *rest, **options)
 
+    monkeypatch.setattr(step, "label_states", step.hidden_states)  # the wrong rows are none of those with a label
     monkeypatch.setattr(step, "pack_loss", unshifted_pack_loss)
     monkeypatch.setattr(step, "reference_loss", unshifted_reference)
     said = refusal(capsys, "single", model, trained.data, tmp_path / "out", forward=forward)

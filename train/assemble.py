@@ -17,8 +17,11 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ..shards.errors import UserError
 from .config import TrainConfig
+from .cost import choose_checkpointing, free_bytes
 from .data import Loader, LoaderOptions
 from .faults import BadSteps
+from .forward import Checkpointing, Running
+from .fused import stack_layer
 from .lora import TrainableOptions, add_lora, describe_trainable, trainable
 from .loss import LossOptions
 from .model import HiggsAudioModel, load_config, load_model
@@ -153,12 +156,27 @@ def wrap(
     """The module that a step calls: DDP around what trains, or FSDP around everything."""
     several = place.world.size > 1
     if config.full_finetune and several:
-        module = PackModel(model, None, loss)
+        module = PackModel(model, None, loss, Running(config.compile, "none"))
         compute = torch.bfloat16 if place.device.type == "cuda" else torch.float32
         shard(model, module, place.device, compute)
         return module
-    module = PackModel(model, trainable(peft_model).values(), loss)
+    for layer in model.layers if not config.full_finetune else ():
+        stack_layer(layer)
+    module = PackModel(model, trainable(peft_model).values(), loss, way_to_run(config, place, model))
     return DistributedDataParallel(module, gradient_as_bucket_view=True) if several else module
+
+
+def way_to_run(config: TrainConfig, place: Place, model: HiggsAudioModel) -> Running:
+    """Compiled or not, and the checkpointing that is asked for or that fits; the same on every rank."""
+    if config.activation_checkpointing != "auto":
+        return Running(config.compile, config.activation_checkpointing)
+    modes: list[Checkpointing] = ["none", "selective", "full"]
+    free = free_bytes(place.device) / (1 if place.device.type == "cuda" else place.world.local_size)
+    mine = modes.index(choose_checkpointing(model, config.tokens_per_pack, free))
+    worst = int(place.gather(torch.tensor([mine])).max())
+    if worst and place.is_main:
+        print(f"--activation_checkpointing {modes[worst]}: {free / 1e9:.1f} GB are free", flush=True)
+    return Running(config.compile, modes[worst])
 
 
 def count_steps(run: Run, state: dict[str, Any]) -> int:

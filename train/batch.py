@@ -45,6 +45,8 @@ class Batch:
     `mel` features mel_source [M] (frame of the tower's output, over all windows);
     codes_KA [K, A]; positions [N] (in each sample, sorted order); to_sequence [N], to_sorted [N];
     text_rows [Lt], text_labels [Lt]; audio_rows [La], audio_labels_KL [K, La] (rows of the sorted order, -100: none);
+    label_rows [Lt + La or less] (every row with a label, ascending); text_in_labels [Lt], audio_in_labels [La] (where
+    in label_rows the rows of the labels stand);
     label_counts [1 + K]: text labels, then audio labels of each codebook; pairs [1]: samples with reference and target;
     cu_all, cu_text, cu_audio [samples + 1]: where each sample's positions, text rows and audio rows begin;
     for the contrastive loss owners [A] (2 * sample, and 1 more for a target) and speakers [samples].
@@ -53,6 +55,7 @@ class Batch:
         flat: int32, everything above (codes and audio labels as pairs of int16); on the device after `to`.
         layout: offset in `flat` and shape of each array, and whether it is int16.
         lengths, text_lengths, audio_lengths: positions, text rows and audio rows of each sample (host).
+        label_text_rows: how many of label_rows are text rows (host).
         keys: the samples' keys.
         seconds: audio of its samples.
         mels: float16; with `mel` features [S, C, 3000], each segment's padded 30 s window; with `encoder` [M, C].
@@ -74,6 +77,7 @@ class Batch:
     mels: torch.Tensor | None = None
     mel_frames: list[int] = field(default_factory=list)
     weight: int = 1
+    label_text_rows: int = 0
     trained_segments: int = 0
     damaged: list[str] = field(default_factory=list)
     in_slot: int = 0
@@ -141,16 +145,24 @@ def collate(
     ends = np.cumsum(seen.lengths)
     labels = slice(None) if weight else slice(0)
     audio_labels_KL = seen.audio_labels_KB[:, labels]
+    text_label_rows, audio_label_rows = (
+        to_sequence[seen.text_label_at[labels]],
+        to_sequence[seen.audio_label_at[labels]],
+    )
+    label_rows = np.unique(np.concatenate([text_label_rows, audio_label_rows]))
     arrays = {
         "text_ids": seen.text_ids,
         "codes_KA": seen.codes_KA,
         "positions": to_sorted - np.repeat(ends - seen.lengths, seen.lengths)[to_sorted],
         "to_sequence": to_sequence,
         "to_sorted": to_sorted,
-        "text_rows": to_sequence[seen.text_label_at[labels]],
+        "text_rows": text_label_rows,
         "text_labels": seen.text_labels[labels],
-        "audio_rows": to_sequence[seen.audio_label_at[labels]],
+        "audio_rows": audio_label_rows,
         "audio_labels_KL": audio_labels_KL,
+        "label_rows": label_rows,
+        "text_in_labels": np.searchsorted(label_rows, text_label_rows),
+        "audio_in_labels": np.searchsorted(label_rows, audio_label_rows),
         "pairs": np.zeros(1, np.int32),
         "label_counts": np.concatenate([[len(seen.text_labels[labels])], (audio_labels_KL >= 0).sum(1)]),
     }
@@ -171,6 +183,7 @@ def collate(
         lengths=seen.lengths.tolist(),
         text_lengths=text_lengths,
         audio_lengths=audio_lengths,
+        label_text_rows=int(np.searchsorted(label_rows, len(text_at))),
         keys=[sample.key for sample in samples],
         seconds=seconds,
         mels=mels,

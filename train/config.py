@@ -162,6 +162,12 @@ class TrainConfig:
     """Train even where the self-test before the first step says that the training signal is wrong."""
     forward: Literal["packed", "reference"] = "packed"
     """packed: ours. reference: boson's padded forward and collator, several times slower, for anyone who doubts."""
+    compile: bool = False
+    """Compile the layers (torch.compile), which pays on a GPU; the first steps take a minute more."""
+    activation_checkpointing: Literal["none", "selective", "full", "auto"] = "auto"
+    """What backward computes again to save memory: nothing, each FFN, each layer, or the least that fits."""
+    profile: bool = False
+    """Write a trace of three early steps, and print where they go."""
     logging_steps: int = 10
     """Steps between two lines of metrics.jsonl."""
     diagnostics_steps: int = 0

@@ -13,10 +13,11 @@ Shapes: N positions (P text rows, then A audio rows), H hidden, D head size, h h
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from inspect import signature
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F  # noqa: N812
@@ -24,10 +25,14 @@ from boson_multimodal.model.higgs_audio.modeling_higgs_audio import HiggsAudioDu
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.attention.varlen import varlen_attn
+from torch.utils.checkpoint import checkpoint
 
 from .batch import Batch
-from .lora import linear, normed
+from .fused import Gated, Layer, Normed, Rows, layers_of, project
+from .lora import linear
 from .model import HiggsAudioModel
+
+Checkpointing = Literal["none", "selective", "full"]
 
 
 @dataclass(frozen=True)
@@ -48,23 +53,83 @@ class Span:
 
 
 @dataclass(frozen=True)
+class Blocks:
+    """The two parts of a layer around the attention, eager or compiled; see `_qkv` and `_ffn`."""
+
+    qkv: Callable[..., tuple[torch.Tensor, ...]]
+    ffn: Callable[..., torch.Tensor]
+
+
+@dataclass(frozen=True)
 class Spans:
-    """The three ways in which rows attend: all of them, text rows only, audio rows only."""
+    """The three ways in which rows attend: all of them, text rows only, audio rows only; and what runs the layers."""
 
     every: Span
     text: Span
     audio: Span
+    blocks: Blocks
 
 
-def hidden_states(model: HiggsAudioModel, batch: Batch) -> torch.Tensor:
+@dataclass(frozen=True)
+class Kept:
+    """Rows that go on after an attention: in sorted order, where they stand in the sequence, how many are text."""
+
+    rows: torch.Tensor
+    positions: torch.Tensor
+    text_rows: int
+
+
+@dataclass(frozen=True)
+class Running:
+    """How layers are run; nothing of it changes a number beyond rounding.
+
+    compiled: through torch.compile, with row counts that may change from batch to batch. checkpointing: what backward
+    makes again instead of keeping it: `none`, `selective` (each FFN) or `full` (each layer).
+    """
+
+    compiled: bool = False
+    checkpointing: Checkpointing = "none"
+
+
+def hidden_states(model: HiggsAudioModel, batch: Batch, running: Running = Running()) -> torch.Tensor:
     """The residual stream [N, H] after the last layer, before the final norm, in sorted order."""
+    hidden_NH, text_rows, spans = _begin(model, batch, running)
+    for layer in model.layers:
+        hidden_NH = _run(layer, running, hidden_NH, text_rows, spans)
+    return hidden_NH
+
+
+def label_states(model: HiggsAudioModel, batch: Batch, running: Running = Running()) -> torch.Tensor:
+    """The rows `batch["label_rows"]` of `hidden_states`: [rows, H].
+
+    After the last layer's attention no row meets another, so only these are carried on.
+    """
+    hidden_NH, text_rows, spans = _begin(model, batch, running)
+    for layer in model.layers[:-1]:
+        hidden_NH = _run(layer, running, hidden_NH, text_rows, spans)
+    kept = Kept(batch["label_rows"], batch["to_sorted"].index_select(0, batch["label_rows"]), batch.label_text_rows)
+    last: Any = model.layers[-1]
+    if not isinstance(last, HiggsAudioDualFFNDecoderLayer) or last.fast_forward:
+        return _run(last, running, hidden_NH, text_rows, spans).index_select(0, kept.rows)
+    return _run(last, running, hidden_NH, text_rows, spans, kept)
+
+
+def _begin(model: HiggsAudioModel, batch: Batch, running: Running) -> tuple[torch.Tensor, int, Spans]:
+    """The embeddings in sorted order [N, H], how many of them are text rows, and how rows attend."""
     hidden_NH = torch.cat([embed_text(model, batch), embed_audio(model, batch["codes_KA"])])
     text_rows = len(hidden_NH) - batch["codes_KA"].shape[1]
-    spans = make_spans(model, batch, hidden_NH, text_rows)
-    for layer in model.layers:
-        packed = (hidden_NH, text_rows, spans)
-        hidden_NH = layer(packed=packed) if isinstance(layer, FSDPModule) else decoder_layer(layer, *packed)
-    return hidden_NH
+    return hidden_NH, text_rows, make_spans(model, batch, hidden_NH, text_rows, _blocks(running))
+
+
+def _run(layer: nn.Module, running: Running, *packed: Any) -> torch.Tensor:
+    """One layer, in the way of `running`; FSDP's hooks run around the layer's own call."""
+    if isinstance(layer, FSDPModule):
+        return layer(packed=packed)
+    if running.checkpointing == "full" and torch.is_grad_enabled():
+        out = checkpoint(decoder_layer, layer, *packed, use_reentrant=False)
+        assert isinstance(out, torch.Tensor)
+        return out
+    return decoder_layer(layer, *packed)
 
 
 def embed_text(model: HiggsAudioModel, batch: Batch) -> torch.Tensor:
@@ -101,7 +166,7 @@ def embed_audio(model: HiggsAudioModel, codes_KA: torch.Tensor) -> torch.Tensor:
     return linear(model.audio_out_embed_projector, embedded_AH) if model.use_audio_out_embed_projector else embedded_AH
 
 
-def make_spans(model: HiggsAudioModel, batch: Batch, like: torch.Tensor, text_rows: int) -> Spans:
+def make_spans(model: HiggsAudioModel, batch: Batch, like: torch.Tensor, text_rows: int, blocks: Blocks) -> Spans:
     """Rotary embeddings and row orders of a batch."""
     cos, sin = (table[0] for table in model.rotary_emb(like, batch["positions"][None]))
     text, audio = slice(None, text_rows), slice(text_rows, None)
@@ -109,58 +174,97 @@ def make_spans(model: HiggsAudioModel, batch: Batch, like: torch.Tensor, text_ro
         every=Span(cos, sin, batch.lengths, batch["cu_all"], batch["to_sequence"], batch["to_sorted"]),
         text=Span(cos[text], sin[text], batch.text_lengths, batch["cu_text"]),
         audio=Span(cos[audio], sin[audio], batch.audio_lengths, batch["cu_audio"]),
+        blocks=blocks,
     )
 
 
-def decoder_layer(layer: nn.Module, hidden_NH: torch.Tensor, text_rows: int, spans: Spans) -> torch.Tensor:
-    """One layer over the sorted residual stream."""
+def decoder_layer(
+    layer: Any, hidden_NH: torch.Tensor, text_rows: int, spans: Spans, kept: Kept | None = None
+) -> torch.Tensor:
+    """One layer over the sorted residual stream; with `kept`, what comes after its attention for those rows only."""
     if not isinstance(layer, HiggsAudioDualFFNDecoderLayer):
-        return _text_layer(layer, hidden_NH, spans.every)
-    text_PH, audio_AH = hidden_NH[:text_rows], hidden_NH[text_rows:]
+        return _text_layer(layer, hidden_NH, spans.every, spans.blocks)
     if layer.fast_forward:
-        return torch.cat([_text_layer(layer, text_PH, spans.text), audio_AH])
-    normed_audio_AH = normed(layer.audio_input_layernorm, audio_AH)
+        text_PH, audio_AH = hidden_NH[:text_rows], hidden_NH[text_rows:]
+        return torch.cat([_text_layer(layer, text_PH, spans.text, spans.blocks), audio_AH])
+    audio_norm = layer.audio_input_layernorm
     if layer.use_audio_attention:
-        audio_AH = audio_AH + attention(layer.audio_attn, normed_audio_AH, spans.audio)
-        normed_audio_AH = normed(layer.audio_post_audio_attn_layer_norm, audio_AH)
-    normed_NH = torch.cat([normed(layer.input_layernorm, text_PH), normed_audio_AH])
-    attended_NH = attention(layer.self_attn, normed_NH, spans.every)
-    text_PH, audio_AH = text_PH + attended_NH[:text_rows], audio_AH + attended_NH[text_rows:]
-    text_PH = text_PH + feed_forward(layer.mlp, normed(layer.post_attention_layernorm, text_PH))
-    audio_AH = audio_AH + feed_forward(layer.audio_mlp, normed(layer.audio_post_attention_layernorm, audio_AH))
+        text_PH, audio_AH = hidden_NH[:text_rows], hidden_NH[text_rows:]
+        source = norm_of(audio_AH, audio_norm)
+        audio_AH = attention(layer.audio_attn, source, audio_AH, spans.audio, spans.blocks)
+        hidden_NH, audio_norm = torch.cat([text_PH, audio_AH]), layer.audio_post_audio_attn_layer_norm
+    source = norm_of(hidden_NH, layer.input_layernorm, audio_norm, text_rows)
+    hidden_NH = attention(layer.self_attn, source, hidden_NH, spans.every, spans.blocks, kept)
+    text_rows = kept.text_rows if kept else text_rows
+    text_PH, audio_AH = hidden_NH[:text_rows], hidden_NH[text_rows:]
+    text_PH = feed_forward(layer.mlp, layer.post_attention_layernorm, text_PH, spans.blocks)
+    audio_AH = feed_forward(layer.audio_mlp, layer.audio_post_attention_layernorm, audio_AH, spans.blocks)
     return torch.cat([text_PH, audio_AH])
 
 
-def _text_layer(layer: Any, hidden_NH: torch.Tensor, span: Span) -> torch.Tensor:
-    hidden_NH = hidden_NH + attention(layer.self_attn, normed(layer.input_layernorm, hidden_NH), span)
-    return hidden_NH + feed_forward(layer.mlp, normed(layer.post_attention_layernorm, hidden_NH))
+def _text_layer(layer: Any, hidden_NH: torch.Tensor, span: Span, blocks: Blocks) -> torch.Tensor:
+    hidden_NH = attention(layer.self_attn, norm_of(hidden_NH, layer.input_layernorm), hidden_NH, span, blocks)
+    return feed_forward(layer.mlp, layer.post_attention_layernorm, hidden_NH, blocks)
 
 
-def feed_forward(mlp: Any, x_NH: torch.Tensor) -> torch.Tensor:
-    """Llama's gated FFN."""
-    return linear(mlp.down_proj, mlp.act_fn(linear(mlp.gate_proj, x_NH)) * linear(mlp.up_proj, x_NH))
+def norm_of(x_NH: torch.Tensor, norm: Any, audio_norm: Any = None, text_rows: int | None = None) -> Normed:
+    """The norm of the residual stream; of its audio rows, by a norm of their own where there is one."""
+    rows = len(x_NH) if text_rows is None else text_rows
+    return Normed(x_NH, norm.weight, (audio_norm or norm).weight, rows, norm.variance_epsilon)
 
 
-def attention(module: Any, x_NH: torch.Tensor, span: Span) -> torch.Tensor:
-    """Llama's grouped-query attention over the rows of a span: [N, H]."""
-    rows = len(x_NH)
-    q_NhD = linear(module.q_proj, x_NH).view(rows, -1, module.head_dim)
-    k_NhD = linear(module.k_proj, x_NH).view(rows, -1, module.head_dim)
-    v_NhD = linear(module.v_proj, x_NH).view(rows, -1, module.head_dim)
-    q_NhD, k_NhD = rotate(q_NhD, span), rotate(k_NhD, span)
-    if span.to_sequence is not None:
-        q_NhD, k_NhD, v_NhD = (x.index_select(0, span.to_sequence) for x in (q_NhD, k_NhD, v_NhD))
-    out_NhD = causal_attention(q_NhD, k_NhD, v_NhD, span)
-    if span.to_sorted is not None:
-        out_NhD = out_NhD.index_select(0, span.to_sorted)
-    return linear(module.o_proj, out_NhD.reshape(rows, -1))
+def feed_forward(mlp: Any, norm: Any, x_NH: torch.Tensor, blocks: Blocks) -> torch.Tensor:
+    """Llama's gated FFN over the norm of the residual stream, added to it."""
+    return blocks.ffn(norm_of(x_NH, norm), layers_of(mlp.gate_proj, mlp.up_proj), layers_of(mlp.down_proj))
 
 
-def rotate(x_NhD: torch.Tensor, span: Span) -> torch.Tensor:
+def _ffn(source: Normed, gate_up: tuple[Layer, ...], down: tuple[Layer, ...]) -> torch.Tensor:
+    return project(Gated(*project(source, gate_up)), down, source.x_NH)[0]
+
+
+def attention(
+    module: Any, source: Normed, residual_NH: torch.Tensor, span: Span, blocks: Blocks, kept: Kept | None = None
+) -> torch.Tensor:
+    """Llama's grouped-query attention over the rows of a span, added to the residual stream: [N, H].
+
+    With `kept`, its output at those rows only.
+    """
+    layers = layers_of(module.q_proj, module.k_proj, module.v_proj)
+    q_NhD, k_NhD, v_NhD = blocks.qkv(source, layers, span.cos_ND, span.sin_ND, span.to_sequence, module.head_dim)
+    out = Rows(causal_attention(q_NhD, k_NhD, v_NhD, span).flatten(1), span.to_sorted, span.to_sequence)
+    if kept:
+        out, residual_NH = Rows(out.x_NH, kept.positions), residual_NH.index_select(0, kept.rows)
+    return project(out, layers_of(module.o_proj), residual_NH)[0]
+
+
+def _qkv(
+    source: Normed,
+    layers: tuple[Layer, ...],
+    cos_ND: torch.Tensor,
+    sin_ND: torch.Tensor,
+    to_sequence: torch.Tensor | None,
+    head_dim: int,
+) -> tuple[torch.Tensor, ...]:
+    """Queries, keys and values [N, h, D] in sequence order."""
+    q_NhD, k_NhD, v_NhD = (x_NO.view(len(x_NO), -1, head_dim) for x_NO in project(source, layers))
+    found = rotate(q_NhD, cos_ND, sin_ND), rotate(k_NhD, cos_ND, sin_ND), v_NhD
+    return found if to_sequence is None else tuple(x.index_select(0, to_sequence) for x in found)
+
+
+@cache
+def _blocks(running: Running) -> Blocks:
+    qkv: Callable[..., Any] = torch.compile(_qkv, dynamic=True) if running.compiled else _qkv
+    ffn: Callable[..., Any] = torch.compile(_ffn, dynamic=True) if running.compiled else _ffn
+    if running.checkpointing == "selective":
+        ffn = partial(checkpoint, ffn, use_reentrant=False)
+    return Blocks(qkv, ffn)
+
+
+def rotate(x_NhD: torch.Tensor, cos_ND: torch.Tensor, sin_ND: torch.Tensor) -> torch.Tensor:
     """Rotary position embedding, in Llama's half-split form."""
     first, second = x_NhD.chunk(2, dim=-1)
     turned = torch.cat([-second, first], dim=-1)
-    return x_NhD * span.cos_ND[:, None] + turned * span.sin_ND[:, None]
+    return x_NhD * cos_ND[:, None] + turned * sin_ND[:, None]
 
 
 def causal_attention(q_NhD: torch.Tensor, k_NhD: torch.Tensor, v_NhD: torch.Tensor, span: Span) -> torch.Tensor:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -23,9 +24,11 @@ from ..shards.errors import UserError
 from .assemble import build, check, checkpoint_bytes, describe_run
 from .checkpoint import VERSION, Snapshot
 from .config import TrainConfig
+from .cost import Rows, model_flops, peak_of
 from .data import naming_dead_workers
 from .diagnostics import UpdateWatch, assert_frozen, fingerprint, look_at_predictions
 from .faults import EXIT_REQUEUE, StopFlag, Stopped, together
+from .garbage import collected_on_schedule
 from .metrics import loss_metrics, max_memory_gb
 from .output import (
     ADAPTER,
@@ -41,6 +44,7 @@ from .output import (
     whole_weights,
     write_model,
 )
+from .profiling import StepProfiler
 from .report import Reporter
 from .resume import changed_options, snapshot
 from .samples import Speaker
@@ -64,6 +68,8 @@ class Tools:
     reporter: Reporter | None = None
     saver: Saver | None = None
     speaker: Speaker | None = None
+    profiler: StepProfiler | None = None
+    collect: Callable[[int], None] = lambda _step: None
     saved_at: float = field(default_factory=time.monotonic)
     saved_step: int = 0
 
@@ -107,8 +113,12 @@ def _train(config: TrainConfig, place: Place) -> None:
         tools.saver = Saver(config.output_dir, config.save_total_limit)
     if config.sample_steps:
         tools.speaker = Speaker(run, tokenizer, checked.features)
-    with tools.stop.listening(), naming_dead_workers():
+    if config.profile and place.is_main:
+        tools.profiler = StepProfiler(config.output_dir / "profile", place.device)
+    with tools.stop.listening(), naming_dead_workers(), collected_on_schedule() as tools.collect:
         run_steps(run, tools, window)
+    if tools.profiler:
+        tools.profiler.close()
     save_result(run, tools, checked.base)
 
 
@@ -148,6 +158,9 @@ def run_steps(run: Run, tools: Tools, window: Window) -> None:
             predictions = run.look(batches[0], look)
         norm = train_step(run, batches, counts, window, watch)
         step, last = progress.step, progress.step == run.total_steps
+        tools.collect(step)
+        if tools.profiler and (table := tools.profiler.step()):
+            say(tools, table)
         predictions |= watch.norms() if watch else {}
         if tools.reporter:
             tools.reporter.step(step)
@@ -223,14 +236,18 @@ def summarise(run: Run, window: Window, norm: torch.Tensor) -> dict[str, object]
     size, stats = run.place.world.size, window.total.tolist()
     run.bad.read(wait=True)
     host = [window.positions, window.samples, window.seconds, window.wait_s, len(run.loader.damaged)]
-    values = run.place.agree([*stats, *host])
-    positions, samples, seconds, wait_s, damaged = values[len(stats) :]
+    values = run.place.agree([*stats, *host, window.audio_rows, window.squares])
+    positions, samples, seconds, wait_s, damaged, audio_rows, squares = values[len(stats) :]
     elapsed = time.perf_counter() - window.began
+    losses = loss_metrics(values[: len(stats)], run.loss)
+    labels = (losses["text_labels"], losses["audio_labels"] / run.codebooks)
+    peak = peak_of(run.place.device)
+    flops = model_flops(run.model, Rows(positions, positions - audio_rows, audio_rows, squares, *labels)) if peak else 0
     return {
         "kind": "train",
         "step": run.progress.step,
         "epoch": run.epochs_done,
-        **loss_metrics(values[: len(stats)], run.loss),
+        **losses,
         "learning_rate": run.optimizer.param_groups[0]["lr"],
         "grad_norm": float(norm),
         "tokens_per_second": positions / elapsed,
@@ -242,6 +259,7 @@ def summarise(run: Run, window: Window, norm: torch.Tensor) -> dict[str, object]
         "bad_steps": run.bad.count,
         "step_time_s": elapsed / window.steps,
         "max_memory_gb": max_memory_gb(run.place.device),
+        **({"mfu": flops / elapsed / size / peak} if peak else {}),
     }
 
 

@@ -139,25 +139,33 @@ class LossParts(NamedTuple):
 
 
 def pack_loss(
-    model: HiggsAudioModel, hidden_NH: torch.Tensor, batch: Batch, label_weights: torch.Tensor, options: LossOptions
+    model: HiggsAudioModel,
+    hidden_NH: torch.Tensor,
+    batch: Batch,
+    label_weights: torch.Tensor,
+    options: LossOptions,
+    *,
+    at_labels: bool = False,
 ) -> LossParts:
     """The loss share of one pack.
 
     Args:
-        hidden_NH: what `hidden_states` returned.
+        hidden_NH: what `hidden_states` returned; or, with `at_labels`, what `label_states` did.
         label_weights: [2 + K], from `LossOptions.per_label`.
     """
+    assert not (at_labels and options.contrastive), "the contrastive loss takes every audio row"
+    text_rows, audio_rows = (batch[f"{kind}_in_labels" if at_labels else f"{kind}_rows"] for kind in ("text", "audio"))
     heads, codebooks = model.audio_decoder_proj, len(label_weights) - 2
     counts = batch["label_counts"].float()
     total, text_4K = label_weights.new_zeros(()), label_weights.new_zeros(4, 1)
     audio_4K, contrastive = label_weights.new_zeros(4, codebooks), label_weights.new_zeros(2)
     if options.with_text:
-        normed_nH = normed(model.norm, hidden_NH.index_select(0, batch["text_rows"]))
+        normed_nH = normed(model.norm, hidden_NH.index_select(0, text_rows))
         labels_n1, weights_1 = batch["text_labels"][:, None], label_weights[:1]
         part, text_4K = head_cross_entropy(normed_nH, heads.text_lm_head, labels_n1, weights_1, options.smoothing)
         total = total + part
     if options.with_audio:
-        normed_nH = normed(model.norm, hidden_NH.index_select(0, batch["audio_rows"]))
+        normed_nH = normed(model.norm, hidden_NH.index_select(0, audio_rows))
         labels_nK, weights_K, eos = batch["audio_labels_KL"].t(), label_weights[1:-1], model.config.audio_stream_eos_id
         part, audio_4K = head_cross_entropy(
             normed_nH, heads.audio_lm_head, labels_nK, weights_K, options.smoothing, eos

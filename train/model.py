@@ -92,7 +92,7 @@ def load_model(path: Path, *, device: torch.device, dtype: torch.dtype, audio_at
     if adding:
         filled |= _identity_attention(filled, config)
     model.load_state_dict(filled, assign=True)
-    _make_buffers(model, config, device)
+    make_buffers(model, config, device)
     return Loaded(model.requires_grad_(False).eval(), TEXT_HEAD_WEIGHT not in missing, adding)
 
 
@@ -142,7 +142,7 @@ def _identity_attention(filled: dict[str, torch.Tensor], config: HiggsAudioConfi
     return new
 
 
-def _make_buffers(model: HiggsAudioModel, config: HiggsAudioConfig, device: torch.device) -> None:
+def make_buffers(model: HiggsAudioModel, config: HiggsAudioConfig, device: torch.device) -> None:
     """What no checkpoint holds: rotary frequencies, and boson's codebook weights."""
     rotary = type(model.rotary_emb)(config=config.text_config, device=device)
     model.rotary_emb = rotary

@@ -50,9 +50,9 @@ class Place:
         return total.tolist()
 
     def gather(self, values: torch.Tensor) -> torch.Tensor:
-        """A host tensor of every rank, as [ranks, ...]; all have the same shape."""
+        """A copy of a host tensor of every rank, as [ranks, ...]; all have the same shape."""
         if self.control is None:
-            return values[None]
+            return values[None].clone()
         found = [torch.empty_like(values) for _ in range(self.world.size)]
         dist.all_gather(found, values, group=self.control)
         return torch.stack(found)

@@ -29,7 +29,7 @@ from .config import TrainConfig
 from .data import Loader
 from .diagnostics import UpdateWatch
 from .faults import BadSteps, naming_memory
-from .forward import hidden_states
+from .forward import Running, hidden_states, label_states
 from .loss import LossOptions, LossParts, pack_loss
 from .model import HiggsAudioModel
 from .optim import Ema, set_rates
@@ -47,13 +47,19 @@ class PackModel(nn.Module):
             registered, for FSDP.
     """
 
-    def __init__(self, model: HiggsAudioModel, parameters: Iterable[nn.Parameter] | None, options: LossOptions) -> None:
+    def __init__(
+        self,
+        model: HiggsAudioModel,
+        parameters: Iterable[nn.Parameter] | None,
+        options: LossOptions,
+        running: Running = Running(),  # noqa: B008
+    ) -> None:
         super().__init__()
         if parameters is None:
             self.model = model
         else:
             self.trained = nn.ParameterList(parameters)
-        self.options = options
+        self.options, self.running = options, running
         self._model = (model,)  # in a tuple: not a submodule
 
     def forward(self, batch: Batch, label_weights: torch.Tensor, look: Callable[..., Any] | None = None) -> Any:
@@ -64,7 +70,10 @@ class PackModel(nn.Module):
             return look(model, batch)
         if batch.reference is not None:
             return reference_loss(model, batch.reference, label_weights, self.options, weight=batch.weight)
-        return pack_loss(model, hidden_states(model, batch), batch, label_weights, self.options)
+        if self.options.contrastive:
+            return pack_loss(model, hidden_states(model, batch, self.running), batch, label_weights, self.options)
+        states = label_states(model, batch, self.running)
+        return pack_loss(model, states, batch, label_weights, self.options, at_labels=True)
 
 
 @dataclass
@@ -75,6 +84,8 @@ class Window:
     steps: int = 0
     positions: int = 0
     samples: int = 0
+    audio_rows: int = 0
+    squares: int = 0
     seconds: float = 0.0
     wait_s: float = 0.0
     began: float = field(default_factory=time.perf_counter)
@@ -164,6 +175,8 @@ def take_batches(run: Run, window: Window) -> tuple[list[Batch], list[float]]:
     for batch in batches:
         counts += torch.cat([batch["label_counts"], batch["pairs"]])
         window.positions += batch.positions * batch.weight
+        window.audio_rows += sum(batch.audio_lengths) * batch.weight
+        window.squares += sum(length**2 for length in batch.lengths) * batch.weight
         window.samples += len(batch.keys) * batch.weight
         window.seconds += batch.seconds * batch.weight
     window.steps += 1

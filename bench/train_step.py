@@ -1,0 +1,257 @@
+"""The training step, side by side with the public one: same weights, samples, LoRA targets and rank, alternating.
+
+    python bench/train_step.py --size small [--pairs 5] [--shards SET] [--out step.json]
+
+(a) public: batches of 2 samples padded by boson's collator, boson's forward, PEFT's layers, the text head at every
+position, float32 logits, cross entropy. (b) ours: the same samples as packs, eager. (c) ours, layers compiled.
+
+A round runs forward and backward of every side over the same samples and adds up their gradients, each label weighted
+by one over the labels of all samples, so loss and gradient must agree; in float32 a relative difference above 1e-3
+ends the run. Batches are made beforehand (a loader does that), and the optimizer, equal for all, is left out. Useful
+tokens are positions that are no padding.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+import tyro
+from higgs_tune.shards.format import Arrays
+from higgs_tune.shards.sequence import SpecialIds
+from higgs_tune.train.batch import Batch, collate
+from higgs_tune.train.forward import Running, label_states
+from higgs_tune.train.fused import stack_layer
+from higgs_tune.train.loss import LossOptions, pack_loss
+from higgs_tune.train.model import HiggsAudioModel
+from higgs_tune.train.reference import boson_inputs
+from machine import PeakMemory, describe_machine
+from models import (
+    SIZES,
+    VOCABULARY,
+    SizeName,
+    config_of,
+    make_model,
+    parameter_count,
+    position_count,
+    samples_of,
+    with_lora,
+)
+from peft import PeftModel
+from torch import nn
+
+LOSS = LossOptions()
+TOLERANCE = 1e-3
+
+
+@dataclass(frozen=True)
+class Options:
+    """Training step benchmark."""
+
+    size: SizeName = "small"
+    """Size of the model."""
+    samples: int = 8
+    """Samples in a round."""
+    pairs: int = 5
+    """Rounds; each runs every side once."""
+    tokens_per_pack: int = 8192
+    """Positions of a pack at most."""
+    vocabulary: int = VOCABULARY
+    """Text vocabulary; below the released one, text ids are taken modulo it."""
+    public_batch: int = 2
+    """Samples in a batch of the public step."""
+    shards: str | None = None
+    """Shard set to take samples from; by default synthetic ones of the stated lengths."""
+    compiled: bool = True
+    """Run the compiled side too."""
+    out: Path | None = None
+    """JSON file of the results."""
+
+
+@dataclass
+class Side:
+    """One way to run the step: `step` runs forward and backward of one batch and returns its loss, on the device."""
+
+    name: str
+    batches: list[Any]
+    step: Callable[[Any], torch.Tensor]
+    seconds: list[float] = field(default_factory=list)
+    loss: float = 0.0
+    grad_norm: float = 0.0
+    memory_gb: float = 0.0
+
+    def run(self, parameters: Sequence[nn.Parameter], device: torch.device) -> None:
+        """One round."""
+        for parameter in parameters:
+            parameter.grad = None
+        with PeakMemory(device) as memory:
+            began = time.perf_counter()
+            total = torch.zeros((), device=device)
+            for batch in self.batches:
+                total += self.step(batch)
+            wait(device)
+            self.seconds.append(time.perf_counter() - began)
+        self.loss, self.memory_gb = float(total), memory.more_gb
+        self.grad_norm = float(nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]))
+
+
+def wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def public_step(model: PeftModel, weights: torch.Tensor, inputs: dict[str, Any]) -> torch.Tensor:
+    """What a plain training script does with boson's model, with the right shift of labels."""
+    device = weights.device
+    autocast: AbstractContextManager[Any] = nullcontext()
+    if device.type == "cuda":
+        autocast = torch.autocast("cuda", dtype=torch.bfloat16)
+    with autocast:
+        out = model(**inputs)
+        logits = out.logits.float()[:, :-1]
+        text = F.cross_entropy(logits.flatten(0, 1), out.expanded_labels[:, 1:].flatten(), reduction="sum")
+        loss = text * weights[0]
+        audio, labels = out.audio_logits.float(), inputs["label_audio_ids"]
+        for k in range(len(labels)):
+            loss = loss + F.cross_entropy(audio[:-1, k], labels[k, 1:], reduction="sum") * weights[1 + k]
+    loss.backward()
+    return loss.detach()
+
+
+def our_step(model: HiggsAudioModel, weights: torch.Tensor, batch: Batch, *, compiled: bool) -> torch.Tensor:
+    states = label_states(model, batch, Running(compiled=compiled))
+    loss = pack_loss(model, states, batch, weights, LOSS, at_labels=True).total
+    loss.backward()
+    return loss.detach()
+
+
+def packs_of(samples: list[Arrays], budget: int) -> list[list[Arrays]]:
+    """Samples in order, as many to a pack as fit; near enough to the plan for a handful of them."""
+    packs: list[list[Arrays]] = []
+    room = 0
+    for sample in samples:
+        length = position_count(sample)
+        if length > room:
+            packs.append([])
+            room = budget
+        packs[-1].append(sample)
+        room -= length
+    return packs
+
+
+def make_sides(
+    options: Options, peft_model: PeftModel, model: HiggsAudioModel, samples: list[Arrays], ids: SpecialIds
+) -> tuple[list[Side], int]:
+    """Every side, and the useful tokens of a round."""
+    device = next(model.parameters()).device
+    packs = [collate(pack, 0.0, ids) for pack in packs_of(samples, options.tokens_per_pack)]
+    counts = torch.stack([torch.cat([pack["label_counts"], pack["pairs"]]) for pack in packs]).sum(0)
+    weights = LOSS.per_label(counts.float()).to(device)
+    padded: list[dict[str, Any]] = []
+    for start in range(0, len(samples), options.public_batch):
+        pair = samples[start : start + options.public_batch]
+        inputs = boson_inputs(pair, ids, model.config.pad_token_id)
+        padded.append({k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in inputs.items()})
+    batches = [pack.to(device) for pack in packs]
+    for layer in model.layers:
+        stack_layer(layer)
+    sides = [
+        Side("public", padded, lambda inputs: public_step(peft_model, weights, inputs)),
+        Side("ours", batches, lambda batch: our_step(model, weights, batch, compiled=False)),
+    ]
+    if options.compiled:
+        sides.append(Side("ours, compiled", batches, lambda batch: our_step(model, weights, batch, compiled=True)))
+    return sides, sum(pack.positions for pack in packs)
+
+
+def differences(sides: list[Side]) -> dict[str, dict[str, float]]:
+    """Relative differences of loss and gradient norm from the public side's."""
+    first = sides[0]
+    return {
+        side.name: {"loss": abs(side.loss / first.loss - 1), "grad_norm": abs(side.grad_norm / first.grad_norm - 1)}
+        for side in sides[1:]
+    }
+
+
+def measure(options: Options, device: torch.device) -> dict[str, Any]:
+    """Run everything; raises AssertionError where the sides disagree in float32."""
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    samples, ids = samples_of(options.samples, options.shards)
+    if options.vocabulary < VOCABULARY:
+        samples, ids = narrow(samples, ids, options.vocabulary)
+    model = make_model(config_of(SIZES[options.size], options.vocabulary, ids), device, dtype)
+    size = parameter_count(model)
+    peft_model = with_lora(model)
+    parameters = [parameter for parameter in peft_model.parameters() if parameter.requires_grad]
+    sides, useful = make_sides(options, peft_model, model, samples, ids)
+    for side in sides:  # warm up
+        side.run(parameters, device)
+        side.seconds.clear()
+    for _ in range(options.pairs):
+        for side in sides:
+            side.run(parameters, device)
+    apart = differences(sides)
+    if dtype == torch.float32:
+        for name, found in apart.items():
+            assert max(found.values()) < TOLERANCE, f"{name} differs from the public step: {found}"
+    public = sides[0].seconds
+    return {
+        "size": options.size, "parameters": size, "dtype": str(dtype).removeprefix("torch."), "samples": len(samples),
+        "useful_tokens": useful, "packs": len(sides[1].batches), "vocabulary": options.vocabulary,
+        "lengths": options.shards or "synthetic", "pairs": options.pairs,
+        "sides": {side.name: {"seconds": side.seconds, "loss": side.loss, "grad_norm": side.grad_norm,
+                              "peak_memory_gb": side.memory_gb,
+                              "tokens_per_second": useful / statistics.median(side.seconds)} for side in sides},
+        "ratios": {side.name: [a / b for a, b in zip(public, side.seconds, strict=True)] for side in sides[1:]},
+        "relative_differences": apart,
+    }  # fmt: skip
+
+
+def narrow(samples: list[Arrays], ids: SpecialIds, vocabulary: int) -> tuple[list[Arrays], SpecialIds]:
+    """The same samples over a smaller vocabulary, whose last two ids stand for audio."""
+    audio_in, audio_out = vocabulary - 3, vocabulary - 2
+    changed = []
+    for sample in samples:
+        tokens_2L = sample.tokens_2L.copy()
+        text = tokens_2L % (vocabulary - 3)
+        tokens_2L[tokens_2L >= 0] = text[tokens_2L >= 0]
+        tokens_2L[0][sample.tokens_2L[0] == ids.audio_in] = audio_in
+        tokens_2L[0][sample.tokens_2L[0] == ids.audio_out] = audio_out
+        changed.append(Arrays(sample.key, tokens_2L, sample.codes_KT, sample.segment_frames))
+    return changed, SpecialIds(**asdict(ids) | {"audio_in": audio_in, "audio_out": audio_out})
+
+
+def show(result: dict[str, Any]) -> None:
+    print(f"{result['size']}: {result['parameters'] / 1e6:,.0f} M parameters, {result['dtype']}, vocabulary "
+          f"{result['vocabulary']:,}; {result['samples']} samples ({result['lengths']} lengths), "
+          f"{result['useful_tokens']:,} useful tokens in {result['packs']} packs; {result['pairs']} pairs")  # fmt: skip
+    print(f"{'':<16}{'tokens/s':>10}{'ratio':>8}{'spread':>16}{'peak GB':>9}{'loss':>12}{'grad norm':>12}")
+    for name, side in result["sides"].items():
+        ratios = result["ratios"].get(name, [1.0])
+        spread = f"{min(ratios):.2f} to {max(ratios):.2f}"
+        print(f"{name:<16}{side['tokens_per_second']:>10,.0f}{statistics.median(ratios):>7.2f}x{spread:>16}"
+              f"{side['peak_memory_gb']:>9.2f}{side['loss']:>12.6f}{side['grad_norm']:>12.6f}")  # fmt: skip
+    for name, found in result["relative_differences"].items():
+        print(f"{name}: loss differs by {found['loss']:.1e}, gradient norm by {found['grad_norm']:.1e} (relative)")
+
+
+def main() -> None:
+    options = tyro.cli(Options)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    result = measure(options, device) | {"machine": describe_machine()}
+    print(result["machine"])
+    show(result)
+    if options.out:
+        options.out.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

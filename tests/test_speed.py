@@ -1,0 +1,176 @@
+"""What makes steps fast changes no number: compiled, checkpointed and stacked layers; no wait for the device."""
+
+from __future__ import annotations
+
+import gc
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from higgs_tune.shards.reader import ShardSet
+from higgs_tune.train.batch import Batch, collate
+from higgs_tune.train.config import TrainConfig
+from higgs_tune.train.cost import Rows, activation_bytes, choose_checkpointing, model_flops, working_bytes
+from higgs_tune.train.forward import Running, hidden_states, label_states
+from higgs_tune.train.fused import stack_layer
+from higgs_tune.train.garbage import collected_on_schedule
+from higgs_tune.train.loop import train
+from higgs_tune.train.lora import TrainableOptions, add_lora, trainable
+from higgs_tune.train.loss import LossOptions, pack_loss
+from higgs_tune.train.model import HiggsAudioModel, load_model
+from higgs_tune.train.profiling import kind_of, table
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
+
+LOSS = LossOptions()
+needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+
+
+def with_lora(toy: Path, device: str = "cpu", dtype: torch.dtype = torch.float32, **options: Any) -> HiggsAudioModel:
+    """The toy model with LoRA whose B matrices are not zero."""
+    model = load_model(toy / "model", device=torch.device(device), dtype=dtype).model
+    torch.manual_seed(0)
+    add_lora(model, TrainableOptions(r=4, **options), "single", toy / "model", None)
+    for name, parameter in model.named_parameters():
+        if ".lora_B." in name:
+            torch.nn.init.normal_(parameter, std=0.02)
+    return model
+
+
+def batch_of(shards: ShardSet, rows: range) -> Batch:
+    return collate([shards.read(row) for row in rows], 0.0, shards.special_ids)
+
+
+def step(model: HiggsAudioModel, batch: Batch, running: Running = Running()) -> dict[str, torch.Tensor]:  # noqa: B008
+    """Forward and backward; the loss and every gradient."""
+    weights = LOSS.per_label(torch.cat([batch["label_counts"], batch["pairs"]]).float())
+    parts = pack_loss(model, label_states(model, batch, running), batch, weights, LOSS, at_labels=True)
+    parts.total.backward()
+    found = {name: p.grad for name, p in trainable(model).items() if p.grad is not None}
+    model.zero_grad(set_to_none=True)
+    return found | {"loss": parts.total.detach()}
+
+
+def assert_same(got: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], share: float = 1e-4) -> None:
+    assert got.keys() == expected.keys()
+    for name, value in expected.items():
+        assert (got[name] - value).abs().max() <= share * value.abs().max() + 1e-9, name
+
+
+@pytest.mark.parametrize("checkpointing", ["selective", "full"])
+def test_checkpointing_changes_no_number(toy: Path, shards: ShardSet, checkpointing: Any) -> None:
+    model, batch = with_lora(toy), batch_of(shards, range(4))
+    assert_same(step(model, batch, Running(checkpointing=checkpointing)), step(model, batch), 1e-6)
+
+
+@pytest.mark.parametrize("dora", [False, True])
+def test_stacked_weights_change_no_number(toy: Path, shards: ShardSet, dora: bool) -> None:
+    model, batch = with_lora(toy, dora=dora), batch_of(shards, range(4))
+    before, expected = {name: p.clone() for name, p in model.named_parameters()}, step(model, batch)
+    for layer in model.layers:
+        stack_layer(layer)
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+    attention: Any = model.layers[0].self_attn
+    bases = [p for name, p in attention.named_parameters() if ".base_layer." in name and "o_proj" not in name]
+    assert len({p.untyped_storage().data_ptr() for p in bases}) == (3 if dora else 1)
+    assert_same(step(model, batch), expected)
+
+
+@needs_compiler
+def test_compiled_layers_agree_and_are_not_compiled_again(toy: Path, shards: ShardSet) -> None:
+    """Two batches warm up; other row and sample counts then find everything compiled."""
+    model, running = with_lora(toy), Running(compiled=True)
+    for rows in (range(3), range(2, 7)):
+        assert_same(step(model, batch_of(shards, rows), running), step(model, batch_of(shards, rows)), 1e-3)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for rows in (range(8), range(5, 6), range(1, 12)):
+            assert_same(step(model, batch_of(shards, rows), running), step(model, batch_of(shards, rows)), 1e-3)
+
+
+class Operators(TorchDispatchMode):
+    """Names of all operators that run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.add(func.name())
+        return func(*args, **(kwargs or {}))
+
+
+def test_no_operator_of_the_step_waits_for_the_device(toy: Path, shards: ShardSet) -> None:
+    model, batch = with_lora(toy), batch_of(shards, range(4))
+    with Operators() as seen:
+        step(model, batch)
+    waiting = ("nonzero", "_local_scalar_dense", "item", "masked_select", "unique", "is_nonzero", "repeat_interleave")
+    assert "aten::mm" in seen.names
+    assert not [name for name in seen.names if any(word in name for word in waiting)]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_the_step_does_not_synchronise(toy: Path, shards: ShardSet) -> None:
+    model = with_lora(toy, "cuda", torch.bfloat16)
+    batches = [batch_of(shards, rows).pin_memory().to(torch.device("cuda")) for rows in (range(4), range(4, 9))]
+    step(model, batches[0])
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for batch in batches:
+            step(model, batch)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_model_flops_are_what_torch_counts(toy: Path, shards: ShardSet, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Matrix products of the plain operations, by torch's own counter; attention is left out on both sides."""
+    model, batch = with_lora(toy), batch_of(shards, range(6))
+    audio = batch["codes_KA"].shape[1]
+    labels = (len(batch["text_labels"]), batch["audio_labels_KL"].shape[1])
+    rows = Rows(batch.positions, batch.positions - audio, audio, 0, *labels)
+    weights = LOSS.per_label(torch.cat([batch["label_counts"], batch["pairs"]]).float())
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)  # the fused operations count as none
+    with FlopCounterMode(display=False) as counter:
+        pack_loss(model, hidden_states(model, batch), batch, weights, LOSS).total.backward()
+    products = {op: count for op, count in counter.get_flop_counts()["Global"].items() if "mm" in str(op)}
+    assert model_flops(model, rows) == pytest.approx(sum(products.values()), rel=0.1)
+
+
+def test_auto_checkpointing_takes_the_least_that_fits(toy: Path) -> None:
+    model = with_lora(toy)
+    needs = [1000 * activation_bytes(model, mode) + working_bytes(model, 1000) for mode in ("none", "selective")]
+    frees = [needs[0] / 0.8 + 1, needs[0] / 0.8 - 1e3, needs[1] / 0.8 + 1, needs[1] / 0.8 - 1e3]
+    assert [choose_checkpointing(model, 1000, free) for free in frees] == ["none", "selective", "selective", "full"]
+
+
+def test_garbage_is_collected_by_schedule_only() -> None:
+    collected: list[str] = []
+    listener: Callable[[str, dict[str, int]], None] = lambda phase, _info: collected.append(phase)  # noqa: E731
+    with collected_on_schedule() as collect:
+        assert not gc.isenabled()
+        gc.callbacks.append(listener)
+        for number in range(1, 50):
+            collect(number)
+        assert not collected
+        collect(50)
+        gc.callbacks.remove(listener)
+        assert collected == ["start", "stop"]
+    assert gc.isenabled()
+
+
+def test_profile_says_where_steps_go(shards: ShardSet, toy: Path, tmp_path: Path) -> None:
+    paths = {"model_path": toy / "model", "train_data_dir": (shards.location,), "output_dir": tmp_path / "out"}
+    options = {"max_steps": 7, "tokens_per_pack": 2048, "dataloader_num_workers": 0, "profile": True, "eval_steps": 0}
+    train(TrainConfig(training_stage="single", **paths, **options))  # pyright: ignore[reportArgumentType]
+    assert (tmp_path / "out" / "profile" / "trace.json").stat().st_size > 1000
+    lines = (tmp_path / "out" / "profile" / "table.txt").read_text().splitlines()
+    assert any(line.startswith("matrix products") for line in lines)
+
+
+def test_table_of_kinds_adds_up() -> None:
+    names = ("aten::mm", "aten::_flash_attention_forward", "ncclDevKernel", "aten::mul")
+    assert [kind_of(name) for name in names] == ["matrix products", "attention", "communication", "pointwise and other"]
+    assert table([(name, 1.0) for name in names]).splitlines()[-1].split() == ["all", "4.00"]

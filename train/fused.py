@@ -1,0 +1,276 @@
+"""Linear layers with LoRA, several on one input, fused with what makes that input; the input is made again in backward.
+
+In: the residual stream (or gate and up, or attention's output) and linear layers, with or without PEFT's LoRA. Out:
+one tensor a layer. Never: a norm's output, SiLU(gate) * up or a reordered copy kept for backward; PEFT's per-call
+casts; a weight of its own.
+
+Frozen weights that stand one behind another in memory (`stack_frozen_weights` puts them there) are multiplied at once.
+Whatever is not a plain linear layer or simple LoRA (DoRA, dropout while training, several adapters) runs by itself
+through `lora.linear`, with autograd's own bookkeeping.
+
+Shapes: N rows, P of them text rows, H input width, O output width, F FFN width, r rank of LoRA.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from peft.tuners.lora import LoraLayer
+from torch import nn
+
+from .lora import linear
+
+Grads = list[torch.Tensor | None]
+
+
+class Rows(NamedTuple):
+    """Rows as they are, or those `at` some; `back` is the inverse where they are a permutation."""
+
+    x_NH: torch.Tensor
+    at: torch.Tensor | None = None
+    back: torch.Tensor | None = None
+
+    def make(self) -> torch.Tensor:
+        return self.x_NH if self.at is None else self.x_NH.index_select(0, self.at)
+
+    def backward(self, grad_NH: torch.Tensor, _needed: Sequence[bool]) -> Grads:
+        if self.back is not None:
+            grad_NH = grad_NH.index_select(0, self.back)
+        elif self.at is not None:
+            grad_NH = grad_NH.new_zeros(self.x_NH.shape).index_copy_(0, self.at.long(), grad_NH)
+        return [grad_NH, None, None]
+
+
+class Normed(NamedTuple):
+    """RMSNorm (https://arxiv.org/abs/1910.07467): the first `text_rows` rows by one weight, the others by another."""
+
+    x_NH: torch.Tensor
+    weight_H: torch.Tensor
+    audio_weight_H: torch.Tensor
+    text_rows: int
+    eps: float
+
+    def make(self) -> torch.Tensor:
+        return self._weighted(self._unit()[0].to(self.x_NH.dtype))
+
+    def backward(self, grad_NH: torch.Tensor, needed: Sequence[bool]) -> Grads:
+        unit_NH, scale_N1 = self._unit()
+        of_weights: Grads = [None, None]
+        for number, part in enumerate((slice(0, self.text_rows), slice(self.text_rows, None))):
+            if needed[1 + number]:
+                weight = (self.weight_H, self.audio_weight_H)[number]
+                of_weights[number] = (grad_NH[part].float() * unit_NH[part]).sum(0).to(weight.dtype)
+        inner_NH = self._weighted(grad_NH).float()
+        inner_NH = (inner_NH - unit_NH * (inner_NH * unit_NH).mean(-1, keepdim=True)) * scale_N1
+        return [inner_NH.to(grad_NH.dtype), *of_weights, None, None]
+
+    def _unit(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Rows of unit mean square [N, H] and their factors [N, 1], in float32."""
+        x_NH = self.x_NH.float()
+        scale_N1 = torch.rsqrt(x_NH.pow(2).mean(-1, keepdim=True) + self.eps)
+        return x_NH * scale_N1, scale_N1
+
+    def _weighted(self, x_NH: torch.Tensor) -> torch.Tensor:
+        text, audio = self.weight_H.to(x_NH.dtype), self.audio_weight_H.to(x_NH.dtype)
+        if self.text_rows == len(x_NH) or self.weight_H is self.audio_weight_H:
+            return x_NH * text
+        return torch.cat([x_NH[: self.text_rows] * text, x_NH[self.text_rows :] * audio])
+
+
+class Gated(NamedTuple):
+    """SiLU(gate) * up (https://arxiv.org/abs/2002.05202)."""
+
+    gate_NF: torch.Tensor
+    up_NF: torch.Tensor
+
+    def make(self) -> torch.Tensor:
+        return F.silu(self.gate_NF) * self.up_NF
+
+    def backward(self, grad_NF: torch.Tensor, _needed: Sequence[bool]) -> Grads:
+        of_gate_NF = torch.ops.aten.silu_backward(grad_NF * self.up_NF, self.gate_NF)
+        return [of_gate_NF, grad_NF * F.silu(self.gate_NF)]
+
+
+Source = Rows | Normed | Gated
+
+
+class Projection(NamedTuple):
+    """A linear layer's tensors: y = x W^T + bias + scaling x A^T B^T."""
+
+    weight_OH: torch.Tensor
+    bias_O: torch.Tensor | None
+    a_rH: torch.Tensor | None
+    b_Or: torch.Tensor | None
+    scaling: float
+
+    def run(self, x_NH: torch.Tensor) -> torch.Tensor:
+        """The layer by plain operations."""
+        bias_O = None if self.bias_O is None else self.bias_O.to(x_NH.dtype)
+        y_NO = F.linear(x_NH, self.weight_OH.to(x_NH.dtype), bias_O)
+        if self.a_rH is None or self.b_Or is None:
+            return y_NO
+        return y_NO + F.linear(F.linear(x_NH, self.a_rH.to(x_NH.dtype)), self.b_Or.to(x_NH.dtype)) * self.scaling
+
+
+Layer = Projection | nn.Module
+
+
+def projection_of(module: nn.Module) -> Projection | None:
+    """The tensors of a linear layer; None where it is more than a linear layer with simple LoRA."""
+    if not isinstance(module, LoraLayer):
+        plain: Any = module  # a linear layer, or peft's wrapper of one that is trained in full
+        return Projection(plain.weight, plain.bias, None, None, 0.0)
+    base: Any = module.get_base_layer()
+    adapters = [name for name in module.active_adapters if name in module.lora_A]
+    if module.disable_adapters or not adapters:
+        return Projection(base.weight, base.bias, None, None, 0.0)
+    name = adapters[0]
+    dropout: Any = module.lora_dropout[name]
+    drops = not isinstance(dropout, nn.Identity) and dropout.training
+    if len(adapters) > 1 or module.merged or module.lora_variant or drops:
+        return None
+    a_rH, b_Or = module.lora_A[name].get_parameter("weight"), module.lora_B[name].get_parameter("weight")
+    return Projection(base.weight, base.bias, a_rH, b_Or, module.scaling[name])
+
+
+def layers_of(*modules: nn.Module) -> tuple[Layer, ...]:
+    """Linear layers as tensors, where they are simple."""
+    return tuple(projection_of(module) or module for module in modules)
+
+
+def project(source: Source, layers: Sequence[Layer], residual_NO: torch.Tensor | None = None) -> list[torch.Tensor]:
+    """Run linear layers on what `source` makes: a list of [N, O].
+
+    Args:
+        layers: from `layers_of`.
+        residual_NO: added to the output of a single layer.
+    """
+    simple = [layer for layer in layers if isinstance(layer, Projection)]
+    if len(simple) < len(layers) or torch.compiler.is_compiling():  # a compiler sees for itself what to make again
+        made_NH = source.make()
+        outputs = [layer.run(made_NH) if isinstance(layer, Projection) else linear(layer, made_NH) for layer in layers]
+        return outputs if residual_NO is None else [residual_NO + outputs[0]]
+    tensors = [tensor for projection in simple for tensor in projection[:4]]
+    stacked = _stacked([projection.weight_OH for projection in simple])
+    scalings = tuple(projection.scaling for projection in simple)
+    return list(_Project.apply(type(source), len(source), scalings, stacked, residual_NO, *source, *tensors))
+
+
+def stack_layer(layer: Any) -> None:
+    """Stack queries, keys and values, and gate and up, of a decoder layer."""
+    for name in ("self_attn", "audio_attn"):
+        if hasattr(layer, name):
+            attention = getattr(layer, name)
+            stack_frozen_weights([attention.q_proj, attention.k_proj, attention.v_proj])
+    for name in ("mlp", "audio_mlp"):
+        if hasattr(layer, name):
+            stack_frozen_weights([getattr(layer, name).gate_proj, getattr(layer, name).up_proj])
+
+
+def stack_frozen_weights(modules: Sequence[nn.Module]) -> None:
+    """Move the frozen weights of linear layers with the same input into one block, in order; they stay what they were.
+
+    Layers that train, or differ in dtype or device, are left alone.
+    """
+    found = [projection_of(module) for module in modules]
+    weights = [projection.weight_OH for projection in found if projection is not None]
+    if len(weights) < len(modules) or any(weight.requires_grad for weight in weights) or _stacked(weights) is not None:
+        return
+    if len({(weight.dtype, weight.device, weight.shape[1]) for weight in weights}) > 1:
+        return
+    block = torch.cat([weight.detach() for weight in weights])
+    for weight, part in zip(weights, block.split([len(weight) for weight in weights]), strict=True):
+        weight.data = part
+
+
+def _stacked(weights: Sequence[torch.Tensor]) -> torch.Tensor | None:
+    """One view [sum of O, H] over weights that stand one behind another in one storage; None where they do not."""
+    if len(weights) < 2 or any(weight.requires_grad for weight in weights):
+        return None
+    first, width = weights[0], weights[0].shape[1]
+    storage = first.untyped_storage().data_ptr()
+    for before, after in pairwise(weights):
+        end = before.storage_offset() + before.numel()
+        if after.untyped_storage().data_ptr() != storage or after.storage_offset() != end or after.shape[1] != width:
+            return None
+    return first.detach().as_strided((sum(len(weight) for weight in weights), width), (width, 1))
+
+
+class _Project(torch.autograd.Function):
+    """The linear layers of `project`; `apply` takes the source's fields, then four tensors a layer."""
+
+    @staticmethod
+    def forward(ctx: Any, kind: type, width: int, scalings: tuple[float, ...], stacked: Any, residual: Any,
+                *given: Any) -> tuple[torch.Tensor, ...]:  # fmt: skip
+        x_NH = kind(*given[:width]).make()
+        layers = [given[at : at + 4] for at in range(width, len(given), 4)]
+        together = (
+            F.linear(x_NH, stacked).split([len(weight) for weight, *_ in layers], 1) if stacked is not None else ()
+        )
+        outputs, lows = [], []
+        for number, (weight_OH, bias_O, a_rH, b_Or) in enumerate(layers):
+            if together:
+                y_NO = together[number]
+            elif residual is not None:
+                y_NO = torch.addmm(residual, x_NH, weight_OH.to(x_NH.dtype).t())
+            else:
+                y_NO = F.linear(x_NH, weight_OH.to(x_NH.dtype))
+            if bias_O is not None:
+                y_NO = y_NO.add_(bias_O)
+            if a_rH is not None:
+                low_Nr = F.linear(x_NH, a_rH.to(x_NH.dtype))
+                y_NO = y_NO.addmm_(low_Nr, b_Or.to(x_NH.dtype).t(), alpha=scalings[number])
+                lows.append(low_Nr)
+            outputs.append(y_NO)
+        ctx.kind, ctx.width, ctx.scalings, ctx.stacked, ctx.layout = kind, width, scalings, stacked, []
+        _save(ctx, [*given, *lows])
+        return tuple(outputs)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[Any, ...]:
+        given, needed = _saved(ctx), ctx.needs_input_grad[5:]
+        end = len(needed)
+        source, lows = ctx.kind(*given[: ctx.width]), list(given[end:])
+        x_NH = source.make()
+        wanted, of_x_NH = any(needed[: ctx.width]), None
+        if wanted and ctx.stacked is not None:
+            of_x_NH = torch.cat(grads, 1) @ ctx.stacked
+        of_layers: Grads = []
+        for number, grad_NO in enumerate(grads):
+            at = ctx.width + 4 * number
+            weight_OH, bias_O, a_rH, b_Or = given[at : at + 4]
+            if wanted and ctx.stacked is None:
+                weight_OH = weight_OH.to(grad_NO.dtype)
+                of_x_NH = grad_NO @ weight_OH if of_x_NH is None else of_x_NH.addmm_(grad_NO, weight_OH)
+            found: Grads = [None] * 4
+            if needed[at]:
+                found[0] = (grad_NO.t() @ x_NH).to(given[at].dtype)
+            if bias_O is not None and needed[at + 1]:
+                found[1] = grad_NO.sum(0).to(bias_O.dtype)
+            if a_rH is not None:
+                low_Nr, of_low_Nr = lows.pop(0), (grad_NO @ b_Or.to(grad_NO.dtype)).mul_(ctx.scalings[number])
+                if of_x_NH is not None:
+                    of_x_NH = of_x_NH.addmm_(of_low_Nr, a_rH.to(grad_NO.dtype))
+                if needed[at + 2]:
+                    found[2] = (of_low_Nr.t() @ x_NH).to(a_rH.dtype)
+                if needed[at + 3]:
+                    found[3] = (grad_NO.t() @ low_Nr).mul_(ctx.scalings[number]).to(b_Or.dtype)
+            of_layers += found
+        of_source = [None] * ctx.width if of_x_NH is None else source.backward(of_x_NH, needed)
+        residual = grads[0] if ctx.needs_input_grad[4] else None
+        return (None, None, None, None, residual, *of_source, *of_layers)
+
+
+def _save(ctx: Any, values: Sequence[Any]) -> None:
+    """Keep tensors through autograd, which checks that nobody writes to them, and other values beside them."""
+    ctx.layout = [None if isinstance(value, torch.Tensor) else (value,) for value in values]
+    ctx.save_for_backward(*(value for value in values if isinstance(value, torch.Tensor)))
+
+
+def _saved(ctx: Any) -> list[Any]:
+    tensors = iter(ctx.saved_tensors)
+    return [next(tensors) if other is None else other[0] for other in ctx.layout]
