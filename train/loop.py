@@ -6,17 +6,12 @@ Never: a step that the ranks do not take together; a loss that depends on how ma
 
 from __future__ import annotations
 
-import contextlib
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from peft import PeftModel
-from transformers import PreTrainedTokenizerBase
 
 from ..preprocess.checkpoint import load_tokenizer
 from ..shards.durable import check_writable, to_json, write_bytes
@@ -26,52 +21,27 @@ from .checkpoint import VERSION, Snapshot
 from .config import TrainConfig
 from .cost import Rows, model_flops, peak_of
 from .data import naming_dead_workers
-from .diagnostics import UpdateWatch, assert_frozen, fingerprint, look_at_predictions
-from .faults import EXIT_REQUEUE, StopFlag, Stopped, together
+from .diagnostics import UpdateWatch, fingerprint, look_at_predictions
+from .faults import EXIT_REQUEUE, Stopped, together
 from .garbage import collected_on_schedule
 from .metrics import loss_metrics, max_memory_gb
 from .output import (
-    ADAPTER,
-    ADAPTER_CONFIG,
-    FULL,
     SELFTEST,
     STOPPED,
-    adapter_config_json,
-    adapter_tensors,
-    save_adapter,
     save_config,
     save_trainable,
-    whole_weights,
-    write_model,
 )
 from .profiling import StepProfiler
 from .report import Reporter
-from .resume import changed_options, snapshot
+from .resume import changed_options
 from .samples import Speaker
 from .saver import Saver
 from .selftest import refuse_if_wrong, run_selftest
 from .setup import Place, join_world
 from .step import Run, Window, take_batches, train_step
-from .validation import Validation
+from .tools import Tools, final_weights, finish_saves, report, save, save_result, say
 
 DRY_STEPS = 2
-
-
-@dataclass
-class Tools:
-    """What works beside the steps. reporter and saver: on rank 0 only. speaker: where samples are generated."""
-
-    tokenizer: PreTrainedTokenizerBase
-    frozen: dict[str, tuple[str, int]]
-    validation: Validation
-    stop: StopFlag = field(default_factory=StopFlag)
-    reporter: Reporter | None = None
-    saver: Saver | None = None
-    speaker: Speaker | None = None
-    profiler: StepProfiler | None = None
-    collect: Callable[[int], None] = lambda _step: None
-    saved_at: float = field(default_factory=time.monotonic)
-    saved_step: int = 0
 
 
 def train(config: TrainConfig) -> None:
@@ -221,16 +191,6 @@ def obey(run: Run, tools: Tools, window: Window, counts: list[float]) -> list[fl
     return agreed[: len(counts)]
 
 
-def report(tools: Tools, metrics: dict[str, object]) -> None:
-    if tools.reporter:
-        tools.reporter.report(metrics)
-
-
-def say(tools: Tools, text: str) -> None:
-    if tools.reporter:
-        tools.reporter.say(text)
-
-
 def summarise(run: Run, window: Window, norm: torch.Tensor) -> dict[str, object]:
     """Sum the window over all ranks and name its numbers. This is where the device is waited for."""
     size, stats = run.place.world.size, window.total.tolist()
@@ -287,59 +247,6 @@ def speak(run: Run, tools: Tools, speaker: Speaker) -> None:
     if metrics and tools.reporter:
         tools.reporter.report(metrics)
         tools.reporter.sounds(speaker.sounds(name), run.progress.step)
-
-
-def save(run: Run, tools: Tools, window: Window) -> None:
-    """Begin to save a checkpoint; what is frozen has not changed until then."""
-    assert_frozen(run.peft_model, tools.frozen)
-    run.bad.read(wait=True)
-    taken = snapshot(run, window, tools.reporter.written if tools.reporter else {})
-    if tools.saver and taken:
-        tools.saver.checkpoint(taken)
-    tools.saved_at, tools.saved_step = time.monotonic(), run.progress.step
-
-
-def finish_saves(run: Run, tools: Tools) -> None:
-    """Wait until everything is on disk; all ranks together.
-
-    Raises:
-        UserError: a save failed.
-    """
-    failures = tools.saver.finish() if tools.saver else []
-    for failure in failures:
-        say(tools, f"error: {failure}")
-    if run.place.agree([float(len(failures))])[0] and not run.config.allow_failed_saves:
-        raise UserError(f"a checkpoint could not be saved: {'; '.join(failures) or 'see rank 0'}")
-
-
-def final_weights(run: Run) -> tuple[dict[str, dict[str, torch.Tensor]], dict[str, bytes]]:
-    """Adapter files: the averaged weights where there is an average. All ranks together."""
-    with run.ema.applied() if run.ema else contextlib.nullcontext():
-        tensors = adapter_tensors(run.peft_model, run.parameters)
-    if not isinstance(run.peft_model, PeftModel):
-        return {FULL: tensors}, {}
-    return {ADAPTER: tensors}, {ADAPTER_CONFIG: adapter_config_json(run.peft_model)}
-
-
-def save_result(run: Run, tools: Tools, base: Path) -> None:
-    """Write the final adapter, or the whole model where every weight has trained."""
-    finish_saves(run, tools)
-    assert_frozen(run.peft_model, tools.frozen)
-    config, peft_model = run.config, run.peft_model
-    if isinstance(peft_model, PeftModel):
-        tensors, _ = final_weights(run)
-        if run.place.is_main:
-            save_adapter(peft_model, tensors[ADAPTER], config.output_dir)
-    else:
-        dtype = run.model.config.torch_dtype or torch.bfloat16
-        weights = whole_weights(run.model, dtype)
-        if run.place.is_main:
-            write_model(config.output_dir, run.model.config, weights, base)
-    if tools.reporter:
-        tools.reporter.close()
-        what = "adapter" if isinstance(peft_model, PeftModel) else "model"
-        print(f"{what} saved in {config.output_dir}", flush=True)
-    run.loader.close()
 
 
 def dry_run(run: Run) -> None:

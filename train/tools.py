@@ -1,0 +1,117 @@
+"""What works beside the steps, and what a run saves: checkpoints on the way, the adapter at the end.
+
+In: a `Run`. Out: lines for people, folders and files. Never: a save on one rank that the others do not know of.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from peft import PeftModel
+from transformers import PreTrainedTokenizerBase
+
+from ..shards.errors import UserError
+from .diagnostics import assert_frozen
+from .faults import StopFlag
+from .output import (
+    ADAPTER,
+    ADAPTER_CONFIG,
+    FULL,
+    adapter_config_json,
+    adapter_tensors,
+    save_adapter,
+    whole_weights,
+    write_model,
+)
+from .profiling import StepProfiler
+from .report import Reporter
+from .resume import snapshot
+from .samples import Speaker
+from .saver import Saver
+from .step import Run, Window
+from .validation import Validation
+
+
+@dataclass
+class Tools:
+    """What works beside the steps. reporter and saver: on rank 0 only. speaker: where samples are generated."""
+
+    tokenizer: PreTrainedTokenizerBase
+    frozen: dict[str, tuple[str, int]]
+    validation: Validation
+    stop: StopFlag = field(default_factory=StopFlag)
+    reporter: Reporter | None = None
+    saver: Saver | None = None
+    speaker: Speaker | None = None
+    profiler: StepProfiler | None = None
+    collect: Callable[[int], None] = lambda _step: None
+    saved_at: float = field(default_factory=time.monotonic)
+    saved_step: int = 0
+
+
+def report(tools: Tools, metrics: dict[str, object]) -> None:
+    if tools.reporter:
+        tools.reporter.report(metrics)
+
+
+def say(tools: Tools, text: str) -> None:
+    if tools.reporter:
+        tools.reporter.say(text)
+
+
+def save(run: Run, tools: Tools, window: Window) -> None:
+    """Begin to save a checkpoint; what is frozen has not changed until then."""
+    assert_frozen(run.peft_model, tools.frozen)
+    run.bad.read(wait=True)
+    taken = snapshot(run, window, tools.reporter.written if tools.reporter else {})
+    if tools.saver and taken:
+        tools.saver.checkpoint(taken)
+    tools.saved_at, tools.saved_step = time.monotonic(), run.progress.step
+
+
+def finish_saves(run: Run, tools: Tools) -> None:
+    """Wait until everything is on disk; all ranks together.
+
+    Raises:
+        UserError: a save failed.
+    """
+    failures = tools.saver.finish() if tools.saver else []
+    for failure in failures:
+        say(tools, f"error: {failure}")
+    if run.place.agree([float(len(failures))])[0] and not run.config.allow_failed_saves:
+        raise UserError(f"a checkpoint could not be saved: {'; '.join(failures) or 'see rank 0'}")
+
+
+def final_weights(run: Run) -> tuple[dict[str, dict[str, torch.Tensor]], dict[str, bytes]]:
+    """Adapter files: the averaged weights where there is an average. All ranks together."""
+    with run.ema.applied() if run.ema else contextlib.nullcontext():
+        tensors = adapter_tensors(run.peft_model, run.parameters)
+    if not isinstance(run.peft_model, PeftModel):
+        return {FULL: tensors}, {}
+    return {ADAPTER: tensors}, {ADAPTER_CONFIG: adapter_config_json(run.peft_model)}
+
+
+def save_result(run: Run, tools: Tools, base: Path) -> None:
+    """Write the final adapter, or the whole model where every weight has trained."""
+    finish_saves(run, tools)
+    assert_frozen(run.peft_model, tools.frozen)
+    config, peft_model = run.config, run.peft_model
+    if isinstance(peft_model, PeftModel):
+        tensors, _ = final_weights(run)
+        if run.place.is_main:
+            save_adapter(peft_model, tensors[ADAPTER], config.output_dir)
+    else:
+        dtype = run.model.config.torch_dtype or torch.bfloat16
+        weights = whole_weights(run.model, dtype)
+        if run.place.is_main:
+            write_model(config.output_dir, run.model.config, weights, base)
+    if tools.reporter:
+        tools.reporter.close()
+        what = "adapter" if isinstance(peft_model, PeftModel) else "model"
+        print(f"{what} saved in {config.output_dir}", flush=True)
+    run.loader.close()
