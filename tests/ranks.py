@@ -140,8 +140,8 @@ def _patch(name: str, step: int, accumulation: int) -> None:
 
     original, calls = module.pack_loss, [0]
 
-    def patched(*args: Any) -> Any:
-        parts = original(*args)
+    def patched(*args: Any, **named: Any) -> Any:
+        parts = original(*args, **named)
         if torch.is_grad_enabled():
             calls[0] += 1
             if (calls[0] - 1) // accumulation + 1 == step:
