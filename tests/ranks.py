@@ -55,8 +55,10 @@ def serve(request: dict[str, Any]) -> dict[str, Any]:
         if killed_saving < request.get("saves", 0):  # these first: few steps are made in between
             killed_saving += wait_for(lambda: any(out.glob(".tmp-checkpoint-*")), pids)
         else:
-            wait_for(bool, pids, rng.uniform(0.2, 4.0))
-        killed += kill(pids)
+            wait_for(bool, pids, rng.uniform(0.2, 3.5))
+        if not kill(pids):
+            break  # the run is done; the caller sees that it was not killed as often as it asked for
+        killed += 1
     began = time.monotonic()
     pids = start(request)
     if "kill_rank" in request:

@@ -21,7 +21,7 @@ from higgs_tune.preprocess.engine import Stopped
 from higgs_tune.shards.errors import UserError
 from higgs_tune.shards.writer import SetWriter
 
-KILLED = 12
+KILLED = 27  # 20 of them by signal 9, or one more
 Task = Callable[[Any, int], Any]
 
 

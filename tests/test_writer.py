@@ -52,14 +52,14 @@ def test_every_sample_is_there(undisturbed: Path) -> None:
     }
 
 
-def test_killed_at_forty_moments(undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_killed_at_fifty_moments(undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """After each kill -9 no final name holds anything but its final content; each restart ends with the same bytes."""
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))  # the fork server finds build_set by nothing else
     expected, rng = files_of(undisturbed), np.random.default_rng(0)
     duration = min(run(tmp_path / str(i)) for i in "ab")
     killed = 0
     for number in range(200):
-        if killed == 40:
+        if killed == 50:
             break
         out = tmp_path / str(number)
         process = start(out)
@@ -73,7 +73,7 @@ def test_killed_at_forty_moments(undisturbed: Path, tmp_path: Path, monkeypatch:
         run(out)
         assert files_of(out) == expected
         assert not (out / ".work").exists()
-    assert killed == 40
+    assert killed == 50
 
 
 def start(out: Path) -> BaseProcess:
