@@ -211,7 +211,8 @@ class _Project(torch.autograd.Function):
         together = (
             F.linear(x_NH, stacked).split([len(weight) for weight, *_ in layers], 1) if stacked is not None else ()
         )
-        outputs, lows = [], []
+        low_Nr = _lows(x_NH, [a_rH for _, _, a_rH, _ in layers])
+        outputs, done = [], 0
         for number, (weight_OH, bias_O, a_rH, b_Or) in enumerate(layers):
             if together:
                 y_NO = together[number]
@@ -222,28 +223,25 @@ class _Project(torch.autograd.Function):
             if bias_O is not None:
                 y_NO = y_NO.add_(bias_O)
             if a_rH is not None:
-                low_Nr = F.linear(x_NH, a_rH.to(x_NH.dtype))
-                y_NO = y_NO.addmm_(low_Nr, b_Or.to(x_NH.dtype).t(), alpha=scalings[number])
-                lows.append(low_Nr)
+                part = slice(done, done := done + len(a_rH))
+                y_NO = y_NO.addmm_(low_Nr[:, part], b_Or.to(x_NH.dtype).t(), alpha=scalings[number])
             outputs.append(y_NO)
-        ctx.kind, ctx.width, ctx.scalings, ctx.stacked, ctx.layout = kind, width, scalings, stacked, []
-        _save(ctx, [*given, *lows])
+        ctx.kind, ctx.width, ctx.scalings, ctx.layout = kind, width, scalings, []
+        _save(ctx, [*given, low_Nr])
         return tuple(outputs)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[Any, ...]:
-        given, needed = _saved(ctx), ctx.needs_input_grad[5:]
-        end = len(needed)
-        source, lows = ctx.kind(*given[: ctx.width]), list(given[end:])
-        x_NH = source.make()
+        (*given, low_Nr), needed = _saved(ctx), ctx.needs_input_grad[5:]
+        source = ctx.kind(*given[: ctx.width])
+        x_NH, of_low_Nr = source.make(), torch.empty_like(low_Nr)
         wanted, of_x_NH = any(needed[: ctx.width]), None
-        if wanted and ctx.stacked is not None:
-            of_x_NH = torch.cat(grads, 1) @ ctx.stacked
-        of_layers: Grads = []
+        of_layers: list[Grads] = []
+        parts: list[slice] = []
         for number, grad_NO in enumerate(grads):
             at = ctx.width + 4 * number
             weight_OH, bias_O, a_rH, b_Or = given[at : at + 4]
-            if wanted and ctx.stacked is None:
+            if wanted:
                 weight_OH = weight_OH.to(grad_NO.dtype)
                 of_x_NH = grad_NO @ weight_OH if of_x_NH is None else of_x_NH.addmm_(grad_NO, weight_OH)
             found: Grads = [None] * 4
@@ -251,18 +249,33 @@ class _Project(torch.autograd.Function):
                 found[0] = (grad_NO.t() @ x_NH).to(given[at].dtype)
             if bias_O is not None and needed[at + 1]:
                 found[1] = grad_NO.sum(0).to(bias_O.dtype)
+            done = parts[-1].stop if parts else 0
+            parts.append(slice(done, done if a_rH is None else done + len(a_rH)))
             if a_rH is not None:
-                low_Nr, of_low_Nr = lows.pop(0), (grad_NO @ b_Or.to(grad_NO.dtype)).mul_(ctx.scalings[number])
-                if of_x_NH is not None:
-                    of_x_NH = of_x_NH.addmm_(of_low_Nr, a_rH.to(grad_NO.dtype))
-                if needed[at + 2]:
-                    found[2] = (of_low_Nr.t() @ x_NH).to(a_rH.dtype)
+                of_low_Nr[:, parts[-1]] = (grad_NO @ b_Or.to(grad_NO.dtype)).mul_(ctx.scalings[number])
                 if needed[at + 3]:
-                    found[3] = (grad_NO.t() @ low_Nr).mul_(ctx.scalings[number]).to(b_Or.dtype)
-            of_layers += found
+                    found[3] = (grad_NO.t() @ low_Nr[:, parts[-1]]).mul_(ctx.scalings[number]).to(b_Or.dtype)
+            of_layers.append(found)
+        adapted = [number for number, part in enumerate(parts) if part.stop > part.start]
+        if adapted:
+            if of_x_NH is not None:
+                stacked_rH = torch.cat([given[ctx.width + 4 * number + 2] for number in adapted]).to(x_NH.dtype)
+                of_x_NH = of_x_NH.addmm_(of_low_Nr, stacked_rH)
+            of_a_rH = of_low_Nr.t() @ x_NH
+            for number in adapted:
+                if needed[ctx.width + 4 * number + 2]:
+                    of_layers[number][2] = of_a_rH[parts[number]].to(given[ctx.width + 4 * number + 2].dtype)
         of_source = [None] * ctx.width if of_x_NH is None else source.backward(of_x_NH, needed)
         residual = grads[0] if ctx.needs_input_grad[4] else None
-        return (None, None, None, None, residual, *of_source, *of_layers)
+        return (None, None, None, None, residual, *of_source, *(grad for found in of_layers for grad in found))
+
+
+def _lows(x_NH: torch.Tensor, a_matrices: Sequence[torch.Tensor | None]) -> torch.Tensor:
+    """The input times the A matrices of every adapted layer, side by side: [N, sum of r]."""
+    there = [a_rH for a_rH in a_matrices if a_rH is not None]
+    if not there:
+        return x_NH.new_zeros(len(x_NH), 0)
+    return F.linear(x_NH, torch.cat(there).to(x_NH.dtype))
 
 
 def _save(ctx: Any, values: Sequence[Any]) -> None:
