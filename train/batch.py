@@ -149,7 +149,9 @@ def collate(
         to_sequence[seen.text_label_at[labels]],
         to_sequence[seen.audio_label_at[labels]],
     )
-    label_rows = np.unique(np.concatenate([text_label_rows, audio_label_rows]))
+    has_label = np.zeros(len(to_sorted), np.bool_)
+    has_label[text_label_rows] = has_label[audio_label_rows] = True
+    label_rows, number_of = np.flatnonzero(has_label), np.cumsum(has_label) - 1
     arrays = {
         "text_ids": seen.text_ids,
         "codes_KA": seen.codes_KA,
@@ -161,8 +163,8 @@ def collate(
         "audio_rows": audio_label_rows,
         "audio_labels_KL": audio_labels_KL,
         "label_rows": label_rows,
-        "text_in_labels": np.searchsorted(label_rows, text_label_rows),
-        "audio_in_labels": np.searchsorted(label_rows, audio_label_rows),
+        "text_in_labels": number_of[text_label_rows],
+        "audio_in_labels": number_of[audio_label_rows],
         "pairs": np.zeros(1, np.int32),
         "label_counts": np.concatenate([[len(seen.text_labels[labels])], (audio_labels_KL >= 0).sum(1)]),
     }
@@ -183,7 +185,7 @@ def collate(
         lengths=seen.lengths.tolist(),
         text_lengths=text_lengths,
         audio_lengths=audio_lengths,
-        label_text_rows=int(np.searchsorted(label_rows, len(text_at))),
+        label_text_rows=int(has_label[: len(text_at)].sum()),
         keys=[sample.key for sample in samples],
         seconds=seconds,
         mels=mels,
