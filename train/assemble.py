@@ -25,7 +25,7 @@ from .fused import stack_layer
 from .lora import TrainableOptions, add_lora, describe_trainable, trainable
 from .loss import LossOptions
 from .model import HiggsAudioModel, load_config, load_model
-from .optim import Ema, learning_rates, make_optimizer
+from .optim import Ema, make_optimizer
 from .output import prepare_folder
 from .resume import find_checkpoint, restore
 from .samples import codec_path
@@ -133,7 +133,6 @@ def build(config: TrainConfig, place: Place, checked: Checked) -> tuple[Run, Win
         module=module,
         parameters=parameters,
         optimizer=make_optimizer(parameters, config),
-        learning_rate=learning_rates(config, 1),
         loss=loss,
         loader=Loader(schedule, checked.loading),
         schedule=schedule,
@@ -145,8 +144,7 @@ def build(config: TrainConfig, place: Place, checked: Checked) -> tuple[Run, Win
     window = run.window()
     state = restore(run, checked.checkpoint, window) if checked.checkpoint else {}
     run.total_steps = count_steps(run, state)
-    run.learning_rate = learning_rates(config, run.total_steps)
-    run.loader = Loader(schedule, checked.loading, run.progress.cursor)
+    run.loader.start_at(run.progress.cursor)
     return run, window, state
 
 

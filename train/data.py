@@ -181,6 +181,11 @@ class Loader:
     def __iter__(self) -> Iterator[Batch]:
         return self
 
+    def start_at(self, cursor: Cursor) -> None:
+        """Begin elsewhere; before the first batch is asked for."""
+        assert self._batches is None
+        self._requests.cursor = cursor
+
     @property
     def special_ids(self) -> SpecialIds:
         """Ids of the sets' tokenizer."""

@@ -130,7 +130,7 @@ def snapshot(run: Run, window: Window, written: dict[str, int]) -> Snapshot | No
         "best_loss": progress.best_loss,
         "best_step": progress.best_step,
         "stale": progress.stale,
-        "learning_rate_share": run.learning_rate(progress.step),
+        "learning_rate_share": run.rate_share,
         "written": written,
         "identity": identity(run),
         "options": run.config.plain(),

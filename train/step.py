@@ -32,7 +32,7 @@ from .faults import BadSteps, naming_memory
 from .forward import Running, hidden_states, label_states
 from .loss import LossOptions, LossParts, pack_loss
 from .model import HiggsAudioModel
-from .optim import Ema, set_rates
+from .optim import Ema, learning_rates, set_rates
 from .reference import reference_loss
 from .schedule import Cursor, Schedule
 from .setup import Place
@@ -105,8 +105,8 @@ class Window:
 class Progress:
     """How far a run is.
 
-    step: optimizer steps done. cursor: where their data ended. epochs: passes over the data. best_loss, best_step: of
-    validation. stale: validations since then.
+    step: optimizer steps done. cursor: where their data ended. best_loss, best_step: of validation. stale: validations
+    since then.
     """
 
     step: int = 0
@@ -120,8 +120,7 @@ class Progress:
 class Run:
     """Everything that the steps need.
 
-    learning_rate: share of the peak by steps done. peft_model: the model with its adapters; the bare model where every
-    weight trains.
+    peft_model: the model with its adapters; the bare model where every weight trains.
     """
 
     config: TrainConfig
@@ -131,7 +130,6 @@ class Run:
     module: nn.Module
     parameters: dict[str, nn.Parameter]
     optimizer: AdamW
-    learning_rate: Callable[[int], float]
     loss: LossOptions
     loader: Loader
     schedule: Schedule
@@ -139,6 +137,11 @@ class Run:
     progress: Progress
     bad: BadSteps
     ema: Ema | None = None
+
+    @property
+    def rate_share(self) -> float:
+        """Share of the peak learning rates for the next step."""
+        return learning_rates(self.config, self.total_steps)(self.progress.step)
 
     @property
     def steps_per_epoch(self) -> int:
@@ -209,7 +212,7 @@ def train_step(
     norm = whole(nn.utils.clip_grad_norm_(run.parameters.values(), run.config.max_grad_norm or math.inf))
     finite = torch.isfinite(torch.stack([norm, *losses]))
     run.bad.watch(run.progress.step + 1, batches, finite)
-    set_rates(run.optimizer, run.learning_rate(run.progress.step))
+    set_rates(run.optimizer, run.rate_share)
     update(run, ~finite[0])
     run.optimizer.zero_grad(set_to_none=True)
     if run.ema:
