@@ -232,17 +232,21 @@ def _length(seconds: float, options: AudioOptions) -> str:
     return f"expected {options.min_seconds:g} to {options.max_seconds:g} s, got {seconds:.3f} s"
 
 
+def quiet_share(samples_SC: np.ndarray, rate: int, *, below_dbfs: float) -> float:
+    """Share of a clip's 20 ms windows whose level is below `below_dbfs`, relative to full scale."""
+    window = max(1, rate // 50)
+    whole = samples_SC[: max(len(samples_SC) // window, 1) * window]
+    windows = whole.reshape(-1, min(window, len(whole)) * samples_SC.shape[1])
+    return float(np.mean(np.mean(np.square(windows), axis=1) < 10 ** (below_dbfs / 10)))
+
+
 def noticed(samples_SC: np.ndarray, rate: int) -> tuple[Flag, ...]:
     """What is wrong with how a clip was recorded.
 
     silence: 90 % of its 20 ms windows are below -60 dBFS. clipping: three samples in a row at full scale.
     """
     flags: list[Flag] = []
-    window = max(1, rate // 50)
-    whole = samples_SC[: max(len(samples_SC) // window, 1) * window]
-    windows = whole.reshape(-1, min(window, len(whole)) * samples_SC.shape[1])
-    quiet = np.mean(np.square(windows), axis=1) < 1e-6
-    if quiet.mean() >= 0.9:
+    if quiet_share(samples_SC, rate, below_dbfs=-60.0) >= 0.9:
         flags.append("silence")
     full = np.abs(samples_SC) >= 0.999
     if (full[2:] & full[1:-1] & full[:-2]).any():

@@ -89,6 +89,9 @@ def check_writable(folder: Path, need_bytes: int = 0) -> None:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Remove what killed writers left in a folder (not below it)."""
+    """Remove the files and folders that killed writers left in a folder (not deeper below it)."""
     for leftover in folder.glob(f"{TEMP_PREFIX}*"):
-        leftover.unlink(missing_ok=True)
+        if leftover.is_dir():
+            shutil.rmtree(leftover, ignore_errors=True)
+        else:
+            leftover.unlink(missing_ok=True)

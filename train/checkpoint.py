@@ -42,11 +42,6 @@ class Snapshot:
     tensors: dict[str, dict[str, torch.Tensor]]
     texts: dict[str, bytes] = field(default_factory=dict)
 
-    @property
-    def size_bytes(self) -> int:
-        """About what it takes on disk."""
-        return sum(value.nbytes for tensors in self.tensors.values() for value in tensors.values())
-
 
 def checkpoint_path(folder: Path, step: int) -> Path:
     """Where the checkpoint of a step stands in an output folder."""
@@ -174,12 +169,3 @@ def remove(folder: Path) -> None:
     shutil.rmtree(doomed, ignore_errors=True)
     folder.rename(doomed)
     shutil.rmtree(doomed, ignore_errors=True)
-
-
-def remove_leftovers(folder: Path) -> None:
-    """Remove what killed saves left in an output folder."""
-    for leftover in folder.glob(f"{durable.TEMP_PREFIX}*"):
-        if leftover.is_dir():
-            shutil.rmtree(leftover, ignore_errors=True)
-        else:
-            leftover.unlink(missing_ok=True)

@@ -19,7 +19,7 @@ from peft import PeftModel
 
 from ..shards import durable
 from ..shards.errors import UserError, run_command
-from .lora import read_adapter_weights
+from .lora import has_audio_attention
 from .model import HiggsAudioModel, load_model
 from .output import whole_weights, write_model
 from .setup import resolve_model
@@ -48,8 +48,7 @@ def load_adapter(folder: Path, *, device: torch.device, dtype: torch.dtype) -> P
     base, adapter = resolve_model(folder)
     if adapter is None:
         raise UserError("no adapter here", where=folder, expected="adapter_config.json")
-    attention = any(".audio_attn." in name for name in read_adapter_weights(folder))
-    loaded = load_model(base, device=device, dtype=dtype, audio_attention=attention)
+    loaded = load_model(base, device=device, dtype=dtype, audio_attention=has_audio_attention(folder))
     return PeftModel.from_pretrained(loaded.model, str(folder))  # pyright: ignore[reportArgumentType]
 
 

@@ -146,6 +146,11 @@ def read_adapter_weights(folder: Path) -> dict[str, torch.Tensor]:
         raise UserError(f"cannot read the adapter: {error}", where=file) from error
 
 
+def has_audio_attention(adapter: Path) -> bool:
+    """Whether an adapter holds audio self-attention, which the released checkpoint lacks."""
+    return any(".audio_attn." in name for name in read_adapter_weights(adapter))
+
+
 def add_lora(
     model: HiggsAudioModel, options: TrainableOptions, stage: Stage, base_path: Path, adapter: Path | None
 ) -> PeftModel:

@@ -19,7 +19,7 @@ from transformers import PretrainedConfig
 
 from ..shards import durable
 from ..shards.errors import UserError
-from .checkpoint import list_checkpoints, remove_leftovers
+from .checkpoint import list_checkpoints
 from .config import TrainConfig
 from .model import HiggsAudioModel
 from .sharded import whole
@@ -42,7 +42,7 @@ def prepare_folder(folder: Path, *, overwrite: bool, resuming: str | None, check
     Raises:
         UserError: it holds a run already, or cannot be made.
     """
-    remove_leftovers(folder)
+    durable.remove_leftovers(folder)
     with contextlib.suppress(OSError):
         (folder / STOPPED).unlink(missing_ok=True)
     if checkpoint and checkpoint.parent.resolve() == folder.resolve():

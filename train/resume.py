@@ -23,7 +23,7 @@ from peft import PeftModel, set_peft_model_state_dict
 
 from ..shards.errors import UserError
 from ..shards.plan import PLAN_VERSION
-from .checkpoint import STATE, VERSION, Snapshot, newest_valid, read_tensors, verify
+from .checkpoint import STATE, VERSION, Snapshot, checkpoint_path, newest_valid, read_tensors, verify
 from .config import TrainConfig
 from .output import ADAPTER, ADAPTER_CONFIG, FULL, adapter_config_json, adapter_tensors
 from .schedule import Cursor
@@ -53,7 +53,7 @@ def find_checkpoint(config: TrainConfig, place: Place) -> Path | None:
     if config.resume_from_checkpoint == "auto":
         number = int(found.name.rpartition("-")[2]) if found else -1
         number = int(place.agree([float(number) if place.is_main else 0.0])[0])
-        found = config.output_dir / f"checkpoint-{number}" if number >= 0 else None
+        found = checkpoint_path(config.output_dir, number) if number >= 0 else None
     else:
         place.agree([0.0])  # rank 0 has verified it
         found = Path(config.resume_from_checkpoint)

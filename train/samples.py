@@ -9,10 +9,8 @@ Shapes: K codebooks, T frames, S waveform samples.
 
 from __future__ import annotations
 
-import contextlib
 import json
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +19,7 @@ import soundfile
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from ..preprocess.audio import quiet_share
 from ..preprocess.codec_checkpoint import load_codec
 from ..shards import durable
 from ..shards.errors import UserError
@@ -28,21 +27,10 @@ from ..shards.format import FRAME_RATE_HZ, Sample
 from ..shards.reader import ShardSet
 from .config import TrainConfig
 from .generate import Said, Sampling, generate
-from .lora import base_only, evaluating
 from .step import Run
 
 SILENCE_DB = -45.0  # a window below this level, relative to full scale, is silent
-WINDOW_S = 0.02
 _NUMBERS = ("run_on_rate", "duration_ratio", "silence_ratio")
-
-
-@dataclass(frozen=True)
-class Heard:
-    """One generated sample. codes_KT: raw, None if there is no audio. tokens: its new text."""
-
-    codes_KT: np.ndarray | None
-    tokens: list[int]
-    reached_eos: bool
 
 
 class Speaker:
@@ -76,9 +64,7 @@ class Speaker:
     def speak(self, name: str) -> dict[str, Any] | None:
         """Generate; returns the numbers as a line of metrics.jsonl, on rank 0."""
         run, world = self.run, self.run.place.world
-        base = base_only(run.peft_model) if name == "base" else contextlib.nullcontext()
-        averaged = run.ema.applied() if run.ema and name != "base" else contextlib.nullcontext()
-        with torch.random.fork_rng(), averaged, base, evaluating(run.peft_model):
+        with torch.random.fork_rng(), run.judged(base=name == "base"):
             mine = [self._say(number) for number in range(world.rank, len(self.samples), world.size)]
         heard = self._collect(mine)
         return self._write(name, heard) if run.place.is_main else None
@@ -86,14 +72,13 @@ class Speaker:
     def _say(self, number: int) -> Said:
         run = self.run
         sampling = Sampling(seed=run.config.seed + number, speak=run.config.with_audio)
-        model = run.model if run.peft_model is run.model else run.peft_model
-        return generate(model, self.samples[number], run.special_ids, sampling, max_frames=self._most_frames)
+        return generate(run.peft_model, self.samples[number], run.special_ids, sampling, max_frames=self._most_frames)
 
     @property
     def _most_frames(self) -> int:
         return int(self.run.config.sample_max_seconds * FRAME_RATE_HZ)
 
-    def _collect(self, mine: list[Said]) -> list[Heard]:
+    def _collect(self, mine: list[Said]) -> list[Said]:
         """Every rank's samples, in order: numbers only, in tensors of one shape."""
         place, codebooks = self.run.place, self.run.codebooks
         each = -(-len(self.samples) // place.world.size)
@@ -113,10 +98,10 @@ class Speaker:
             said_tokens = tokens[at]
             frames = codes[at][:, codes[at][0] >= 0]
             there, ended = flags[at]
-            heard.append(Heard(frames if there else None, said_tokens[said_tokens >= 0].tolist(), bool(ended)))
+            heard.append(Said(said_tokens[said_tokens >= 0].tolist(), frames if there else None, bool(ended)))
         return heard
 
-    def _write(self, name: str, heard: list[Heard]) -> dict[str, Any]:
+    def _write(self, name: str, heard: list[Said]) -> dict[str, Any]:
         folder = self.folder / name
         listed = [self._describe(folder, *pair) for pair in zip(self.samples, heard, strict=True)]
         durable.write_bytes(folder / "samples.json", durable.to_json(listed, indent=1) + b"\n")
@@ -131,7 +116,7 @@ class Speaker:
             **{f"base_{key}": value for key, value in base.items()},
         }
 
-    def _describe(self, folder: Path, sample: Sample, heard: Heard) -> dict[str, Any]:
+    def _describe(self, folder: Path, sample: Sample, heard: Said) -> dict[str, Any]:
         target_KT = sample.codes_KT[:, -sample.segment_frames[-1] :]
         folder.mkdir(parents=True, exist_ok=True)
         wave = np.zeros(0, np.float32)
@@ -218,9 +203,4 @@ def summary(listed: list[dict[str, Any]]) -> dict[str, float]:
 
 def silence_ratio(wave_S: np.ndarray, sample_rate_hz: int) -> float:
     """Share of 20 ms windows whose level is below -45 dB of full scale; 1 for no sound at all."""
-    width = int(WINDOW_S * sample_rate_hz)
-    windows = wave_S[: len(wave_S) // width * width].reshape(-1, width)
-    if not len(windows):
-        return 1.0
-    level_db = 10 * np.log10(np.mean(windows.astype(np.float64) ** 2, axis=1) + 1e-12)
-    return float(np.mean(level_db < SILENCE_DB))
+    return quiet_share(wave_S[:, None], sample_rate_hz, below_dbfs=SILENCE_DB) if len(wave_S) else 1.0

@@ -27,7 +27,6 @@ class Saver:
 
     def __init__(self, folder: Path, keep: int | None) -> None:
         self.folder, self.keep = folder, keep
-        self.saved = 0
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="save")
         self._pending: list[Future[None]] = []
 
@@ -63,7 +62,6 @@ class Saver:
             print(f"warning: {error}; trying once more", file=sys.stderr, flush=True)
             time.sleep(RETRY_AFTER_S)
             write_folder(path, snapshot)
-        self.saved += 1
         if path.name.startswith("best-"):
             for older in self.folder.glob("best-*"):
                 if older != path:

@@ -19,7 +19,7 @@ from ..shards.errors import UserError
 from ..shards.reader import ShardSet
 from .config import TrainConfig
 from .data import LoaderOptions
-from .lora import DEFAULT_PRESET, TrainableOptions, read_adapter_config, read_adapter_weights
+from .lora import DEFAULT_PRESET, TrainableOptions, has_audio_attention, read_adapter_config
 from .loss import LossOptions
 from .meeting import meet
 from .model import HiggsAudioConfig, Loaded
@@ -146,7 +146,7 @@ def wants_audio_attention(config: TrainConfig, adapter: Path | None) -> bool:
     """Whether the model has audio self-attention beyond what its checkpoint holds."""
     if config.use_audio_out_self_attention:
         return True
-    return adapter is not None and any(".audio_attn." in name for name in read_adapter_weights(adapter))
+    return adapter is not None and has_audio_attention(adapter)
 
 
 def trainable_options(config: TrainConfig, adapter: Path | None) -> TrainableOptions:

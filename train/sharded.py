@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from .forward import decoder_layer
@@ -62,10 +62,6 @@ def _take_packed(layer: nn.Module) -> None:
         return own(*args, **kwargs) if packed is None else decoder_layer(layer, *packed)
 
     layer.forward = forward
-
-
-def is_sharded(module: nn.Module) -> bool:
-    return isinstance(module, FSDPModule)
 
 
 def whole(value: torch.Tensor) -> torch.Tensor:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -30,13 +30,14 @@ from .data import Loader
 from .diagnostics import UpdateWatch
 from .faults import BadSteps, naming_memory
 from .forward import Running, hidden_states, label_states
+from .lora import base_only, evaluating
 from .loss import LossOptions, LossParts, pack_loss
 from .model import HiggsAudioModel
 from .optim import Ema, learning_rates, set_rates
 from .reference import reference_loss
 from .schedule import Cursor, Schedule
 from .setup import Place
-from .sharded import is_sharded, whole
+from .sharded import whole
 
 
 class PackModel(nn.Module):
@@ -161,6 +162,16 @@ class Run:
     def special_ids(self) -> SpecialIds:
         return self.loader.special_ids
 
+    def averaged(self) -> contextlib.AbstractContextManager[None]:
+        """Within the block the model has the averaged weights, if an average is kept."""
+        return self.ema.applied() if self.ema else contextlib.nullcontext()
+
+    @contextlib.contextmanager
+    def judged(self, *, base: bool) -> Iterator[None]:
+        """Within the block the model is what is judged, without dropout: the base model alone, or what has trained."""
+        with base_only(self.peft_model) if base else self.averaged(), evaluating(self.peft_model):
+            yield
+
     def look(self, batch: Batch, look: Callable[..., Any]) -> Any:
         """What a function of model and batch says; all ranks together."""
         return self.module(batch, batch.flat, look)
@@ -224,7 +235,7 @@ def train_step(
 
 def update(run: Run, skip: torch.Tensor) -> None:
     """Let the optimizer step, unless `skip` says that the gradient is not finite."""
-    if is_sharded(run.module):
+    if isinstance(run.module, FSDPModule):
         if not skip:  # its kernel takes no such flag for sharded weights, so the host waits
             run.optimizer.step()
         return

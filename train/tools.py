@@ -5,7 +5,6 @@ In: a `Run`. Out: lines for people, folders and files. Never: a save on one rank
 
 from __future__ import annotations
 
-import contextlib
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -89,7 +88,7 @@ def finish_saves(run: Run, tools: Tools) -> None:
 
 def final_weights(run: Run) -> tuple[dict[str, dict[str, torch.Tensor]], dict[str, bytes]]:
     """Adapter files: the averaged weights where there is an average. All ranks together."""
-    with run.ema.applied() if run.ema else contextlib.nullcontext():
+    with run.averaged():
         tensors = adapter_tensors(run.peft_model, run.parameters)
     if not isinstance(run.peft_model, PeftModel):
         return {FULL: tensors}, {}

@@ -6,7 +6,6 @@ dropout, a gradient.
 
 from __future__ import annotations
 
-import contextlib
 import time
 from typing import Any
 
@@ -15,7 +14,6 @@ import torch
 from ..shards.errors import ShardError, UserError
 from ..shards.plan import Plan, plan_epoch
 from .data import LoaderOptions, LoadFailure, PackDataset
-from .lora import base_only, evaluating
 from .metrics import loss_metrics
 from .schedule import PackRequest, Schedule
 from .step import Run
@@ -62,8 +60,7 @@ class Validation:
         """
         assert self.plan is not None
         window, began = run.window(), time.perf_counter()
-        averaged = run.ema.applied() if run.ema and not base else contextlib.nullcontext()
-        with averaged, base_only(run.peft_model) if base else contextlib.nullcontext(), evaluating(run.peft_model):
+        with run.judged(base=base):
             for first in range(0, len(self.plan), self.world.size):
                 rows = self.plan.pack(first + self.world.rank)
                 weight = int(len(rows) > 0)
