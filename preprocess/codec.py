@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -109,6 +110,38 @@ class _SnakeInPlace(Snake1d):
         return squared.mul_((self.alpha + 1e-9).reciprocal()).add_(hidden_states)
 
 
+class _TiledEncoder(DacEncoder):
+    """DacEncoder whose first block, of as many steps as samples, is computed on the CPU a tile at a time.
+
+    What one layer leaves is then still in the cache when the next one reads it. The layers before the stride see 42
+    samples to each side, so a tile that overlaps its neighbours by these and a step, and drops them, ends up the same.
+    """
+
+    _TILE, _REACH = 4096, 3 + 3 * (1 + 3 + 9)  # samples; kernels of 7, three of them dilated
+
+    def forward(self, hidden_state: torch.Tensor) -> torch.Tensor:
+        if hidden_state.device.type != "cpu":
+            return super().forward(hidden_state)
+        hidden_state = self._first_block(hidden_state)
+        for block in self.block[1:]:
+            hidden_state = block(hidden_state)
+        return self.conv2(self.snake1(hidden_state))
+
+    def _first_block(self, x_11S: torch.Tensor) -> torch.Tensor:
+        block: Any = self.block[0]
+        stride, samples = block.conv1.stride[0], x_11S.shape[2]
+        tile, halo = max(1, self._TILE // stride), -(-self._REACH // stride) + 1  # in steps of what comes out
+        tiles = []
+        for first in range(0, max(1, samples // stride), tile):
+            begin, end = max(0, first - halo), first + tile + halo
+            steps = block(self.conv1(x_11S[..., begin * stride : end * stride]))
+            last = end * stride >= samples
+            tiles.append(steps[..., first - begin : None if last else first - begin + tile])
+            if last:
+                break
+        return torch.cat(tiles, dim=2)
+
+
 class HiggsCodec(nn.Module):
     """The codec, for inference only. Module names are those of the transformers-native checkpoint layout."""
 
@@ -118,7 +151,7 @@ class HiggsCodec(nn.Module):
         semantic, acoustic = config.semantic.hidden_size, config.acoustic.hidden_size
         self.semantic_model = HubertModel(config.semantic)
         self.encoder_semantic = _SemanticEncoder(semantic)
-        self.acoustic_encoder = DacEncoder(config.acoustic)
+        self.acoustic_encoder = _TiledEncoder(config.acoustic)
         self.acoustic_decoder = DacDecoder(config.acoustic)
         for module in self.acoustic_decoder.modules():
             if isinstance(module, nn.ConvTranspose1d):  # Boson's decoder keeps odd strides exact

@@ -109,6 +109,18 @@ def assert_same_codes(
         np.testing.assert_allclose(codec.decode(codes), decoded, atol=1e-4)
 
 
+@pytest.mark.parametrize("samples", [1920, 4095, 4096, 4160, 8200, 12345, 3 * 4096 + 7])
+def test_tiles_leave_no_seam(codec: HiggsCodec, samples: int) -> None:
+    """The first block in tiles equals it in one piece, wherever the last tile ends."""
+    encoder = codec.acoustic_encoder
+    wave_11S = torch.from_numpy(tone(samples / 24000, 24000).T.copy())[None]
+    with torch.inference_mode():
+        whole = encoder.block[0](encoder.conv1(wave_11S))
+        tiled = encoder._first_block(wave_11S)
+    assert tiled.shape == whole.shape
+    torch.testing.assert_close(tiled, whole, atol=1e-5, rtol=1e-5)
+
+
 def test_loudness_equals_boson(boson: Any, codec: HiggsCodec, tmp_path: Path) -> None:
     """As `encode(…, loudness_normalize=True)`; its own call ends in float64, which its model refuses."""
     path = tmp_path / "quiet.wav"
