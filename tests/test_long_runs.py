@@ -16,10 +16,12 @@ import torch
 import yaml
 from higgs_tune.shards.errors import UserError
 from higgs_tune.shards.reader import ShardSet
+from higgs_tune.train import step as step_module
 from higgs_tune.train.__main__ import parse_arguments
 from higgs_tune.train.checkpoint import list_checkpoints
 from higgs_tune.train.config import TrainConfig
 from higgs_tune.train.loop import train
+from higgs_tune.train.loss import pack_loss
 from higgs_tune.train.model import HiggsAudioModel
 from higgs_tune.train.optim import learning_rates
 from higgs_tune.train.reference import boson_inputs
@@ -126,6 +128,29 @@ def test_early_stopping_and_the_best(options: Options, tmp_path: Path) -> None:
     assert [path.name for path in out.glob("best-*")] == ["best-1"]
     best = json.loads((out / "best-1" / "state.json").read_bytes())
     assert best["metrics"]["loss"] == lines(out, "eval")[1]["loss"]
+
+
+def test_a_validation_loss_that_is_not_finite_is_never_the_best(
+    options: Options, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One bad pack of the split makes its loss NaN: not left out, not the best, counted as no better."""
+
+    def broken(*args: Any, **named: Any) -> Any:
+        parts = pack_loss(*args, **named)
+        return (
+            parts
+            if torch.is_grad_enabled()
+            else parts._replace(total=parts.total * torch.nan, sums=parts.sums * torch.nan)
+        )
+
+    monkeypatch.setattr(step_module, "pack_loss", broken)
+    out = run(options, tmp_path / "out", early_stopping_patience=2, eval_steps=1, max_steps=50)
+    assert [line["loss"] for line in lines(out, "eval")] == ["nan"] * 3
+    assert [line["step"] for line in lines(out, "train")] == [1, 2]
+    assert not list(out.glob("best-*"))
+    said = capsys.readouterr().err
+    assert "the validation loss at step 1 is not finite" in said
+    assert "stopped early at step 2: no finite loss" in said
 
 
 def test_validation_without_a_split(options: Options, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,6 +7,7 @@ nothing else), a damaged sample that goes unnoticed, a wait that is not counted.
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -26,6 +27,7 @@ from .schedule import Cursor, PackRequest, Schedule, Sets
 from .slots import SlotRing
 
 PREFETCH = 4  # batches that each worker makes ahead
+WAITS_KEPT = 10_000  # waits that the percentiles are of
 INTS_A_POSITION = 24  # more than a batch holds for a position: 8 codes, 8 labels, indices
 OnBadSample = Literal["stop", "skip"]
 
@@ -134,19 +136,20 @@ class Waits:
     """Seconds that training waited for each batch, the first one apart."""
 
     first_s: float = 0.0
-    rest_s: list[float] = field(default_factory=list)
+    max_s: float = 0.0
+    last_s: deque[float] = field(default_factory=lambda: deque(maxlen=WAITS_KEPT))
 
     def add(self, seconds: float, *, first: bool) -> None:
         if first:
             self.first_s = seconds
         else:
-            self.rest_s.append(seconds)
+            self.last_s.append(seconds)
+            self.max_s = max(self.max_s, seconds)
 
     def summary(self) -> dict[str, float]:
-        """`first_batch_s`, and median, 99th percentile and largest of the others."""
-        rest = self.rest_s or [0.0]
-        p50, p99 = np.percentile(rest, [50, 99]).tolist()
-        return {"first_batch_s": self.first_s, "p50_s": p50, "p99_s": p99, "max_s": max(rest)}
+        """`first_batch_s`, the largest of the others, and median and 99th percentile of the last `WAITS_KEPT`."""
+        p50, p99 = np.percentile(self.last_s or [0.0], [50, 99]).tolist()
+        return {"first_batch_s": self.first_s, "p50_s": p50, "p99_s": p99, "max_s": self.max_s}
 
 
 class Loader:

@@ -6,6 +6,7 @@ Never: a step that the ranks do not take together; a loss that depends on how ma
 
 from __future__ import annotations
 
+import math
 import time
 from functools import partial
 from pathlib import Path
@@ -147,7 +148,9 @@ def run_steps(run: Run, tools: Tools, window: Window) -> None:
             save(run, tools, window)
         window.began += time.perf_counter() - trained_at
         if stale:
-            say(tools, f"stopped early at step {step}: best loss {progress.best_loss:.4f} at {progress.best_step}")
+            best, at = progress.best_loss, progress.best_step
+            found = "no finite loss" if best is None else f"best loss {best:.4f} at {at}"
+            say(tools, f"stopped early at step {step}: {found}")
             return
 
 
@@ -229,7 +232,10 @@ def validate(run: Run, tools: Tools) -> bool:
     metrics = tools.validation.run(run)
     report(tools, metrics)
     loss = float(metrics["loss"])
-    if progress.best_loss is None or loss < progress.best_loss - config.early_stopping_threshold:
+    if not math.isfinite(loss):
+        say(tools, f"warning: the validation loss at step {progress.step} is not finite")
+        progress.stale += 1
+    elif progress.best_loss is None or loss < progress.best_loss - config.early_stopping_threshold:
         progress.best_loss, progress.best_step, progress.stale = loss, progress.step, 0
         tensors, texts = final_weights(run)
         if tools.saver:

@@ -95,11 +95,14 @@ class Window:
     def empty(codebooks: int, device: torch.device) -> Window:
         return Window(torch.zeros(3 * (1 + codebooks) + 2 * codebooks + 2, device=device, dtype=torch.float64))
 
-    def add(self, parts: LossParts) -> None:
-        """Add a pack's sums: losses, right predictions and labels of text and each codebook; of EOS; of pairs. A pack
-        whose loss is not finite is left out: its step does not count."""
+    def add(self, parts: LossParts, *, only_finite: bool) -> None:
+        """Add a pack's sums: losses, right predictions and labels of text and each codebook; of EOS; of pairs.
+
+        Args:
+            only_finite: leave the pack out if its loss is not finite, as where its step is skipped for that.
+        """
         values = torch.cat([parts.sums, parts.hits, parts.counts, parts.eos.flatten(), parts.contrastive]).double()
-        self.total += torch.where(torch.isfinite(parts.total), values, 0.0)
+        self.total += torch.where(torch.isfinite(parts.total), values, 0.0) if only_finite else values
 
 
 @dataclass
@@ -216,7 +219,7 @@ def train_step(
         with syncing(run.module, last), naming_memory(batch, run.place.device):
             parts: LossParts = run.module(batch, label_weights)
             parts.total.backward()
-        window.add(parts)
+        window.add(parts, only_finite=True)
         losses.append(parts.total.detach())
     if watch:
         watch.see_gradients()

@@ -68,7 +68,7 @@ class Validation:
                 if isinstance(batch, LoadFailure):
                     raise ShardError(batch.message)
                 ones = torch.ones(2 + run.codebooks, device=run.place.device)
-                window.add(run.module(batch.to(run.place.device), ones))
+                window.add(run.module(batch.to(run.place.device), ones), only_finite=False)
         stats = run.place.agree(window.total.tolist())
         return {
             "kind": "eval",
