@@ -277,7 +277,7 @@ def test_contrastive_loss(plain: Case) -> None:
 
 def test_cuda_attention_is_called_as_torch_wants_it(plain: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     """The variable-length kernel runs on a GPU only; here a naive stand-in checks how it is called."""
-    from higgs_tune.train import forward
+    from higgs_tune.train import attention, forward
 
     def stand_in(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *args: Any, **options: Any) -> torch.Tensor:
         cu_q, cu_k, longest_q, longest_k = args
@@ -295,10 +295,10 @@ def test_cuda_attention_is_called_as_torch_wants_it(plain: Case, monkeypatch: py
         return out
 
     expected = packed_logits(plain, plain.batch())[0]
-    monkeypatch.setattr(forward, "varlen_attn", stand_in)
+    monkeypatch.setattr(attention, "varlen_attn", stand_in)
     for takes_gqa in (True, False):
-        monkeypatch.setattr(forward, "_varlen_takes_gqa", lambda takes=takes_gqa: takes)
-        monkeypatch.setattr(forward, "causal_attention", forward._varlen)
+        monkeypatch.setattr(attention, "_varlen_takes_gqa", lambda takes=takes_gqa: takes)
+        monkeypatch.setattr(forward, "causal_attention", attention._flash)
         torch.testing.assert_close(packed_logits(plain, plain.batch())[0], expected, atol=1e-5, rtol=0)
 
 

@@ -16,17 +16,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, partial
-from inspect import signature
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F  # noqa: N812
 from boson_multimodal.model.higgs_audio.modeling_higgs_audio import HiggsAudioDualFFNDecoderLayer
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
-from torch.nn.attention.varlen import varlen_attn
 from torch.utils.checkpoint import checkpoint
 
+from .attention import causal_attention, place
 from .batch import Batch
 from .fused import Gated, Layer, Normed, Rows, layers_of, project
 from .lora import linear
@@ -230,25 +228,19 @@ def attention(
     With `kept`, its output at those rows only.
     """
     layers = layers_of(module.q_proj, module.k_proj, module.v_proj)
-    q_NhD, k_NhD, v_NhD = blocks.qkv(source, layers, span.cos_ND, span.sin_ND, span.to_sequence, module.head_dim)
-    out = Rows(causal_attention(q_NhD, k_NhD, v_NhD, span).flatten(1), span.to_sorted, span.to_sequence)
+    q_NhD, k_NhD, v_NhD = blocks.qkv(source, layers, span, module.head_dim)
+    out_NhD = causal_attention(q_NhD, k_NhD, v_NhD, span.lengths, span.cu_lengths)
+    out = Rows(out_NhD.flatten(1), span.to_sorted, span.to_sequence)
     if kept:
         out, residual_NH = Rows(out.x_NH, kept.positions), residual_NH.index_select(0, kept.rows)
     return project(out, layers_of(module.o_proj), residual_NH)[0]
 
 
-def _qkv(
-    source: Normed,
-    layers: tuple[Layer, ...],
-    cos_ND: torch.Tensor,
-    sin_ND: torch.Tensor,
-    to_sequence: torch.Tensor | None,
-    head_dim: int,
-) -> tuple[torch.Tensor, ...]:
+def _qkv(source: Normed, layers: tuple[Layer, ...], span: Span, head_dim: int) -> tuple[torch.Tensor, ...]:
     """Queries, keys and values [N, h, D] in sequence order."""
     q_NhD, k_NhD, v_NhD = (x_NO.view(len(x_NO), -1, head_dim) for x_NO in project(source, layers))
-    found = rotate(q_NhD, cos_ND, sin_ND), rotate(k_NhD, cos_ND, sin_ND), v_NhD
-    return found if to_sequence is None else tuple(x.index_select(0, to_sequence) for x in found)
+    order, angles = (span.to_sequence, span.to_sorted), (span.cos_ND, span.sin_ND)
+    return place(q_NhD, *order, *angles), place(k_NhD, *order, *angles), place(v_NhD, *order)
 
 
 @cache
@@ -258,41 +250,3 @@ def _blocks(running: Running) -> Blocks:
     if running.checkpointing == "selective":
         ffn = partial(checkpoint, ffn, use_reentrant=False)
     return Blocks(qkv, ffn)
-
-
-def rotate(x_NhD: torch.Tensor, cos_ND: torch.Tensor, sin_ND: torch.Tensor) -> torch.Tensor:
-    """Rotary position embedding, in Llama's half-split form."""
-    first, second = x_NhD.chunk(2, dim=-1)
-    turned = torch.cat([-second, first], dim=-1)
-    return x_NhD * cos_ND[:, None] + turned * sin_ND[:, None]
-
-
-def causal_attention(q_NhD: torch.Tensor, k_NhD: torch.Tensor, v_NhD: torch.Tensor, span: Span) -> torch.Tensor:
-    """Causal attention within each sample, blind across samples: [N, h, D]. k and v may have fewer heads."""
-    if q_NhD.is_cuda and q_NhD.dtype in (torch.bfloat16, torch.float16):
-        return _varlen(q_NhD, k_NhD, v_NhD, span)
-    outputs = []
-    for q, k, v in zip(*(x.split(span.lengths) for x in (q_NhD, k_NhD, v_NhD)), strict=True):
-        q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))  # noqa: PLW2901
-        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
-        outputs.append(out[0].transpose(0, 1))
-    return torch.cat(outputs) if outputs else torch.zeros_like(q_NhD)
-
-
-def _varlen(q_NhD: torch.Tensor, k_NhD: torch.Tensor, v_NhD: torch.Tensor, span: Span) -> torch.Tensor:
-    """One call of torch's variable-length flash attention."""
-    options: dict[str, Any] = {"window_size": (-1, 0)}  # causal
-    if _varlen_takes_gqa():
-        options["enable_gqa"] = True
-    elif (groups := q_NhD.shape[1] // k_NhD.shape[1]) > 1:
-        k_NhD, v_NhD = k_NhD.repeat_interleave(groups, 1), v_NhD.repeat_interleave(groups, 1)
-    longest = max(span.lengths, default=0)
-    out_NhD = varlen_attn(q_NhD, k_NhD, v_NhD, span.cu_lengths, span.cu_lengths, longest, longest, **options)
-    assert isinstance(out_NhD, torch.Tensor)
-    return out_NhD
-
-
-@cache
-def _varlen_takes_gqa() -> bool:
-    """True from torch 2.12 on."""
-    return "enable_gqa" in signature(varlen_attn).parameters

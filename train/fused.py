@@ -55,7 +55,7 @@ class Normed(NamedTuple):
     eps: float
 
     def make(self) -> torch.Tensor:
-        return self._weighted(self._unit()[0].to(self.x_NH.dtype))
+        return self._weight(self._unit()[0].to(self.x_NH.dtype))
 
     def backward(self, grad_NH: torch.Tensor, needed: Sequence[bool]) -> Grads:
         unit_NH, scale_N1 = self._unit()
@@ -64,21 +64,25 @@ class Normed(NamedTuple):
             if needed[1 + number]:
                 weight = (self.weight_H, self.audio_weight_H)[number]
                 of_weights[number] = (grad_NH[part].float() * unit_NH[part]).sum(0).to(weight.dtype)
-        inner_NH = self._weighted(grad_NH).float()
-        inner_NH = (inner_NH - unit_NH * (inner_NH * unit_NH).mean(-1, keepdim=True)) * scale_N1
+        inner_NH = self._weight(grad_NH).float()
+        inner_NH.addcmul_(unit_NH, (inner_NH * unit_NH).mean(-1, keepdim=True), value=-1).mul_(scale_N1)
         return [inner_NH.to(grad_NH.dtype), *of_weights, None, None]
 
     def _unit(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Rows of unit mean square [N, H] and their factors [N, 1], in float32."""
-        x_NH = self.x_NH.float()
-        scale_N1 = torch.rsqrt(x_NH.pow(2).mean(-1, keepdim=True) + self.eps)
-        return x_NH * scale_N1, scale_N1
+        norm_N1 = torch.linalg.vector_norm(self.x_NH, dim=-1, keepdim=True, dtype=torch.float32)
+        scale_N1 = torch.rsqrt(norm_N1.square() / self.x_NH.shape[1] + self.eps)
+        return self.x_NH * scale_N1, scale_N1
 
-    def _weighted(self, x_NH: torch.Tensor) -> torch.Tensor:
+    def _weight(self, x_NH: torch.Tensor) -> torch.Tensor:
+        """Each row times its weight; in place where autograd does not watch."""
         text, audio = self.weight_H.to(x_NH.dtype), self.audio_weight_H.to(x_NH.dtype)
-        if self.text_rows == len(x_NH) or self.weight_H is self.audio_weight_H:
-            return x_NH * text
-        return torch.cat([x_NH[: self.text_rows] * text, x_NH[self.text_rows :] * audio])
+        parts = x_NH[: self.text_rows], x_NH[self.text_rows :]
+        if torch.is_grad_enabled():
+            return torch.cat([parts[0] * text, parts[1] * audio])
+        parts[0].mul_(text)
+        parts[1].mul_(audio)
+        return x_NH
 
 
 class Gated(NamedTuple):
@@ -88,11 +92,12 @@ class Gated(NamedTuple):
     up_NF: torch.Tensor
 
     def make(self) -> torch.Tensor:
-        return F.silu(self.gate_NF) * self.up_NF
+        silu_NF = F.silu(self.gate_NF)
+        return silu_NF * self.up_NF if torch.is_grad_enabled() else silu_NF.mul_(self.up_NF)
 
     def backward(self, grad_NF: torch.Tensor, _needed: Sequence[bool]) -> Grads:
-        of_gate_NF = torch.ops.aten.silu_backward(grad_NF * self.up_NF, self.gate_NF)
-        return [of_gate_NF, grad_NF * F.silu(self.gate_NF)]
+        of_up_NF = F.silu(self.gate_NF).mul_(grad_NF)
+        return [torch.ops.aten.silu_backward(grad_NF.mul_(self.up_NF), self.gate_NF), of_up_NF]
 
 
 Source = Rows | Normed | Gated
