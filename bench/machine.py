@@ -9,6 +9,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
+from higgs_tune.shards.memory import set_thresholds
 
 
 def describe_machine() -> str:
@@ -23,6 +24,11 @@ def describe_machine() -> str:
     cpu = names[0] if names else platform.machine()
     python = platform.python_version()
     return f"{cpu}, {os.cpu_count()} cores, {memory:.0f} GiB{gpu}; Python {python}, {versions}; load {load:.1f}"
+
+
+def usual_memory() -> None:
+    """Undo `keep_memory`: what glibc's thresholds come to by themselves where large blocks are freed."""
+    set_thresholds(mmap=32 << 20, trim=64 << 20)
 
 
 class PeakMemory:

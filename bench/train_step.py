@@ -8,7 +8,8 @@ position, float32 logits, cross entropy. (b) ours: the same samples as packs, ea
 A round runs forward and backward of every side over the same samples and adds up their gradients, each label weighted
 by one over the labels of all samples, so loss and gradient must agree; in float32 a relative difference above 1e-3
 ends the run. Batches are made beforehand (a loader does that), and the optimizer, equal for all, is left out. Useful
-tokens are positions that are no padding.
+tokens are positions that are no padding. On a CPU ours keeps the memory that it frees, as the trainer does, and the
+public step leaves that to the C library, as a plain script does.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 import tyro
 from higgs_tune.shards.format import Arrays
+from higgs_tune.shards.memory import keep_memory
 from higgs_tune.shards.sequence import SpecialIds
 from higgs_tune.train.batch import Batch, collate
 from higgs_tune.train.forward import Running, label_states
@@ -33,7 +35,7 @@ from higgs_tune.train.fused import stack_layer
 from higgs_tune.train.loss import LossOptions, pack_loss
 from higgs_tune.train.model import HiggsAudioModel
 from higgs_tune.train.reference import boson_inputs
-from machine import PeakMemory, describe_machine
+from machine import PeakMemory, describe_machine, usual_memory
 from models import (
     SIZES,
     VOCABULARY,
@@ -78,11 +80,15 @@ class Options:
 
 @dataclass
 class Side:
-    """One way to run the step: `step` runs forward and backward of one batch and returns its loss, on the device."""
+    """One way to run the step: `step` runs forward and backward of one batch and returns its loss, on the device.
+
+    keeps_memory: as the trainer does on a CPU; other programs leave that to the C library.
+    """
 
     name: str
     batches: list[Any]
     step: Callable[[Any], torch.Tensor]
+    keeps_memory: bool = True
     seconds: list[float] = field(default_factory=list)
     loss: float = 0.0
     grad_norm: float = 0.0
@@ -92,15 +98,24 @@ class Side:
         """One round."""
         for parameter in parameters:
             parameter.grad = None
-        with PeakMemory(device) as memory:
-            began = time.perf_counter()
-            total = torch.zeros((), device=device)
-            for batch in self.batches:
-                total += self.step(batch)
-            wait(device)
-            self.seconds.append(time.perf_counter() - began)
-        self.loss, self.memory_gb = float(total), memory.more_gb
+        if device.type == "cpu":
+            (keep_memory if self.keeps_memory else usual_memory)()
+        began = time.perf_counter()
+        total = torch.zeros((), device=device)
+        for batch in self.batches:
+            total += self.step(batch)
+        wait(device)
+        self.seconds.append(time.perf_counter() - began)
+        self.loss = float(total)
         self.grad_norm = float(nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]))
+
+    def warm_up(self, parameters: Sequence[nn.Parameter], device: torch.device) -> None:
+        """A round that sets things up, and one that measures memory; neither is timed."""
+        self.run(parameters, device)
+        with PeakMemory(device) as memory:
+            self.run(parameters, device)
+        self.memory_gb = memory.more_gb
+        self.seconds.clear()
 
 
 def wait(device: torch.device) -> None:
@@ -164,7 +179,7 @@ def make_sides(
     for layer in model.layers:
         stack_layer(layer)
     sides = [
-        Side("public", padded, lambda inputs: public_step(peft_model, weights, inputs)),
+        Side("public", padded, lambda inputs: public_step(peft_model, weights, inputs), keeps_memory=False),
         Side("ours", batches, lambda batch: our_step(model, weights, batch, compiled=False)),
     ]
     if options.compiled:
@@ -192,9 +207,8 @@ def measure(options: Options, device: torch.device) -> dict[str, Any]:
     peft_model = with_lora(model)
     parameters = [parameter for parameter in peft_model.parameters() if parameter.requires_grad]
     sides, useful = make_sides(options, peft_model, model, samples, ids)
-    for side in sides:  # warm up
-        side.run(parameters, device)
-        side.seconds.clear()
+    for side in sides:
+        side.warm_up(parameters, device)
     for _ in range(options.pairs):
         for side in sides:
             side.run(parameters, device)

@@ -7,18 +7,18 @@ changes its last bits, and with them one code in very many.
 
 from __future__ import annotations
 
-import ctypes
 import time
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 
 import torch
 
+from ..shards.memory import keep_memory
 from .audio import Clip, Waveform, load_clip
 from .codec import HiggsCodec
 from .codec_checkpoint import load_codec
@@ -26,8 +26,6 @@ from .config import Job
 from .reject import Reject
 from .whisper import Tower, log_mel, mel_bins_of
 from .work import Encoded, Features, Work
-
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # mallopt(3)
 
 
 @dataclass
@@ -89,19 +87,6 @@ def encode_unit(job: Job, unit: int) -> UnitReport:
         with report.spend("commit"):
             work.commit_unit(unit, results)
     return report
-
-
-def keep_memory() -> None:
-    """Have this process keep the memory that it frees, where the C library is glibc.
-
-    By default each large tensor is taken from the system and given back: at 24 kHz the pages' first touch takes as
-    long as an eighth of the codec's arithmetic.
-    """
-    keep_below, never_trim = 1 << 30, -1  # tensors above 1 GiB are given back still
-    with suppress(OSError, AttributeError):
-        c = ctypes.CDLL(None)
-        c.mallopt(M_MMAP_THRESHOLD, keep_below)
-        c.mallopt(M_TRIM_THRESHOLD, never_trim)
 
 
 @contextmanager

@@ -3,13 +3,13 @@
 In: queries, keys and values of a flat sequence, and the samples' lengths. Out: one row a query. Never: padding, a mask
 of the whole pack, a host synchronisation.
 
-Shapes: N rows of all samples, L rows of one, h query heads in k groups of g that share a key and a value head, D head
-size, B query rows of a block.
+Shapes: N positions of all samples, L of one, B of a block; h query heads, of which those of a group share one of k key
+heads; R rows of a group's query heads; D head size.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator
 from functools import cache
 from inspect import signature
 from typing import Any
@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch.nn.attention.varlen import varlen_attn
 
-BLOCK = 48  # query rows at a time on a CPU; the best of 32 to 256 with 1 MiB of cache a core
+BLOCK = 64  # positions at a time on a CPU; of 32 to 256, 48 to 96 are best, with 1 MiB of cache a core
 
 
 def causal_attention(
@@ -130,69 +130,70 @@ class _Blocked(torch.autograd.Function):
         ctx: Any, q_NhD: torch.Tensor, k_NhD: torch.Tensor, v_NhD: torch.Tensor, lengths: list[int]
     ) -> torch.Tensor:
         out_NhD = torch.empty_like(q_NhD)
-        groups, mask_BB = k_NhD.shape[1], _mask(q_NhD)
+        groups, mask_RB = k_NhD.shape[1], _mask(q_NhD, k_NhD)
         for q, k, v, out in zip(*(x.split(lengths) for x in (q_NhD, k_NhD, v_NhD, out_NhD)), strict=True):
-            q_kgLD, (k_kLD, v_kLD) = _scaled(q, groups), _keys(k, v)
-            out_kgLD = _grouped(out, groups)
-            for first in range(0, len(q), BLOCK):
-                last = min(first + BLOCK, len(q))
-                _, share_kRL = _shares(q_kgLD, k_kLD, first, last, mask_BB)
-                block_kRD = share_kRL @ v_kLD[:, :last]
-                out_kgLD[:, :, first:last] = block_kRD.view(out_kgLD[:, :, first:last].shape)
+            q_kRD, k_kLD, v_kLD = (_by_group(x, groups) for x in (q, k, v))
+            q_kRD, out_kRD = q_kRD * q.shape[2] ** -0.5, torch.empty_like(q_kRD)
+            for keys, rows in _blocks(q_kRD, k_kLD):
+                out_kRD[:, rows] = _shares(q_kRD[:, rows], k_kLD[:, keys], mask_RB) @ v_kLD[:, keys]
+            _put_back(out, out_kRD)
         ctx.lengths = lengths
         ctx.save_for_backward(q_NhD, k_NhD, v_NhD)
         return out_NhD
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        q_NhD, k_NhD, v_NhD = ctx.saved_tensors
-        found = [torch.empty_like(x) for x in (q_NhD, k_NhD, v_NhD)]
-        groups, mask_BB = k_NhD.shape[1], _mask(q_NhD)
-        given = (x.split(ctx.lengths) for x in (q_NhD, k_NhD, v_NhD, grads[0], *found))
-        for q, k, v, grad, of_q, of_k, of_v in zip(*given, strict=True):
-            q_kgLD, (k_kLD, v_kLD) = _scaled(q, groups), _keys(k, v)
-            grad_kgLD, of_q_kgLD = _grouped(grad, groups), _grouped(of_q, groups)
-            of_k_kLD, of_v_kLD = torch.zeros_like(k_kLD), torch.zeros_like(v_kLD)
-            for first in range(0, len(q), BLOCK):
-                last = min(first + BLOCK, len(q))
-                q_kRD, share_kRL = _shares(q_kgLD, k_kLD, first, last, mask_BB)
-                grad_kRD = grad_kgLD[:, :, first:last].reshape(q_kRD.shape)
-                of_v_kLD[:, :last].baddbmm_(share_kRL.transpose(1, 2), grad_kRD)
-                of_share_kRL = grad_kRD @ v_kLD[:, :last].transpose(1, 2)
+        given = ctx.saved_tensors
+        found = [torch.empty_like(x) for x in given]
+        groups, mask_RB = given[1].shape[1], _mask(*given[:2])
+        split = (x.split(ctx.lengths) for x in (*given, grads[0], *found))
+        for q, k, v, grad, *of_given in zip(*split, strict=True):
+            q_kRD, k_kLD, v_kLD, grad_kRD = (_by_group(x, groups) for x in (q, k, v, grad))
+            scale = q.shape[2] ** -0.5
+            q_kRD = q_kRD * scale
+            of_q_kRD, of_k_kLD, of_v_kLD = torch.empty_like(q_kRD), torch.zeros_like(k_kLD), torch.zeros_like(v_kLD)
+            for keys, rows in _blocks(q_kRD, k_kLD):
+                share_kRL = _shares(q_kRD[:, rows], k_kLD[:, keys], mask_RB)
+                of_v_kLD[:, keys].baddbmm_(share_kRL.transpose(1, 2), grad_kRD[:, rows])
+                of_share_kRL = grad_kRD[:, rows] @ v_kLD[:, keys].transpose(1, 2)
                 of_score_kRL = torch.ops.aten._softmax_backward_data(of_share_kRL, share_kRL, -1, share_kRL.dtype)
-                of_k_kLD[:, :last].baddbmm_(of_score_kRL.transpose(1, 2), q_kRD)
-                block_kRD = (of_score_kRL @ k_kLD[:, :last]).mul_(q.shape[2] ** -0.5)
-                of_q_kgLD[:, :, first:last] = block_kRD.view(of_q_kgLD[:, :, first:last].shape)
-            of_k.copy_(of_k_kLD.transpose(0, 1))
-            of_v.copy_(of_v_kLD.transpose(0, 1))
+                of_k_kLD[:, keys].baddbmm_(of_score_kRL.transpose(1, 2), q_kRD[:, rows])
+                of_q_kRD[:, rows] = of_score_kRL @ k_kLD[:, keys]
+            for put, values in zip(of_given, (of_q_kRD.mul_(scale), of_k_kLD, of_v_kLD), strict=True):
+                _put_back(put, values)
         return *found, None
 
 
-def _grouped(x_LhD: torch.Tensor, groups: int) -> torch.Tensor:
-    """A view [k, g, L, D]."""
-    return x_LhD.unflatten(1, (groups, -1)).permute(1, 2, 0, 3)
+def _by_group(x_LhD: torch.Tensor, groups: int) -> torch.Tensor:
+    """[k, R, D]: for each key head, the rows of its query heads, position after position."""
+    return x_LhD.unflatten(1, (groups, -1)).transpose(0, 1).flatten(1, 2).contiguous()
 
 
-def _scaled(q_LhD: torch.Tensor, groups: int) -> torch.Tensor:
-    """Queries over the root of their size, [k, g, L, D]."""
-    return (_grouped(q_LhD, groups) * q_LhD.shape[2] ** -0.5).contiguous()
+def _put_back(put_LhD: torch.Tensor, x_kRD: torch.Tensor) -> None:
+    """Undo `_by_group`."""
+    groups = len(x_kRD)
+    put_LhD.unflatten(1, (groups, -1)).copy_(x_kRD.unflatten(1, (len(put_LhD), -1)).transpose(0, 1))
 
 
-def _keys(*given_LkD: torch.Tensor) -> Sequence[torch.Tensor]:
-    return [x_LkD.transpose(0, 1).contiguous() for x_LkD in given_LkD]
+def _mask(q_NhD: torch.Tensor, k_NhD: torch.Tensor) -> torch.Tensor:
+    """What is added to the scores of a block with its own keys [R, B]: minus infinity for those that come later."""
+    later_BB = q_NhD.new_full((BLOCK, BLOCK), -torch.inf).triu_(1)
+    return later_BB.repeat_interleave(q_NhD.shape[1] // k_NhD.shape[1], 0)
 
 
-def _mask(like: torch.Tensor) -> torch.Tensor:
-    """What is added to the scores of a block's own rows: minus infinity above the diagonal."""
-    return like.new_full((BLOCK, BLOCK), -torch.inf).triu_(1)
+def _blocks(q_kRD: torch.Tensor, k_kLD: torch.Tensor) -> Iterator[tuple[slice, slice]]:
+    """For each block, the keys that it may see and its query rows."""
+    length = k_kLD.shape[1]
+    shared = q_kRD.shape[1] // length
+    for first in range(0, length, BLOCK):
+        last = min(first + BLOCK, length)
+        yield slice(0, last), slice(first * shared, last * shared)
 
 
-def _shares(
-    q_kgLD: torch.Tensor, k_kLD: torch.Tensor, first: int, last: int, mask_BB: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """A block's queries [k, g * rows, D], and the share of each of their keys [k, g * rows, last]."""
-    rows = last - first
-    q_kRD = q_kgLD[:, :, first:last].reshape(len(k_kLD), -1, k_kLD.shape[2])
-    score_kRL = q_kRD @ k_kLD[:, :last].transpose(1, 2)
-    score_kRL.view(len(k_kLD), -1, rows, last)[..., first:].add_(mask_BB[:rows, :rows])
-    return q_kRD, score_kRL.softmax(-1)
+def _shares(q_kRD: torch.Tensor, k_kLD: torch.Tensor, mask_RB: torch.Tensor) -> torch.Tensor:
+    """How a block's scaled queries share their attention among their keys, the last of which are its own: [k, R, L]."""
+    score_kRL = q_kRD @ k_kLD.transpose(1, 2)
+    rows = q_kRD.shape[1]
+    own = rows * BLOCK // len(mask_RB)
+    score_kRL[..., -own:] += mask_RB[:rows, :own]
+    return score_kRL.softmax(-1)

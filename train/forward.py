@@ -183,18 +183,18 @@ def decoder_layer(
     if not isinstance(layer, HiggsAudioDualFFNDecoderLayer):
         return _text_layer(layer, hidden_NH, spans.every, spans.blocks)
     if layer.fast_forward:
-        text_PH, audio_AH = hidden_NH[:text_rows], hidden_NH[text_rows:]
+        text_PH, audio_AH = hidden_NH.split([text_rows, len(hidden_NH) - text_rows])
         return torch.cat([_text_layer(layer, text_PH, spans.text, spans.blocks), audio_AH])
     audio_norm = layer.audio_input_layernorm
     if layer.use_audio_attention:
-        text_PH, audio_AH = hidden_NH[:text_rows], hidden_NH[text_rows:]
+        text_PH, audio_AH = hidden_NH.split([text_rows, len(hidden_NH) - text_rows])
         source = norm_of(audio_AH, audio_norm)
         audio_AH = attention(layer.audio_attn, source, audio_AH, spans.audio, spans.blocks)
         hidden_NH, audio_norm = torch.cat([text_PH, audio_AH]), layer.audio_post_audio_attn_layer_norm
     source = norm_of(hidden_NH, layer.input_layernorm, audio_norm, text_rows)
     hidden_NH = attention(layer.self_attn, source, hidden_NH, spans.every, spans.blocks, kept)
     text_rows = kept.text_rows if kept else text_rows
-    text_PH, audio_AH = hidden_NH[:text_rows], hidden_NH[text_rows:]
+    text_PH, audio_AH = hidden_NH.split([text_rows, len(hidden_NH) - text_rows])
     text_PH = feed_forward(layer.mlp, layer.post_attention_layernorm, text_PH, spans.blocks)
     audio_AH = feed_forward(layer.audio_mlp, layer.audio_post_attention_layernorm, audio_AH, spans.blocks)
     return torch.cat([text_PH, audio_AH])

@@ -88,19 +88,19 @@ class _HeadCrossEntropy(torch.autograd.Function):
         for start in range(0, len(hidden_nH), step):
             rows_nH = hidden_nH[start : start + step]
             target_nK = targets_nK[start : start + step].long()
-            logits_nKV = F.linear(rows_nH, head_used_VH).float().view(len(rows_nH), codebooks, -1)
+            logits_nV = F.linear(rows_nH, head_used_VH).float()
+            log_share_nKV = logits_nV.view(len(rows_nH), codebooks, -1).log_softmax(-1)
             labelled_nK, index_nK1 = target_nK >= 0, target_nK.clamp(min=0)[..., None]
-            log_norm_nK = logits_nKV.logsumexp(-1)
-            wanted_nK = logits_nKV.gather(-1, index_nK1)[..., 0]
+            wanted_nK = log_share_nKV.gather(-1, index_nK1)[..., 0]
             if smoothing:
-                wanted_nK = (1 - smoothing) * wanted_nK + smoothing * logits_nKV.mean(-1)
-            losses_nK = (log_norm_nK - wanted_nK) * labelled_nK
+                wanted_nK = (1 - smoothing) * wanted_nK + smoothing * log_share_nKV.mean(-1)
+            losses_nK = -wanted_nK * labelled_nK
             is_marked_nK = target_nK == marked
-            right_nK = logits_nKV.argmax(-1) == target_nK
+            right_nK = logits_nV.view_as(log_share_nKV).argmax(-1) == target_nK
             found = (losses_nK, right_nK, losses_nK * is_marked_nK, is_marked_nK)
             stats_4K += torch.stack([values.float().sum(0) for values in found])
             if need_hidden or need_head:
-                grad_nKV = logits_nKV.sub_(log_norm_nK[..., None]).exp_()
+                grad_nKV = log_share_nKV.exp_()
                 if smoothing:
                     grad_nKV -= smoothing / grad_nKV.shape[-1]
                 grad_nKV.scatter_add_(-1, index_nK1, grad_nKV.new_full(index_nK1.shape, smoothing - 1.0))

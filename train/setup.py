@@ -16,6 +16,7 @@ import torch.distributed as dist
 from ..preprocess.checkpoint import describe_checkpoint
 from ..preprocess.hub import MODEL_FILES, WEIGHT_FILES, local_checkpoint
 from ..shards.errors import UserError
+from ..shards.memory import keep_memory
 from ..shards.reader import ShardSet
 from .config import TrainConfig
 from .data import LoaderOptions
@@ -69,6 +70,8 @@ def join_world() -> Place:
         torch.cuda.set_device(device)
     elif local_size > 1:  # torchrun sets one thread a process; the cores are ours
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_size))
+    if device.type == "cpu":
+        keep_memory()
     control: dist.ProcessGroup | None = None
     if size > 1:
         backend, store = "nccl" if device.type == "cuda" else "gloo", meet(rank, size, DIST_TIMEOUT)
