@@ -15,7 +15,7 @@ from higgs_tune.train.batch import Batch, collate
 from higgs_tune.train.config import TrainConfig
 from higgs_tune.train.cost import Rows, activation_bytes, choose_checkpointing, model_flops, working_bytes
 from higgs_tune.train.forward import Running, hidden_states, label_states
-from higgs_tune.train.fused import stack_layer
+from higgs_tune.train.fused import product, stack_layer
 from higgs_tune.train.garbage import collected_on_schedule
 from higgs_tune.train.loop import train
 from higgs_tune.train.lora import TrainableOptions, add_lora, trainable
@@ -178,3 +178,17 @@ def test_table_of_kinds_adds_up() -> None:
     names = ("aten::mm", "aten::_flash_attention_forward", "ncclDevKernel", "aten::mul")
     assert [kind_of(name) for name in names] == ["matrix products", "attention", "communication", "pointwise and other"]
     assert table([(name, 1.0) for name in names]).splitlines()[-1].split() == ["all", "4.00"]
+
+
+@pytest.mark.parametrize(("rows", "width", "out"), [(0, 8, 4), (1, 8, 4), (37, 64, 48), (5, 3, 0)])
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_product_is_a_matrix_product(rows: int, width: int, out: int, overwrite: bool) -> None:
+    """Of rows as they are and of views across wider ones, with and without an addend."""
+    torch.manual_seed(0)
+    x, weight = torch.randn(rows, 2 * width)[:, width:], torch.randn(width, out).t()
+    plus = torch.randn(rows, out)
+    expected = x.double() @ weight.double().t()
+    with torch.no_grad():
+        torch.testing.assert_close(product(x, weight), expected.float())
+        added = product(x, weight, plus.clone(), overwrite=overwrite)
+        torch.testing.assert_close(added, (expected + plus).float())

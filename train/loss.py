@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 
 from .batch import Batch
+from .fused import product
 from .lora import normed
 from .model import HiggsAudioModel
 
@@ -88,7 +89,7 @@ class _HeadCrossEntropy(torch.autograd.Function):
         for start in range(0, len(hidden_nH), step):
             rows_nH = hidden_nH[start : start + step]
             target_nK = targets_nK[start : start + step].long()
-            logits_nV = F.linear(rows_nH, head_used_VH).float()
+            logits_nV = product(rows_nH, head_used_VH).float()
             log_share_nKV = logits_nV.view(len(rows_nH), codebooks, -1).log_softmax(-1)
             labelled_nK, index_nK1 = target_nK >= 0, target_nK.clamp(min=0)[..., None]
             wanted_nK = log_share_nKV.gather(-1, index_nK1)[..., 0]
@@ -106,7 +107,7 @@ class _HeadCrossEntropy(torch.autograd.Function):
                 grad_nKV.scatter_add_(-1, index_nK1, grad_nKV.new_full(index_nK1.shape, smoothing - 1.0))
                 grad_nV = grad_nKV.mul_((labelled_nK * weights_K)[..., None]).flatten(1).to(hidden_nH.dtype)
                 if grad_hidden is not None:
-                    grad_hidden[start : start + step] = grad_nV @ head_used_VH
+                    grad_hidden[start : start + step] = product(grad_nV, head_used_VH.t())
                 if grad_head is not None:
                     grad_head += (grad_nV.t() @ rows_nH).float()
         ctx.save_for_backward(*(grad for grad in (grad_hidden, grad_head) if grad is not None))

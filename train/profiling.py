@@ -18,8 +18,8 @@ WAIT, WARM_UP, ACTIVE = 2, 1, 3  # steps
 # the first pattern that a kernel's or operator's name contains says what it is
 KINDS = {
     "communication": "nccl|gloo|c10d|all_?reduce",
-    "attention": "flash|attention|fmha",
-    "matrix products": "gemm|aten::(mm|addmm|bmm|linear|matmul)|cutlass|nvjet|sm90_xmma",
+    "attention": "flash|attention|fmha|aten::(bmm|_softmax)",
+    "matrix products": "gemm|linear_pointwise|aten::(mm|addmm|linear|matmul)|cutlass|nvjet|sm90_xmma",
     "optimizer": "adam|foreach|multi_tensor",
     "copies": "memcpy|copy|memset|aten::(cat|to)|fill|zero",
     "gather and scatter": "index|gather|scatter|embedding",
