@@ -11,6 +11,11 @@ run of that set's own epochs where the epoch before left off.
 Packing is best fit, decreasing, over the whole epoch: samples are taken from long to short (equal lengths in random
 order), each goes into the fullest pack that still holds it. Samples of one length are placed together, so the work
 grows with the number of distinct lengths, not of samples.
+
+Ranks wait for each other, and packs of one size take as long as their samples are long, since attention grows with the
+square. So packs are ordered at random, but packs of like work stand together: each `WINDOW` of packs is sorted by work
+and cut into groups of `GROUP`, which are shuffled, as are the packs in each. The packs of sets mixed by weight are
+just shuffled.
 """
 
 from __future__ import annotations
@@ -24,7 +29,9 @@ import numpy as np
 
 from .errors import UserError
 
-PLAN_VERSION = 1
+PLAN_VERSION = 2
+GROUP, WINDOW = 64, 1024  # packs
+EQUAL_LENGTH = 23_000  # of a sample whose attention takes what all else takes, at the released model's sizes
 
 
 @dataclass(frozen=True)
@@ -100,11 +107,25 @@ def make_plan(
     shuffled = rng.permutation(len(rows))
     order, pack_of = _best_fit(lengths[shuffled], tokens_per_pack)
     packs = int(pack_of.max(initial=-1)) + 1
-    rank_of_pack = rng.permutation(packs)
+    sorted_lengths = lengths[shuffled[order]].astype(np.float64)  # whole numbers below 2**53, so their sums are exact
+    work = np.bincount(pack_of, sorted_lengths * (EQUAL_LENGTH + sorted_lengths), packs)
+    rank_of_pack = np.argsort(_like_with_like(work, rng))
     by_pack = np.argsort(rank_of_pack[pack_of], kind="stable")
     sizes = np.bincount(rank_of_pack[pack_of], minlength=packs)
     bounds = np.concatenate([[0], np.cumsum(sizes)])
     return Plan(np.asarray(rows)[shuffled[order[by_pack]]], bounds)
+
+
+def _like_with_like(work: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Pack numbers in training order; of each window the packs that fill no group, those of least work, come last."""
+    order = rng.permutation(len(work))
+    for first in range(0, len(order), WINDOW):
+        window = order[first : first + WINDOW]
+        window = window[np.argsort(work[window], kind="stable")]
+        rest = len(window) % GROUP
+        groups = rng.permuted(rng.permutation(window[rest:].reshape(-1, GROUP)), axis=1)
+        order[first : first + WINDOW] = np.concatenate([groups.ravel(), window[:rest]])
+    return order
 
 
 def plan_epoch(inputs: list[PlanInput], *, tokens_per_pack: int, seed: int, epoch: int, weighted: bool) -> Plan:

@@ -12,7 +12,7 @@ import torch
 from boson_multimodal.model.higgs_audio.utils import build_delay_pattern_mask
 from higgs_tune.shards.errors import ShardError, UserError
 from higgs_tune.shards.format import decode_sample, encode_sample
-from higgs_tune.shards.plan import make_plan
+from higgs_tune.shards.plan import GROUP, WINDOW, make_plan
 from higgs_tune.shards.reader import ShardSet
 from higgs_tune.shards.sequence import SpecialIds, delay, expand, packed_length, undelay
 from higgs_tune.train.reference import boson_inputs
@@ -131,6 +131,24 @@ def test_plan_is_best_fit_and_exactly_once(lengths: list[int], budget: int, epoc
     assert sorted(fills) == sorted(naive_best_fit(lengths, budget))
     again = make_plan(np.arange(len(sizes)), sizes, tokens_per_pack=budget, seed=1, epoch=epoch, set_hash="h")
     assert plan.hash == again.hash
+
+
+@pytest.mark.parametrize("world", [8, 64])
+def test_ranks_get_like_work(world: int) -> None:
+    """The slowest rank of a step has little more than the mean, against several times as much in a random order; and
+    the order is still random: neighbouring steps do not follow from each other."""
+    lengths = np.random.default_rng(0).lognormal(6, 0.7, 60_000).clip(50, 4000).astype(int)
+    plan = make_plan(np.arange(len(lengths)), lengths, tokens_per_pack=16_384, seed=1, epoch=0, set_hash="h")
+    squares = np.add.reduceat(lengths[plan.rows].astype(float) ** 2, plan.bounds[:-1])
+    whole = len(plan) // WINDOW * WINDOW
+
+    def spread(work: np.ndarray) -> float:
+        steps = work[:whole].reshape(-1, world)
+        return float((steps.max(1) / steps.mean(1) - 1).mean())
+
+    assert spread(squares) < spread(np.random.default_rng(1).permutation(squares)) / 4
+    groups = squares[:whole].reshape(-1, GROUP).mean(1)
+    assert abs(np.corrcoef(groups[:-1], groups[1:])[0, 1]) < 0.4
 
 
 def test_plan_depends_on_seed_epoch_and_data() -> None:
