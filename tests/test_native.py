@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,14 @@ from higgs_tune.preprocess.checkpoint import read_config
 from higgs_tune.shards.errors import UserError
 from higgs_tune.shards.format import Sample
 from higgs_tune.shards.sequence import mel_positions, tower_frames
+from higgs_tune.train import optim
 from higgs_tune.train.batch import collate, mel_window
 from higgs_tune.train.forward import hidden_states
 from higgs_tune.train.model import HiggsAudioModel, load_model
 from safetensors.torch import load_file, save_file
 from samples import random_sample
 from tiny import ids_of, run_train, write_checkpoint, write_set
+from torch.optim import AdamW
 from transformers import PreTrainedTokenizerBase
 
 CPU = torch.device("cpu")
@@ -182,8 +185,13 @@ def test_whisper_features_without_a_tower_are_refused(
     assert "audio_encoder_proj" in said
 
 
-def test_boson_forward_trains_alike(boson: Path, tmp_path: Path) -> None:
-    """`--forward reference` through the trainer: losses, gradient norms and the adapter that comes of them."""
+def test_boson_forward_trains_alike(boson: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`--forward reference` through the trainer: losses, gradient norms and the adapter that comes of them.
+
+    AdamW takes a step of full size whatever the gradient's size, so where a gradient is all but zero, its rounding
+    error decides. A larger epsilon lets small gradients make small steps.
+    """
+    monkeypatch.setattr(optim, "AdamW", partial(AdamW, eps=1e-3))
     options = {"max_steps": 3, "learning_rate": 1e-2, "label_smoothing": 0.1, "gradient_accumulation_steps": 2}
     options |= {"tokens_per_pack": 256, "codebook_loss_weights": (1, 1, 1, 1, 1, 1, 1, 4)}
     found = [
@@ -193,7 +201,8 @@ def test_boson_forward_trains_alike(boson: Path, tmp_path: Path) -> None:
     assert_same_steps(*found, rel=1e-5)
     packed, reference = (load_file(tmp_path / f / "adapter_model.safetensors") for f in ("packed", "reference"))
     for name, value in packed.items():
-        torch.testing.assert_close(value, reference[name], atol=1e-5, rtol=0)
+        torch.testing.assert_close(value, reference[name], atol=1e-6, rtol=0)
+        assert "lora_A" in name or value.abs().max() > 1e-3, name  # B begins at zero
 
 
 class WithTower:

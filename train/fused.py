@@ -85,14 +85,15 @@ class Normed(NamedTuple):
         for number, part in enumerate((slice(0, self.text_rows), slice(self.text_rows, None))):
             if needed[1 + number]:
                 weight = (self.weight_H, self.audio_weight_H)[number]
-                of_weights[number] = (grad_NH[part].float() * unit_NH[part]).sum(0).to(weight.dtype)
-        inner_NH = self._weight(grad_NH).float()
+                of_weights[number] = (grad_NH[part] * unit_NH[part]).sum(0).to(weight.dtype)
+        inner_NH = self._weight(grad_NH).to(unit_NH.dtype)
         inner_NH.addcmul_(unit_NH, (inner_NH * unit_NH).mean(-1, keepdim=True), value=-1).mul_(scale_N1)
         return [inner_NH.to(grad_NH.dtype), *of_weights, None, None]
 
     def _unit(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Rows of unit mean square [N, H] and their factors [N, 1], in float32."""
-        norm_N1 = torch.linalg.vector_norm(self.x_NH, dim=-1, keepdim=True, dtype=torch.float32)
+        """Rows of unit mean square [N, H] and their factors [N, 1], in float32 or what is finer."""
+        dtype = torch.promote_types(self.x_NH.dtype, torch.float32)
+        norm_N1 = torch.linalg.vector_norm(self.x_NH, dim=-1, keepdim=True, dtype=dtype)
         scale_N1 = torch.rsqrt(norm_N1.square() / self.x_NH.shape[1] + self.eps)
         return self.x_NH * scale_N1, scale_N1
 
