@@ -12,7 +12,6 @@ from __future__ import annotations
 import json
 import statistics
 import time
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -95,21 +94,25 @@ def measure(model: HiggsAudioModel, samples: list[Arrays], options: Options) -> 
     batch: Batch = collate(samples, 0.0, IDS).to(device)
     counts = torch.cat([batch["label_counts"], batch["pairs"]])
     weights, running = LOSS.per_label(counts.float()), Running(options.compile, options.checkpointing)
-    seconds, memory_gb = [], 0.0
-    for number in range(2 + options.repeats):  # the first sets things up, the second measures memory
+
+    def step() -> float:
+        """Forward and backward; returns seconds."""
         model.zero_grad(set_to_none=True)
-        with PeakMemory(device) if number == 1 else nullcontext() as memory:
-            began = time.perf_counter()
-            pack_loss(model, label_states(model, batch, running), batch, weights, LOSS, at_labels=True).total.backward()
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-            seconds.append(time.perf_counter() - began)
-        memory_gb = memory.more_gb if memory else memory_gb
+        began = time.perf_counter()
+        pack_loss(model, label_states(model, batch, running), batch, weights, LOSS, at_labels=True).total.backward()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter() - began
+
+    step()  # sets things up
+    with PeakMemory(device) as memory:
+        step()
+    seconds = [step() for _ in range(options.repeats)]
     kept = kept_bytes(model, batch, running) if running.checkpointing == "none" and not running.compiled else 0
-    time_s, layers = statistics.median(seconds[2:]), len(model.layers)
+    time_s, layers = statistics.median(seconds), len(model.layers)
     return {
-        "positions": batch.positions, "samples": len(samples), "seconds": seconds[2:],
-        "tokens_per_second": batch.positions / time_s, "peak_memory_gb": memory_gb,
+        "positions": batch.positions, "samples": len(samples), "seconds": seconds,
+        "tokens_per_second": batch.positions / time_s, "peak_memory_gb": memory.more_gb,
         "kept_bytes_per_position_and_layer": kept / batch.positions / layers,
         "estimated_bytes_per_position_and_layer": activation_bytes(model, options.checkpointing) / layers,
     }  # fmt: skip

@@ -137,11 +137,8 @@ def test_a_validation_loss_that_is_not_finite_is_never_the_best(
 
     def broken(*args: Any, **named: Any) -> Any:
         parts = pack_loss(*args, **named)
-        return (
-            parts
-            if torch.is_grad_enabled()
-            else parts._replace(total=parts.total * torch.nan, sums=parts.sums * torch.nan)
-        )
+        bad = {"total": parts.total * torch.nan, "sums": parts.sums * torch.nan}
+        return parts if torch.is_grad_enabled() else parts._replace(**bad)
 
     monkeypatch.setattr(step_module, "pack_loss", broken)
     out = run(options, tmp_path / "out", early_stopping_patience=2, eval_steps=1, max_steps=50)

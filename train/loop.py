@@ -40,7 +40,7 @@ from .saver import Saver
 from .selftest import refuse_if_wrong, run_selftest
 from .setup import Place, join_world
 from .step import Run, Window, take_batches, train_step
-from .tools import Tools, final_weights, finish_saves, report, save, save_result, say
+from .tools import Tools, final_weights, finish_saves, report, save, save_error, save_result, say
 
 DRY_STEPS = 2
 
@@ -177,8 +177,7 @@ def obey(run: Run, tools: Tools, window: Window, counts: list[float]) -> list[fl
         say(tools, f"error: {failure}")
     if failed:
         _ = saver and saver.finish()
-        hint = "--allow_failed_saves trains on without."
-        raise UserError(f"a checkpoint could not be saved: {'; '.join(failures) or 'see rank 0'}", hint=hint)
+        raise save_error(failures)
     if bad:
         run.bad.refuse()
     if (stop and unsaved) or save_due:

@@ -83,7 +83,13 @@ def finish_saves(run: Run, tools: Tools) -> None:
     for failure in failures:
         say(tools, f"error: {failure}")
     if run.place.agree([float(len(failures))])[0] and not run.config.allow_failed_saves:
-        raise UserError(f"a checkpoint could not be saved: {'; '.join(failures) or 'see rank 0'}")
+        raise save_error(failures)
+
+
+def save_error(failures: list[str]) -> UserError:
+    """What every rank raises when a save has failed; only rank 0 knows why."""
+    hint = "--allow_failed_saves trains on without."
+    return UserError(f"a checkpoint could not be saved: {'; '.join(failures) or 'see rank 0'}", hint=hint)
 
 
 def final_weights(run: Run) -> tuple[dict[str, dict[str, torch.Tensor]], dict[str, bytes]]:
