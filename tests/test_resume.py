@@ -15,6 +15,7 @@ from higgs_tune.train import checkpoint
 from higgs_tune.train.checkpoint import Snapshot, list_checkpoints, newest_valid, verify, write_folder
 from higgs_tune.train.config import TrainConfig
 from higgs_tune.train.loop import train
+from higgs_tune.train.setup import Place
 from ranks import ask
 from safetensors.torch import load_file
 
@@ -118,6 +119,28 @@ def test_one_two_one_ranks_give_the_same_curve(options: Options, tmp_path: Path)
         assert x["loss"] == pytest.approx(y["loss"], rel=1e-5)
         assert (x["text_labels"], x["audio_labels"]) == (y["text_labels"], y["audio_labels"])
     assert_same_weights(alone, out, atol=1e-4)
+
+
+def test_reports_that_come_a_step_late_say_the_same(
+    options: Options, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU, whose host reads a step's numbers when the next one is queued; with pauses and a stop between."""
+    kept = (*LOSSES, "kind", "step", "epoch", "text_labels", "audio_labels", "bad_steps")
+
+    def told(name: str, **changes: Any) -> list[dict[str, Any]]:
+        out = run(options, tmp_path / name, **changes)
+        found = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+        return [{key: line[key] for key in kept if key in line} for line in found]
+
+    choices: list[Options] = [
+        {"save_steps": 0, "eval_steps": 0},
+        {"save_steps": 3, "logging_steps": 1, "eval_steps": 5},
+    ]
+    for number, changes in enumerate(choices):
+        expected = told(f"at-once-{number}", **changes)
+        with monkeypatch.context() as late:
+            late.setattr(Place, "queues", True)
+            assert told(f"late-{number}", **changes) == expected
 
 
 def test_auto_without_a_checkpoint_starts_afresh(options: Options, undisturbed: Path, tmp_path: Path) -> None:

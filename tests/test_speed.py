@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from higgs_tune.shards.reader import ShardSet
+from higgs_tune.train import loop
 from higgs_tune.train.batch import Batch, collate
 from higgs_tune.train.config import TrainConfig
 from higgs_tune.train.cost import Rows, activation_bytes, choose_checkpointing, model_flops, working_bytes
@@ -22,6 +23,7 @@ from higgs_tune.train.lora import TrainableOptions, add_lora, trainable
 from higgs_tune.train.loss import LossOptions, pack_loss
 from higgs_tune.train.model import HiggsAudioModel, load_model
 from higgs_tune.train.profiling import kind_of, table
+from higgs_tune.train.step import train_step
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -105,13 +107,28 @@ class Operators(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def test_no_operator_of_the_step_waits_for_the_device(toy: Path, shards: ShardSet) -> None:
-    model, batch = with_lora(toy), batch_of(shards, range(4))
-    with Operators() as seen:
-        step(model, batch)
-    waiting = ("nonzero", "_local_scalar_dense", "item", "masked_select", "unique", "is_nonzero", "repeat_interleave")
-    assert "aten::mm" in seen.names
-    assert not [name for name in seen.names if any(word in name for word in waiting)]
+WAITING = ("nonzero", "_local_scalar_dense", "item", "masked_select", "unique", "is_nonzero", "repeat_interleave")
+
+
+def test_no_operator_of_the_step_waits_for_the_device(
+    toy: Path, shards: ShardSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of forward, backward, clipping, skipping of bad steps, optimizer and moving average, as the trainer runs them."""
+    seen: list[Operators] = []
+
+    def watched(*args: Any) -> torch.Tensor:
+        with Operators() as operators:
+            seen.append(operators)
+            return train_step(*args)
+
+    monkeypatch.setattr(loop, "train_step", watched)
+    paths = {"model_path": toy / "model", "train_data_dir": (shards.location,), "output_dir": tmp_path / "out"}
+    options = {"max_steps": 3, "tokens_per_pack": 2048, "dataloader_num_workers": 0, "ema_decay": 0.9, "eval_steps": 0}
+    train(TrainConfig(training_stage="single", **paths, **options))  # pyright: ignore[reportArgumentType]
+    assert len(seen) == 3
+    for operators in seen:
+        assert {"aten::mm", "aten::_fused_adamw_"} <= operators.names
+        assert not [name for name in operators.names if any(word in name for word in WAITING)]
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

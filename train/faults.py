@@ -22,6 +22,7 @@ import torch.distributed as dist
 
 from ..shards.errors import UserError
 from .batch import Batch
+from .readback import Readback
 
 EXIT_REQUEUE = 75  # EX_TEMPFAIL: start me again
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
@@ -77,7 +78,7 @@ class BadSteps:
     limit: int
     rank: int
     count: int = 0
-    waiting: deque[tuple[int, list[list[str]], torch.Tensor, torch.cuda.Event | None]] = field(default_factory=deque)
+    waiting: deque[tuple[int, list[list[str]], Readback]] = field(default_factory=deque)
 
     def watch(self, step: int, batches: list[Batch], finite: torch.Tensor) -> None:
         """Look at a step later.
@@ -85,23 +86,15 @@ class BadSteps:
         Args:
             finite: bool [1 + micro-batches], on the device: the gradient, then each micro-batch's loss.
         """
-        keys = [batch.keys for batch in batches]
-        if finite.is_cuda:
-            host = torch.empty(finite.shape, dtype=torch.bool, pin_memory=True).copy_(finite, non_blocking=True)
-            event = torch.cuda.Event()
-            event.record()
-            self.waiting.append((step, keys, host, event))
-        else:
-            self.waiting.append((step, keys, finite, None))
+        self.waiting.append((step, [batch.keys for batch in batches], Readback(finite)))
 
-    def read(self, *, wait: bool = False) -> None:
-        """Count the steps that the device has finished; all of them with `wait`."""
+    def read(self, *, until: int | None = None) -> None:
+        """Count the steps that the device has finished; with `until`, wait for those up to it and count no others."""
         while self.waiting:
-            step, keys, finite, event = self.waiting[0]
-            if event is not None and not wait and not event.query():
+            step, keys, found = self.waiting[0]
+            if not found.there if until is None else step > until:
                 return
-            if event is not None:
-                event.synchronize()
+            finite = found.wait()
             self.waiting.popleft()
             if not finite[0]:
                 self.count += 1

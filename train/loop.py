@@ -33,6 +33,7 @@ from .output import (
     save_trainable,
 )
 from .profiling import StepProfiler
+from .readback import Readback
 from .report import Reporter
 from .resume import changed_options
 from .samples import Speaker
@@ -40,7 +41,7 @@ from .saver import Saver
 from .selftest import refuse_if_wrong, run_selftest
 from .setup import Place, join_world
 from .step import Run, Window, take_batches, train_step
-from .tools import Tools, final_weights, finish_saves, report, save, save_error, save_result, say
+from .tools import Noted, Tools, final_weights, finish_saves, report, save, save_error, save_result, say
 
 DRY_STEPS = 2
 
@@ -128,6 +129,7 @@ def run_steps(run: Run, tools: Tools, window: Window) -> None:
             look = partial(look_at_predictions, tokenizer=tools.tokenizer, options=run.loss)
             predictions = run.look(batches[0], look)
         norm = train_step(run, batches, counts, window, watch)
+        report_noted(run, tools, window)
         step, last = progress.step, progress.step == run.total_steps
         tools.collect(step)
         if tools.profiler and (table := tools.profiler.step()):
@@ -138,20 +140,36 @@ def run_steps(run: Run, tools: Tools, window: Window) -> None:
             if watch:
                 tools.reporter.diagnose(predictions, step)
         if step % config.logging_steps == 0 or step == 1 or last:
-            report(tools, summarise(run, window, norm))
+            tools.noted = note(run, window, norm)
             window = run.window()
-        trained_at = time.perf_counter()
-        stale = tools.validation.due(step, run.total_steps) and validate(run, tools)
-        if tools.speaker and (step % config.sample_steps == 0 or last or stale):
-            speak(run, tools, tools.speaker)
-        if config.save_steps and (step % config.save_steps == 0 or last or stale):
-            save(run, tools, window)
-        window.began += time.perf_counter() - trained_at
-        if stale:
-            best, at = progress.best_loss, progress.best_step
-            found = "no finite loss" if best is None else f"best loss {best:.4f} at {at}"
-            say(tools, f"stopped early at step {step}: {found}")
+            if not run.place.queues:
+                report_noted(run, tools, window)
+        if pause(run, tools, window):
             return
+
+
+def pause(run: Run, tools: Tools, window: Window) -> bool:
+    """Validate, speak and save where that is due, which is no training time; returns whether to stop early."""
+    config, progress = run.config, run.progress
+    step, last = progress.step, progress.step == run.total_steps
+    validates = tools.validation.due(step, run.total_steps)
+    speaks = bool(tools.speaker) and (step % config.sample_steps == 0 or last)
+    saves = config.save_steps > 0 and (step % config.save_steps == 0 or last)
+    if not (validates or speaks or saves or last):
+        return False
+    report_noted(run, tools, window)
+    trained_at = time.perf_counter()
+    stale = validates and validate(run, tools)
+    if tools.speaker and (speaks or stale):
+        speak(run, tools, tools.speaker)
+    if saves or (stale and config.save_steps):
+        save(run, tools, window)
+    window.began += time.perf_counter() - trained_at
+    if stale:
+        best, at = progress.best_loss, progress.best_step
+        found = "no finite loss" if best is None else f"best loss {best:.4f} at {at}"
+        say(tools, f"stopped early at step {step}: {found}")
+    return stale
 
 
 def obey(run: Run, tools: Tools, window: Window, counts: list[float]) -> list[float]:
@@ -173,6 +191,8 @@ def obey(run: Run, tools: Tools, window: Window, counts: list[float]) -> list[fl
     orders = [bool(tools.stop), save_due, bool(failures) and not config.allow_failed_saves, run.bad.too_many]
     agreed = run.place.agree([*counts, *map(float, orders)])
     stop, save_due, failed, bad = (value > 0 for value in agreed[len(counts) :])
+    if stop or save_due or failed or bad:
+        report_noted(run, tools, window)
     for failure in failures:
         say(tools, f"error: {failure}")
     if failed:
@@ -193,30 +213,53 @@ def obey(run: Run, tools: Tools, window: Window, counts: list[float]) -> list[fl
     return agreed[: len(counts)]
 
 
-def summarise(run: Run, window: Window, norm: torch.Tensor) -> dict[str, object]:
-    """Sum the window over all ranks and name its numbers. This is where the device is waited for."""
-    size, stats = run.place.world.size, window.total.tolist()
-    run.bad.read(wait=True)
-    host = [window.positions, window.samples, window.seconds, window.wait_s, len(run.loader.damaged)]
+def note(run: Run, window: Window, norm: torch.Tensor) -> Noted:
+    """The metrics of a window that ends here, as far as the host knows them; the device may not have come so far."""
+    step = run.progress.step
+    known: dict[str, object] = {
+        "kind": "train",
+        "step": step,
+        "epoch": run.epochs_done,
+        "learning_rate": run.optimizer.param_groups[0]["lr"],
+        "data_wait_s": run.loader.waits.summary(),
+    }
+    values = Readback(torch.cat([window.total, norm.detach().double().view(1)]))
+    return Noted(step, known, window, values, len(run.loader.damaged))
+
+
+def report_noted(run: Run, tools: Tools, window: Window) -> None:
+    """Report what was noted, if there is something. On a GPU that is once the next step is queued, so that the device
+    has work while the host waits for its numbers.
+
+    Args:
+        window: the one after it, whose time begins now.
+    """
+    if tools.noted:
+        report(tools, summarise(run, tools.noted))
+        tools.noted, window.began = None, time.perf_counter()
+
+
+def summarise(run: Run, noted: Noted) -> dict[str, object]:
+    """Sum a window over all ranks and name its numbers. This is where the device is waited for."""
+    size, window, (*stats, norm) = run.place.world.size, noted.window, noted.values.wait().tolist()
+    elapsed = time.perf_counter() - window.began
+    run.bad.read(until=noted.step)
+    wait_s = sum(wait.seconds() for wait in window.waits)
+    host = [window.positions, window.samples, window.seconds, wait_s, noted.damaged]
     values = run.place.agree([*stats, *host, window.audio_rows, window.squares])
     positions, samples, seconds, wait_s, damaged, audio_rows, squares = values[len(stats) :]
-    elapsed = time.perf_counter() - window.began
     losses = loss_metrics(values[: len(stats)], run.loss)
     labels = (losses["text_labels"], losses["audio_labels"] / run.codebooks)
     peak = peak_of(run.place.device)
     flops = model_flops(run.model, Rows(positions, positions - audio_rows, audio_rows, squares, *labels)) if peak else 0
     return {
-        "kind": "train",
-        "step": run.progress.step,
-        "epoch": run.epochs_done,
+        **noted.known,
         **losses,
-        "learning_rate": run.optimizer.param_groups[0]["lr"],
-        "grad_norm": float(norm),
+        "grad_norm": norm,
         "tokens_per_second": positions / elapsed,
         "samples_per_second": samples / elapsed,
         "audio_hours_per_gpu_hour": seconds / elapsed / size,
         "data_wait_fraction": wait_s / size / elapsed,
-        "data_wait_s": run.loader.waits.summary(),
         "bad_samples": int(damaged),
         "bad_steps": run.bad.count,
         "step_time_s": elapsed / window.steps,
@@ -265,7 +308,7 @@ def dry_run(run: Run) -> None:
         norm = train_step(run, batches, run.place.agree(counts), window)
         float(norm)  # wait for the device
         step_s = time.perf_counter() - began
-    run.bad.read(wait=True)
+    run.bad.read(until=run.progress.step)
     kept = run.config.save_total_limit or run.total_steps // max(1, run.config.save_steps)
     if run.place.is_main:
         print(

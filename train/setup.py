@@ -42,6 +42,11 @@ class Place:
         """Rank 0, the one that speaks and writes."""
         return self.world.rank == 0
 
+    @property
+    def queues(self) -> bool:
+        """Whether the device works behind the host, as a GPU does."""
+        return self.device.type == "cuda"
+
     def agree(self, values: list[float]) -> list[float]:
         """The sum over all ranks of each value; a meeting of the ranks on the host, without touching the device."""
         if self.control is None:

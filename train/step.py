@@ -34,6 +34,7 @@ from .lora import base_only, evaluating
 from .loss import LossOptions, LossParts, pack_loss
 from .model import HiggsAudioModel
 from .optim import Ema, learning_rates, set_rates
+from .readback import IdleTime
 from .reference import reference_loss
 from .schedule import Cursor, Schedule
 from .setup import Place
@@ -79,7 +80,10 @@ class PackModel(nn.Module):
 
 @dataclass
 class Window:
-    """What happened since the last report, on this rank: sums on the device, counts on the host."""
+    """What happened since the last report, on this rank: sums on the device, counts on the host.
+
+    waits: for batches. began: when the report before was done, by `time.perf_counter`.
+    """
 
     total: torch.Tensor
     steps: int = 0
@@ -88,7 +92,7 @@ class Window:
     audio_rows: int = 0
     squares: int = 0
     seconds: float = 0.0
-    wait_s: float = 0.0
+    waits: list[IdleTime] = field(default_factory=list)
     began: float = field(default_factory=time.perf_counter)
 
     @staticmethod
@@ -185,9 +189,9 @@ class Run:
 
 def take_batches(run: Run, window: Window) -> tuple[list[Batch], list[float]]:
     """The micro-batches of one step, and their label and pair counts; the time waited for them is counted."""
-    began = time.perf_counter()
-    batches = [next(run.loader) for _ in range(run.config.gradient_accumulation_steps)]
-    window.wait_s += time.perf_counter() - began
+    window.waits.append(IdleTime(run.place.device))
+    with window.waits[-1]:
+        batches = [next(run.loader) for _ in range(run.config.gradient_accumulation_steps)]
     counts = torch.zeros(2 + run.codebooks, dtype=torch.int64)
     for batch in batches:
         counts += torch.cat([batch["label_counts"], batch["pairs"]])
@@ -212,7 +216,8 @@ def train_step(
     Returns:
         The gradient norm before clipping, on the device.
     """
-    label_weights = run.loss.per_label(torch.tensor(counts)).to(run.place.device) * run.place.world.size
+    label_weights = run.loss.per_label(torch.tensor(counts)) * run.place.world.size
+    label_weights = label_weights.to(run.place.device, non_blocking=True)  # else the host would wait for the device
     losses: list[torch.Tensor] = []
     for number, batch in enumerate(batches):
         last = number == len(batches) - 1

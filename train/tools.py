@@ -28,12 +28,27 @@ from .output import (
     write_model,
 )
 from .profiling import StepProfiler
+from .readback import Readback
 from .report import Reporter
 from .resume import snapshot
 from .samples import Speaker
 from .saver import Saver
 from .step import Run, Window
 from .validation import Validation
+
+
+@dataclass(frozen=True)
+class Noted:
+    """A window's metrics to report. step: its last. known: those that the host knew then. damaged: samples so far.
+
+    values: `Window.total`, then the gradient norm of the last step.
+    """
+
+    step: int
+    known: dict[str, object]
+    window: Window
+    values: Readback
+    damaged: int
 
 
 @dataclass
@@ -48,6 +63,7 @@ class Tools:
     saver: Saver | None = None
     speaker: Speaker | None = None
     profiler: StepProfiler | None = None
+    noted: Noted | None = None
     collect: Callable[[int], None] = lambda _step: None
     saved_at: float = field(default_factory=time.monotonic)
     saved_step: int = 0
@@ -66,7 +82,7 @@ def say(tools: Tools, text: str) -> None:
 def save(run: Run, tools: Tools, window: Window) -> None:
     """Begin to save a checkpoint; what is frozen has not changed until then."""
     assert_frozen(run.peft_model, tools.frozen)
-    run.bad.read(wait=True)
+    run.bad.read(until=run.progress.step)
     taken = snapshot(run, window, tools.reporter.written if tools.reporter else {})
     if tools.saver and taken:
         tools.saver.checkpoint(taken)
