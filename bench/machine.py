@@ -5,11 +5,13 @@ from __future__ import annotations
 import ctypes
 import os
 import platform
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
 from higgs_tune.shards.memory import set_thresholds
+
+PACKAGES = ("torch", "triton", "transformers", "peft", "numpy", "webdataset")
 
 
 def describe_machine() -> str:
@@ -18,12 +20,21 @@ def describe_machine() -> str:
         line.split(":", 1)[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line
     ]
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ", no GPU"
-    versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "numpy", "webdataset"))
+    gpu = ", no GPU"
+    if torch.cuda.is_available():
+        gpu = f", {torch.cuda.device_count()} x {torch.cuda.get_device_name()} with CUDA {torch.version.cuda}"
+    versions = ", ".join(filter(None, map(_version, PACKAGES)))
     load = os.getloadavg()[0]
     cpu = names[0] if names else platform.machine()
     python = platform.python_version()
     return f"{cpu}, {os.cpu_count()} cores, {memory:.0f} GiB{gpu}; Python {python}, {versions}; load {load:.1f}"
+
+
+def _version(name: str) -> str:
+    try:
+        return f"{name} {version(name)}"
+    except PackageNotFoundError:  # not every benchmark needs every package
+        return ""
 
 
 def usual_memory() -> None:

@@ -82,13 +82,24 @@ def texts_of(chatml: Path) -> Iterator[str]:
 
 def make_tokenizer(texts: Iterable[str], vocabulary: int = 512) -> PreTrainedTokenizerFast:
     """A byte-level BPE of `vocabulary` merges and bytes, then the 256 special tokens."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # pyright: ignore[reportAttributeAccessIssue]
-    tokenizer.decoder = decoders.ByteLevel()  # pyright: ignore[reportAttributeAccessIssue]
+    tokenizer = byte_level(models.BPE())
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     options = {"vocab_size": vocabulary, "initial_alphabet": alphabet, "show_progress": False}
     trainer = trainers.BpeTrainer(**options)
     tokenizer.train_from_iterator(texts, trainer)
+    return with_specials(tokenizer)
+
+
+def byte_level(model: models.BPE) -> Tokenizer:
+    """A tokenizer of bytes, as Llama's."""
+    tokenizer = Tokenizer(model)
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # pyright: ignore[reportAttributeAccessIssue]
+    tokenizer.decoder = decoders.ByteLevel()  # pyright: ignore[reportAttributeAccessIssue]
+    return tokenizer
+
+
+def with_specials(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
+    """With the 256 special tokens, behind the others."""
     tokenizer.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in SPECIALS])
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, bos_token=SPECIALS[0], eos_token=SPECIALS[1], pad_token=SPECIALS[1]
