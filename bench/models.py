@@ -127,8 +127,8 @@ def synthetic_sample(number: int, *, frames: tuple[int, int] | None = None, text
     count = text or int(rng.integers(80, 250))
     tokens_2L = rng.integers(0, 128_000, (2, count)).astype(np.int32)
     tokens_2L[1, : count - (count - TEMPLATE) // 3] = -100
-    for place, token in ((count // 4, IDS.audio_in), (count - 3, IDS.audio_out)):
-        tokens_2L[0, place], tokens_2L[1, place] = token, -100
+    for place, token, label in ((count // 4, IDS.audio_in, -100), (count - 3, IDS.audio_out, IDS.audio_out)):
+        tokens_2L[:, place] = token, label
     tokens_2L[0, place - 1], tokens_2L[0, place + 1] = 128_013, 128_012
     codes_KT = rng.integers(0, 1024, (IDS.codebooks, sum(lengths))).astype(np.uint16)
     return Arrays(f"{number:09d}", tokens_2L, codes_KT, lengths)
