@@ -243,6 +243,28 @@ def test_neighbours_in_a_pack_do_not_matter(case: Case) -> None:
     torch.testing.assert_close(second[-len(alone) :], alone, atol=2e-6, rtol=0)
 
 
+def test_samples_without_audio(case: Case) -> None:
+    """Alone or among others they get the same states; whatever trains gets a gradient, as DDP waits for one."""
+    whole = case.samples[0]
+    kept = (whole.tokens_2L[0] != case.ids.audio_in) & (whole.tokens_2L[0] != case.ids.audio_out)
+    meta, no_codes_KT = whole.meta | {"segments": []}, np.zeros((case.ids.codebooks, 0), np.uint16)
+    texts = Sample("text", meta, whole.tokens_2L[:, kept], no_codes_KT, ())
+    alone, among, nothing = (case.batch(chosen) for chosen in ([texts], [whole, texts, *case.samples[1:]], []))
+    with torch.no_grad():
+        states = hidden_states(case.model, among)[among["to_sequence"].long()].split(among.lengths)[1]
+        torch.testing.assert_close(hidden_states(case.model, alone), states, atol=1e-5, rtol=1e-5)
+    heads = case.model.audio_decoder_proj
+    trained = {n: p for n, p in case.model.named_parameters() if ".q_proj." in n or "audio_encoder_proj" in n}
+    trained |= {f"heads.{n}": p for n, p in heads.named_parameters()}
+    for parameter in trained.values():
+        parameter.requires_grad_(True)
+    for batch in (alone, among, nothing):
+        case.loss(batch, LossOptions()).total.backward()
+        assert not [n for n, p in trained.items() if p.grad is None]
+        case.model.zero_grad(set_to_none=True)
+    case.model.requires_grad_(False)
+
+
 def test_zero_weight_pack_has_zero_gradients(plain: Case) -> None:
     options = LossOptions(contrastive=1.0)
     batch = plain.batch(plain.samples[:2], weight=0, speakers=[0, 1])

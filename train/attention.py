@@ -29,8 +29,9 @@ def causal_attention(
     Args:
         lengths: rows of each sample. cu_lengths: where they begin, int32 [samples + 1] on the device.
     """
-    if not lengths:
-        return torch.zeros_like(q_NhD)
+    lengths = [length for length in lengths if length]
+    if not lengths:  # nothing to attend to; the gradient still reaches all three
+        return q_NhD + 0 * (k_NhD.sum() + v_NhD.sum())
     if q_NhD.is_cuda and q_NhD.dtype in (torch.bfloat16, torch.float16):
         return _flash(q_NhD, k_NhD, v_NhD, lengths, cu_lengths)
     if q_NhD.is_cuda or q_NhD.dtype != torch.float32:
@@ -53,8 +54,6 @@ def place(
         to_sequence, to_sorted: the order and its inverse; None where the rows stand in it.
         cos_ND, sin_ND: in Llama's half-split form, the halves alike; None for no embedding.
     """
-    if torch.compiler.is_compiling():  # it fuses plain operations by itself
-        return _placed(x_NhD, to_sequence, cos_ND, sin_ND)
     placed_NhD = _Place.apply(x_NhD, to_sequence, to_sorted, cos_ND, sin_ND)
     assert isinstance(placed_NhD, torch.Tensor)
     return placed_NhD
@@ -65,12 +64,12 @@ class _Place(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x_NhD: torch.Tensor, to_sequence: Any, to_sorted: Any, cos: Any, sin: Any) -> torch.Tensor:
-        ctx.given = to_sorted, cos, sin
+        ctx.save_for_backward(to_sorted, cos, sin)
         return _placed(x_NhD, to_sequence, cos, sin)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        to_sorted, cos_ND, sin_ND = ctx.given
+        to_sorted, cos_ND, sin_ND = ctx.saved_tensors
         grad_NhD = grads[0] if to_sorted is None else grads[0].index_select(0, to_sorted)
         return _placed(grad_NhD, None, cos_ND, None if sin_ND is None else -sin_ND), None, None, None, None
 

@@ -59,7 +59,6 @@ class Batch:
         keys: the samples' keys.
         seconds: audio of its samples.
         mels: float16; with `mel` features [S, C, 3000], each segment's padded 30 s window; with `encoder` [M, C].
-        mel_frames: true mel frames of each window (host).
         weight: 0 for a pack that only keeps the ranks in step at the end of an epoch, else 1.
         trained_segments: audio segments that are trained on.
         damaged: what was wrong with samples that are left out of the pack.
@@ -75,7 +74,6 @@ class Batch:
     keys: list[str]
     seconds: float
     mels: torch.Tensor | None = None
-    mel_frames: list[int] = field(default_factory=list)
     weight: int = 1
     label_text_rows: int = 0
     trained_segments: int = 0
@@ -177,7 +175,7 @@ def collate(
     if speakers is not None:
         arrays |= _pooling(seen, audio_lengths, speakers, weight)
     if features == "mel":
-        arrays["mel_source"] = _tower_rows(mel_frames)
+        arrays |= {"mel_source": _tower_rows(mel_frames), "mel_frames": np.array(mel_frames, np.int32)}
     flat, layout = _flatten(arrays, room)
     return Batch(
         flat=flat,
@@ -189,7 +187,6 @@ def collate(
         keys=[sample.key for sample in samples],
         seconds=seconds,
         mels=mels,
-        mel_frames=mel_frames,
         weight=weight,
         trained_segments=int(seen.segment_is_trained.sum()) * weight,
         damaged=damaged or [],

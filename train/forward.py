@@ -133,24 +133,29 @@ def _run(layer: nn.Module, running: Running, *packed: Any) -> torch.Tensor:
 def embed_text(model: HiggsAudioModel, batch: Batch) -> torch.Tensor:
     """The text rows [P, H]: token embeddings, and Whisper features where the model takes them."""
     tokens_PH = model.embed_tokens(batch["text_ids"])
-    if "mel_rows" not in batch.layout:
+    if model.audio_tower is None:
         return tokens_PH
-    features_MH = whisper_features(model, batch).to(tokens_PH.dtype)
+    if batch.mels is None:  # DDP waits for a gradient of whatever trains, also where a pack has no use for it
+        parts: tuple[Any, ...] = (model.audio_tower, model.audio_encoder_proj)
+        unused = [p for part in parts for p in part.parameters() if p.requires_grad]
+        return tokens_PH + 0 * sum(p.sum() for p in unused) if unused else tokens_PH
+    features_MH = whisper_features(model, batch, batch.mels).to(tokens_PH.dtype)
     order = torch.cat([batch["token_rows"], batch["mel_rows"]])
     return torch.cat([tokens_PH, features_MH])[torch.argsort(order)]
 
 
-def whisper_features(model: HiggsAudioModel, batch: Batch) -> torch.Tensor:
-    """What stands at the rows of Whisper features: [M, H]. The tower and its projector are boson's."""
-    assert model.audio_encoder_proj is not None
-    weight = model.audio_encoder_proj.linear.weight
-    if batch.mels is None:
-        return weight.new_zeros(0, len(weight))
-    if batch.mels.ndim == 2:  # the tower's output
-        return model.audio_encoder_proj(batch.mels.to(weight.dtype))
-    frames = torch.tensor(batch.mel_frames, device=weight.device)
-    mask = torch.arange(batch.mels.shape[-1], device=weight.device) < frames[:, None]
-    features_SFH, _ = model._apply_audio_tower(batch.mels.to(weight.dtype), mask)
+def whisper_features(model: HiggsAudioModel, batch: Batch, mels: torch.Tensor) -> torch.Tensor:
+    """What stands at the rows of Whisper features: [M, H]. The tower and its projector are boson's.
+
+    Args:
+        mels: see `Batch`.
+    """
+    projector: Any = model.audio_encoder_proj
+    dtype = projector.linear.weight.dtype
+    if mels.ndim == 2:  # the tower's output
+        return projector(mels.to(dtype))
+    mask = torch.arange(mels.shape[-1], device=mels.device) < batch["mel_frames"][:, None]
+    features_SFH, _ = model._apply_audio_tower(mels.to(dtype), mask)
     assert features_SFH is not None
     return features_SFH.flatten(0, 1).index_select(0, batch["mel_source"])
 
@@ -238,7 +243,7 @@ def attention(
 
 def _qkv(source: Normed, layers: tuple[Layer, ...], span: Span, head_dim: int) -> tuple[torch.Tensor, ...]:
     """Queries, keys and values [N, h, D] in sequence order."""
-    q_NhD, k_NhD, v_NhD = (x_NO.view(len(x_NO), -1, head_dim) for x_NO in project(source, layers))
+    q_NhD, k_NhD, v_NhD = (x_NO.unflatten(1, (x_NO.shape[1] // head_dim, head_dim)) for x_NO in project(source, layers))
     order, angles = (span.to_sequence, span.to_sorted), (span.cos_ND, span.sin_ND)
     return place(q_NhD, *order, *angles), place(k_NhD, *order, *angles), place(v_NhD, *order)
 

@@ -26,6 +26,7 @@ from torch import nn
 from .lora import linear
 
 Grads = list[torch.Tensor | None]
+Kept = tuple[torch.Tensor, ...]  # what making a source again leaves for its gradient
 
 
 def product(
@@ -59,7 +60,10 @@ class Rows(NamedTuple):
     def make(self) -> torch.Tensor:
         return self.x_NH if self.at is None else self.x_NH.index_select(0, self.at)
 
-    def backward(self, grad_NH: torch.Tensor, _needed: Sequence[bool]) -> Grads:
+    def make_again(self) -> tuple[torch.Tensor, Kept]:
+        return self.make(), ()
+
+    def backward(self, grad_NH: torch.Tensor, _kept: Kept, _needed: Sequence[bool]) -> Grads:
         if self.back is not None:
             grad_NH = grad_NH.index_select(0, self.back)
         elif self.at is not None:
@@ -79,8 +83,12 @@ class Normed(NamedTuple):
     def make(self) -> torch.Tensor:
         return self._weight(self._unit()[0].to(self.x_NH.dtype))
 
-    def backward(self, grad_NH: torch.Tensor, needed: Sequence[bool]) -> Grads:
+    def make_again(self) -> tuple[torch.Tensor, Kept]:
         unit_NH, scale_N1 = self._unit()
+        return self._weight(unit_NH.to(self.x_NH.dtype, copy=True)), (unit_NH, scale_N1)
+
+    def backward(self, grad_NH: torch.Tensor, kept: Kept, needed: Sequence[bool]) -> Grads:
+        unit_NH, scale_N1 = kept
         of_weights: Grads = [None, None]
         for number, part in enumerate((slice(0, self.text_rows), slice(self.text_rows, None))):
             if needed[1 + number]:
@@ -118,8 +126,12 @@ class Gated(NamedTuple):
         silu_NF = F.silu(self.gate_NF)
         return silu_NF * self.up_NF if torch.is_grad_enabled() else silu_NF.mul_(self.up_NF)
 
-    def backward(self, grad_NF: torch.Tensor, _needed: Sequence[bool]) -> Grads:
-        of_up_NF = F.silu(self.gate_NF).mul_(grad_NF)
+    def make_again(self) -> tuple[torch.Tensor, Kept]:
+        silu_NF = F.silu(self.gate_NF)
+        return silu_NF * self.up_NF, (silu_NF,)
+
+    def backward(self, grad_NF: torch.Tensor, kept: Kept, _needed: Sequence[bool]) -> Grads:
+        of_up_NF = kept[0].mul_(grad_NF)
         return [torch.ops.aten.silu_backward(grad_NF.mul_(self.up_NF), self.gate_NF), of_up_NF]
 
 
@@ -257,7 +269,7 @@ class _Project(torch.autograd.Function):
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[Any, ...]:
         (*given, low_Nr), needed = _saved(ctx), ctx.needs_input_grad[5:]
         source = ctx.kind(*given[: ctx.width])
-        x_NH, of_low_Nr = source.make(), torch.empty_like(low_Nr)
+        (x_NH, kept), of_low_Nr = source.make_again(), torch.empty_like(low_Nr)
         wanted, of_x_NH = any(needed[: ctx.width]), None
         of_layers: list[Grads] = []
         parts: list[slice] = []
@@ -288,7 +300,7 @@ class _Project(torch.autograd.Function):
             for number in adapted:
                 if needed[ctx.width + 4 * number + 2]:
                     of_layers[number][2] = of_a_rH[parts[number]].to(given[ctx.width + 4 * number + 2].dtype)
-        of_source = [None] * ctx.width if of_x_NH is None else source.backward(of_x_NH, needed)
+        of_source = [None] * ctx.width if of_x_NH is None else source.backward(of_x_NH, kept, needed)
         residual = grads[0] if ctx.needs_input_grad[4] else None
         return (None, None, None, None, residual, *of_source, *(grad for found in of_layers for grad in found))
 

@@ -33,7 +33,7 @@ from .output import (
     save_trainable,
 )
 from .profiling import StepProfiler
-from .readback import Readback
+from .readback import Mark, Readback
 from .report import Reporter
 from .resume import changed_options
 from .samples import Speaker
@@ -118,7 +118,7 @@ def run_steps(run: Run, tools: Tools, window: Window) -> None:
         report(tools, tools.validation.run(run, base=True))
     if tools.speaker:
         tools.speaker.begin()
-    window.began = time.perf_counter()
+    window.began = Mark(run.place.device)
     while progress.step < run.total_steps:
         batches, counts = take_batches(run, window)
         counts = obey(run, tools, window, counts)
@@ -129,7 +129,7 @@ def run_steps(run: Run, tools: Tools, window: Window) -> None:
             look = partial(look_at_predictions, tokenizer=tools.tokenizer, options=run.loss)
             predictions = run.look(batches[0], look)
         norm = train_step(run, batches, counts, window, watch)
-        report_noted(run, tools, window)
+        report_noted(run, tools)
         step, last = progress.step, progress.step == run.total_steps
         tools.collect(step)
         if tools.profiler and (table := tools.profiler.step()):
@@ -141,9 +141,9 @@ def run_steps(run: Run, tools: Tools, window: Window) -> None:
                 tools.reporter.diagnose(predictions, step)
         if step % config.logging_steps == 0 or step == 1 or last:
             tools.noted = note(run, window, norm)
-            window = run.window()
+            window = run.window(tools.noted.ended)
             if not run.place.queues:
-                report_noted(run, tools, window)
+                report_noted(run, tools)
         if pause(run, tools, window):
             return
 
@@ -157,14 +157,13 @@ def pause(run: Run, tools: Tools, window: Window) -> bool:
     saves = config.save_steps > 0 and (step % config.save_steps == 0 or last)
     if not (validates or speaks or saves or last):
         return False
-    report_noted(run, tools, window)
-    trained_at = time.perf_counter()
-    stale = validates and validate(run, tools)
-    if tools.speaker and (speaks or stale):
-        speak(run, tools, tools.speaker)
+    report_noted(run, tools)
+    with window.pauses.counted():
+        stale = validates and validate(run, tools)
+        if tools.speaker and (speaks or stale):
+            speak(run, tools, tools.speaker)
     if saves or (stale and config.save_steps):
         save(run, tools, window)
-    window.began += time.perf_counter() - trained_at
     if stale:
         best, at = progress.best_loss, progress.best_step
         found = "no finite loss" if best is None else f"best loss {best:.4f} at {at}"
@@ -192,7 +191,7 @@ def obey(run: Run, tools: Tools, window: Window, counts: list[float]) -> list[fl
     agreed = run.place.agree([*counts, *map(float, orders)])
     stop, save_due, failed, bad = (value > 0 for value in agreed[len(counts) :])
     if stop or save_due or failed or bad:
-        report_noted(run, tools, window)
+        report_noted(run, tools)
     for failure in failures:
         say(tools, f"error: {failure}")
     if failed:
@@ -224,28 +223,23 @@ def note(run: Run, window: Window, norm: torch.Tensor) -> Noted:
         "data_wait_s": run.loader.waits.summary(),
     }
     values = Readback(torch.cat([window.total, norm.detach().double().view(1)]))
-    return Noted(step, known, window, values, len(run.loader.damaged))
+    return Noted(step, known, window, Mark(run.place.device), values, len(run.loader.damaged))
 
 
-def report_noted(run: Run, tools: Tools, window: Window) -> None:
+def report_noted(run: Run, tools: Tools) -> None:
     """Report what was noted, if there is something. On a GPU that is once the next step is queued, so that the device
-    has work while the host waits for its numbers.
-
-    Args:
-        window: the one after it, whose time begins now.
-    """
+    has work while the host waits for its numbers."""
     if tools.noted:
         report(tools, summarise(run, tools.noted))
-        tools.noted, window.began = None, time.perf_counter()
+        tools.noted = None
 
 
 def summarise(run: Run, noted: Noted) -> dict[str, object]:
     """Sum a window over all ranks and name its numbers. This is where the device is waited for."""
     size, window, (*stats, norm) = run.place.world.size, noted.window, noted.values.wait().tolist()
-    elapsed = time.perf_counter() - window.began
+    elapsed = window.began.until(noted.ended) - window.pauses.seconds()
     run.bad.read(until=noted.step)
-    wait_s = sum(wait.seconds() for wait in window.waits)
-    host = [window.positions, window.samples, window.seconds, wait_s, noted.damaged]
+    host = [window.positions, window.samples, window.seconds, window.waits.seconds(), noted.damaged]
     values = run.place.agree([*stats, *host, window.audio_rows, window.squares])
     positions, samples, seconds, wait_s, damaged, audio_rows, squares = values[len(stats) :]
     losses = loss_metrics(values[: len(stats)], run.loss)

@@ -6,7 +6,7 @@ import contextlib
 import platform
 import shutil
 import subprocess
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -66,14 +66,24 @@ def prepare_folder(folder: Path, *, overwrite: bool, resuming: str | None, check
 
 def save_config(config: TrainConfig, resolved: dict[str, Any]) -> None:
     """Write config.yaml: every option, what was worked out from them, versions, git revision."""
-    versions = {name: version(name) for name in ("torch", "transformers", "peft", "numpy", "higgs-tune")}
     content = {
         "options": config.plain(),
         "resolved": resolved,
-        "versions": {"python": platform.python_version(), **versions},
+        "versions": versions(),
         "git_revision": git_revision(),
     }
     durable.write_bytes(config.output_dir / "config.yaml", yaml.safe_dump(content, sort_keys=False).encode())
+
+
+def versions() -> dict[str, str]:
+    """Of what a run's numbers depend on; this package may run from a checkout, without being installed."""
+    found = {"python": platform.python_version()}
+    for name in ("torch", "transformers", "peft", "numpy", "higgs-tune"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "not installed"
+    return found
 
 
 def git_revision() -> str | None:

@@ -1,4 +1,4 @@
-"""What the host learns from the device without holding it up: values on their way, and time that it stood idle.
+"""What the host learns from the device without holding it up: values on their way, and times by the device's clock.
 
 On a CPU everything has happened when a call returns, so there is nothing to wait for.
 """
@@ -6,7 +6,8 @@ On a CPU everything has happened when a call returns, so there is nothing to wai
 from __future__ import annotations
 
 import time
-from types import TracebackType
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -32,31 +33,37 @@ class Readback:
         return self._values
 
 
-class IdleTime:
-    """Within the block the host waits: for how long has the device had nothing to do meanwhile?
-
-    On a CPU that is the whole time. On a GPU it is the time between two marks in its queue, of which the first is
-    reached when all that was queued before is done; a wait during which the queue never runs dry costs nothing.
-    """
+class Mark:
+    """A moment: on a GPU, when it comes to the end of what has been queued so far; on a CPU, now."""
 
     def __init__(self, device: torch.device) -> None:
-        on_gpu = device.type == "cuda"
-        self._marks = [torch.cuda.Event(enable_timing=True) for _ in range(2)] if on_gpu else []
-        self._host_s = 0.0
+        self._at_s, self._event = time.perf_counter(), None
+        if device.type == "cuda":
+            self._event = torch.cuda.Event(enable_timing=True)
+            self._event.record()
 
-    def __enter__(self) -> None:
-        self._host_s = -time.perf_counter()
-        if self._marks:
-            self._marks[0].record()
+    def until(self, later: Mark) -> float:
+        """Seconds from this moment to a later one; waits until the device has come to both."""
+        if self._event is None or later._event is None:
+            return later._at_s - self._at_s
+        later._event.synchronize()
+        return self._event.elapsed_time(later._event) / 1e3
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        self._host_s += time.perf_counter()
-        if self._marks:
-            self._marks[1].record()
+
+class Stopwatch:
+    """Adds up the time of blocks, by the device's clock. Of a host that waits for data this is the time in which the
+    device had nothing to do: while its queue does not run dry, two marks in it are next to each other."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device, self._pairs = device, list[tuple[Mark, Mark]]()
+
+    @contextmanager
+    def counted(self) -> Iterator[None]:
+        """Count the time of the block."""
+        began = Mark(self._device)
+        yield
+        self._pairs.append((began, Mark(self._device)))
 
     def seconds(self) -> float:
-        """Waits until the device has come to the end of the block."""
-        if not self._marks:
-            return self._host_s
-        self._marks[1].synchronize()
-        return self._marks[0].elapsed_time(self._marks[1]) / 1e3
+        """The sum; waits until the device has come to the end of the last block."""
+        return sum(began.until(ended) for began, ended in self._pairs)

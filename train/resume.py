@@ -13,7 +13,6 @@ import hashlib
 import json
 import random
 from collections.abc import Iterator
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,7 @@ from ..shards.errors import UserError
 from ..shards.plan import PLAN_VERSION
 from .checkpoint import STATE, VERSION, Snapshot, checkpoint_path, newest_valid, read_tensors, verify
 from .config import TrainConfig
-from .output import ADAPTER, ADAPTER_CONFIG, FULL, adapter_config_json, adapter_tensors
+from .output import ADAPTER, ADAPTER_CONFIG, FULL, adapter_config_json, adapter_tensors, versions
 from .schedule import Cursor
 from .setup import Place
 from .sharded import spread_like, whole
@@ -134,7 +133,7 @@ def snapshot(run: Run, window: Window, written: dict[str, int]) -> Snapshot | No
         "written": written,
         "identity": identity(run),
         "options": run.config.plain(),
-        "versions": {name: version(name) for name in ("torch", "transformers", "peft", "higgs-tune")},
+        "versions": versions(),
     }
     tensors = {ADAPTER if isinstance(run.peft_model, PeftModel) else FULL: adapter}
     tensors |= {OPTIMIZER: optimizer, RANKS: ranks}

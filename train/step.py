@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -34,7 +33,7 @@ from .lora import base_only, evaluating
 from .loss import LossOptions, LossParts, pack_loss
 from .model import HiggsAudioModel
 from .optim import Ema, learning_rates, set_rates
-from .readback import IdleTime
+from .readback import Mark, Stopwatch
 from .reference import reference_loss
 from .schedule import Cursor, Schedule
 from .setup import Place
@@ -82,22 +81,24 @@ class PackModel(nn.Module):
 class Window:
     """What happened since the last report, on this rank: sums on the device, counts on the host.
 
-    waits: for batches. began: when the report before was done, by `time.perf_counter`.
+    began: where the window before ended. waits: for batches. pauses: what is no training, such as validation.
     """
 
     total: torch.Tensor
+    began: Mark
+    waits: Stopwatch
+    pauses: Stopwatch
     steps: int = 0
     positions: int = 0
     samples: int = 0
     audio_rows: int = 0
     squares: int = 0
     seconds: float = 0.0
-    waits: list[IdleTime] = field(default_factory=list)
-    began: float = field(default_factory=time.perf_counter)
 
     @staticmethod
-    def empty(codebooks: int, device: torch.device) -> Window:
-        return Window(torch.zeros(3 * (1 + codebooks) + 2 * codebooks + 2, device=device, dtype=torch.float64))
+    def empty(codebooks: int, device: torch.device, began: Mark | None = None) -> Window:
+        total = torch.zeros(3 * (1 + codebooks) + 2 * codebooks + 2, device=device, dtype=torch.float64)
+        return Window(total, began or Mark(device), Stopwatch(device), Stopwatch(device))
 
     def add(self, parts: LossParts, *, only_finite: bool) -> None:
         """Add a pack's sums: losses, right predictions and labels of text and each codebook; of EOS; of pairs.
@@ -183,14 +184,14 @@ class Run:
         """What a function of model and batch says; all ranks together."""
         return self.module(batch, batch.flat, look)
 
-    def window(self) -> Window:
-        return Window.empty(self.codebooks, self.place.device)
+    def window(self, began: Mark | None = None) -> Window:
+        """An empty one, from a mark or from now on."""
+        return Window.empty(self.codebooks, self.place.device, began)
 
 
 def take_batches(run: Run, window: Window) -> tuple[list[Batch], list[float]]:
     """The micro-batches of one step, and their label and pair counts; the time waited for them is counted."""
-    window.waits.append(IdleTime(run.place.device))
-    with window.waits[-1]:
+    with window.waits.counted():
         batches = [next(run.loader) for _ in range(run.config.gradient_accumulation_steps)]
     counts = torch.zeros(2 + run.codebooks, dtype=torch.int64)
     for batch in batches:

@@ -28,7 +28,7 @@ from .output import (
     write_model,
 )
 from .profiling import StepProfiler
-from .readback import Readback
+from .readback import Mark, Readback
 from .report import Reporter
 from .resume import snapshot
 from .samples import Speaker
@@ -41,12 +41,13 @@ from .validation import Validation
 class Noted:
     """A window's metrics to report. step: its last. known: those that the host knew then. damaged: samples so far.
 
-    values: `Window.total`, then the gradient norm of the last step.
+    ended: where the window did. values: `Window.total`, then the gradient norm of the last step.
     """
 
     step: int
     known: dict[str, object]
     window: Window
+    ended: Mark
     values: Readback
     damaged: int
 
@@ -83,9 +84,10 @@ def save(run: Run, tools: Tools, window: Window) -> None:
     """Begin to save a checkpoint; what is frozen has not changed until then."""
     assert_frozen(run.peft_model, tools.frozen)
     run.bad.read(until=run.progress.step)
-    taken = snapshot(run, window, tools.reporter.written if tools.reporter else {})
-    if tools.saver and taken:
-        tools.saver.checkpoint(taken)
+    with window.pauses.counted():
+        taken = snapshot(run, window, tools.reporter.written if tools.reporter else {})
+        if tools.saver and taken:
+            tools.saver.checkpoint(taken)
     tools.saved_at, tools.saved_step = time.monotonic(), run.progress.step
 
 
