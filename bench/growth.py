@@ -136,7 +136,12 @@ def main() -> None:
     cases = [("packs", size, pack_of(size)) for size in options.packs]
     cases += [("lengths", length, equal_pack(options.length_pack, length)) for length in options.lengths]
     for kind, size, samples in cases:
-        found = result[kind][size] = measure(model, samples, options)
+        try:
+            found = result[kind][size] = measure(model, samples, options)
+        except torch.OutOfMemoryError as error:
+            result[kind][size] = {"failed": str(error).splitlines()[0]}
+            print(f"{kind.removesuffix('s'):<10}{size:>12,}  out of memory")
+            continue
         print(f"{kind.removesuffix('s'):<10}{size:>12,}{found['samples']:>8}{found['tokens_per_second']:>11,.0f}"
               f"{found['peak_memory_gb']:>9.2f}{found['kept_bytes_per_position_and_layer']:>18,.0f}"
               f"{found['estimated_bytes_per_position_and_layer']:>10,.0f}")  # fmt: skip
