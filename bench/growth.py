@@ -3,8 +3,8 @@
     python bench/growth.py --size small [--packs 2048 4096 8192] [--lengths 128 512 2048] [--compile]
 
 Pack sizes use the stated length distribution; sample lengths use packs of equal samples, three tenths of them text.
-Memory: the peak beyond the weights; and what autograd keeps (eager only) for each position and layer, beside the
-estimate of `train/cost.py`.
+Memory: the peak beyond the weights; and what autograd keeps for each position and layer, beside the estimate of
+`train/cost.py`.
 """
 
 from __future__ import annotations
@@ -108,13 +108,14 @@ def measure(model: HiggsAudioModel, samples: list[Arrays], options: Options) -> 
     with PeakMemory(device) as memory:
         step()
     seconds = [step() for _ in range(options.repeats)]
-    kept = kept_bytes(model, batch, running) if running.checkpointing == "none" and not running.compiled else 0
+    kept = kept_bytes(model, batch, running)
     time_s, layers = statistics.median(seconds), len(model.layers)
     return {
         "positions": batch.positions, "samples": len(samples), "seconds": seconds,
         "tokens_per_second": batch.positions / time_s, "peak_memory_gb": memory.more_gb,
         "kept_bytes_per_position_and_layer": kept / batch.positions / layers,
-        "estimated_bytes_per_position_and_layer": activation_bytes(model, options.checkpointing) / layers,
+        "estimated_bytes_per_position_and_layer": activation_bytes(
+            model, options.checkpointing, compiled=options.compile) / layers,
     }  # fmt: skip
 
 

@@ -170,7 +170,7 @@ def way_to_run(config: TrainConfig, place: Place, model: HiggsAudioModel) -> Run
         return Running(config.compile, config.activation_checkpointing)
     modes: list[Checkpointing] = ["none", "selective", "full"]
     free = free_bytes(place.device) / (1 if place.device.type == "cuda" else place.world.local_size)
-    mine = modes.index(choose_checkpointing(model, config.tokens_per_pack, free))
+    mine = modes.index(choose_checkpointing(model, config.tokens_per_pack, free, compiled=config.compile))
     worst = int(place.gather(torch.tensor([mine])).max())
     if worst and place.is_main:
         print(f"--activation_checkpointing {modes[worst]}: {free / 1e9:.1f} GB are free", flush=True)

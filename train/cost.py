@@ -77,11 +77,14 @@ def _flops_a_row(module: nn.Module) -> float:
     return sum((6 if p.requires_grad else 4) * p.numel() for p in module.parameters() if p.ndim == 2)
 
 
-def activation_bytes(model: HiggsAudioModel, checkpointing: Checkpointing = "none", rank: int = 16) -> float:
+def activation_bytes(
+    model: HiggsAudioModel, checkpointing: Checkpointing = "none", rank: int = 16, *, compiled: bool = False
+) -> float:
     """Bytes that backward keeps for a position of the packed forward, over all layers.
 
     A layer keeps the residual stream before each half, queries, keys, values and output of the attention, gate and
-    up, what LoRA's first factors give, and the attention's normaliser.
+    up, what LoRA's first factors give, and the attention's normaliser. A compiled one also keeps its norms' outputs
+    and SiLU(gate) * up.
     """
     layers: Any = model.layers
     first = layers[0]
@@ -90,6 +93,8 @@ def activation_bytes(model: HiggsAudioModel, checkpointing: Checkpointing = "non
     inner = attention.num_heads * attention.head_dim
     kept = 2 * width + 2 * inner + 2 * attention.num_key_value_heads * attention.head_dim + 5 * rank
     kept += 2 * config.intermediate_size + 2 * rank if checkpointing == "none" else 0
+    if compiled:
+        kept += 2 * width + config.intermediate_size if checkpointing == "none" else width
     if checkpointing == "full":
         kept = width
     normalisers = 4 * attention.num_heads if checkpointing != "full" else 0
@@ -103,12 +108,16 @@ def working_bytes(model: HiggsAudioModel, positions: int) -> float:
     return positions * weight.element_size() * (6 * config.hidden_size + 4 * config.intermediate_size) + 4 * (1 << 27)
 
 
-def choose_checkpointing(model: HiggsAudioModel, positions: int, free: float) -> Checkpointing:
+def choose_checkpointing(
+    model: HiggsAudioModel, positions: int, free: float, *, compiled: bool = False
+) -> Checkpointing:
     """The least checkpointing whose estimate fits into the free memory (bytes)."""
     room = FREE_SHARE * free - working_bytes(model, positions)
-    if positions * activation_bytes(model, "none") <= room:
-        return "none"
-    return "selective" if positions * activation_bytes(model, "selective") <= room else "full"
+    modes: tuple[Checkpointing, ...] = ("none", "selective")
+    for mode in modes:
+        if positions * activation_bytes(model, mode, compiled=compiled) <= room:
+            return mode
+    return "full"
 
 
 def free_bytes(device: torch.device) -> float:
