@@ -71,7 +71,7 @@ def _file_rows(path: Path) -> Iterator[Any]:
 
 def _read_array(text: str, path: Path) -> list[Any]:
     try:
-        return json.loads(text, parse_constant=_no_number)
+        return json.loads(text)
     except (ValueError, RecursionError) as error:
         raise UserError(f"the data is not JSON: {error}", where=path) from error
 
@@ -80,13 +80,9 @@ def _read_lines(lines: Iterator[str]) -> Iterator[Any]:
     for number, line in enumerate(lines, 1):
         if line.strip():
             try:
-                yield json.loads(line, parse_constant=_no_number)
+                yield json.loads(line)
             except (ValueError, RecursionError) as error:
                 yield Reject("invalid_json", f"line {number}: {error}")
-
-
-def _no_number(_name: str) -> None:
-    """NaN and infinities are no JSON; boson reads them as null, and so do we."""
 
 
 def _read_table(lines: Iterator[str], delimiter: str) -> Iterator[Any]:

@@ -13,7 +13,7 @@ from dataclasses import asdict
 from typing import Any
 
 from .audio import Clip
-from .chatml import key_of, parse_entry, without_inline
+from .chatml import key_of, parse_entry, storable
 from .config import Job
 from .entries import read_entries
 from .reject import Reject
@@ -81,7 +81,7 @@ def _line(entry: Any, position: int, job: Job, keys: set[bytes], numbers: ClipNu
         keys.add(name)
         used = zip(sample.clips, sample.roles, strict=True)
         clips = [numbers.number(clip, job.wants_whisper(role)) for clip, role in used]
-        return {"key": key, "position": position, "entry": without_inline(entry, sample), "clips": clips}
+        return {"key": key, "position": position, "entry": storable(entry, sample), "clips": clips}
     except Reject as reject:
         return {"key": key, "position": position, "reject": [reject.reason, reject.detail, reject.file]}
 

@@ -65,7 +65,7 @@ def test_conversations_of_several_voices(toy: Path, toy_tokenizer: PreTrainedTok
     soundfile.write(tmp_path / "long.wav", wave, 24000, subtype="FLOAT")
     for name, start in (("a", 1.0), ("b", 3.5)):
         soundfile.write(tmp_path / f"{name}.wav", wave[int(start * 24000) :][:24000], 24000, subtype="FLOAT")
-    inline = base64.b64encode((tmp_path / "b.wav").read_bytes()).decode()
+    inline = base64.encodebytes((tmp_path / "b.wav").read_bytes()).decode()  # in lines of 76, as MIME has it
     audio: dict[str, dict[str, Any]] = {
         "cut": {"type": "audio", "audio_url": "long.wav", "offset": 1.0, "duration": 1.0},
         "file": {"type": "audio", "audio_url": "a.wav"},
