@@ -290,7 +290,8 @@ def test_flags_mark_clips_and_reject_them_on_demand(toy: Path, tmp_path: Path) -
         (b"\x00\xff\xfe\x01" * 99, "not a ChatML file or manifest"),
         (b"[{]", "not JSON"),
         (b"[" * 100_000, "not JSON"),
-        (b"[]", "no sample is left"),
+        (b"[]", "the data holds no samples"),
+        (b'{\n "messages": []\n}\n', "a JSON object over several lines"),
         (b'[{"audio": "a.wav", "text": "hello"}]', r"lacks columns .*expected \['speaker'\]"),
     ],
 )
