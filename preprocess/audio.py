@@ -85,11 +85,11 @@ class Waveform:
     flags: tuple[Flag, ...]
 
 
-def load_clip(clip: Clip, sample_rate_hz: int | None, options: AudioOptions) -> Waveform:
+def load_clip(clip: Clip, sample_rate_hz: int, options: AudioOptions) -> Waveform:
     """Read, cut, mix down, level and resample one clip.
 
     Args:
-        sample_rate_hz: of the samples that are returned; None: the file's own.
+        sample_rate_hz: of the samples that are returned.
 
     Raises:
         Reject: missing, unreadable, empty, cut off, not finite, too short or too long, …; names the file.
@@ -104,8 +104,7 @@ def load_clip(clip: Clip, sample_rate_hz: int | None, options: AudioOptions) -> 
     mono_S = np.mean(samples_SC.T, axis=0)
     if options.loudness_lufs is not None:
         mono_S = _level(mono_S, rate, options.loudness_lufs, clip.source)
-    if sample_rate_hz is not None:
-        mono_S = resample_soxr(mono_S, rate, sample_rate_hz)
+    mono_S = resample_soxr(mono_S, rate, sample_rate_hz)
     return Waveform(mono_S, len(samples_SC) / rate, _digest(source, clip.source), flags)
 
 
