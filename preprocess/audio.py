@@ -198,7 +198,8 @@ def _span(file: soundfile.SoundFile, clip: Clip, options: AudioOptions) -> tuple
     start = _samples(clip.offset_s or 0.0, rate)
     wanted = file.frames - start if clip.duration_s is None else _samples(clip.duration_s, rate)
     if start and start >= file.frames:
-        raise Reject("cut_outside_audio", f"offset {start / rate:.3f} s, length {file.frames / rate:.3f} s", source)
+        offset, length = f"{clip.offset_s!r:.20}", f"{file.frames / rate:.3f}"
+        raise Reject("cut_outside_audio", f"offset {offset} s, length {length} s", source)
     if wanted > options.max_seconds * rate:
         raise Reject("too_long", _length(wanted / rate, options), source)
     return start, wanted

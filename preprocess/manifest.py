@@ -71,7 +71,7 @@ def _usable(row: Any, max_text_chars: int) -> dict[str, Any]:
         value = row.get(name)
         if value is not None and (not isinstance(value, kind) or isinstance(value, bool)):
             raise Reject("malformed_manifest", f"{name}: expected a string, got {value!r:.60}")
-    check_text(row["text"], "text", max_text_chars)
+    check_text(row["text"], "row", max_text_chars)
     return row
 
 
