@@ -55,7 +55,7 @@ class Stats:
         shards = ShardSet(self.shards)
         found = statistics(shards, scan(shards, self.max_samples), self.tokens_per_pack)
         if self.json:
-            print(json.dumps(found, ensure_ascii=False, indent=1))
+            print(json.dumps(found, indent=1))
             return
         print_statistics(found)
 
@@ -189,7 +189,7 @@ class Verify:
             print(repair_index(self.shards, options), file=sys.stderr)
         verdict = verify(self.shards, options)
         if self.json:
-            print(json.dumps(verdict.to_dict(), ensure_ascii=False, indent=1))
+            print(json.dumps(verdict.to_dict(), indent=1))
         else:
             print_verdict(verdict)
         sys.exit(1 if verdict.findings else 0)
@@ -213,7 +213,7 @@ class Diff:
 
         found = diff(ShardSet(self.a), ShardSet(self.b))
         if self.json:
-            print(json.dumps(found.to_dict(), ensure_ascii=False, indent=1))
+            print(json.dumps(found.to_dict(), indent=1))
         else:
             print_diff(found)
         sys.exit(0 if found.equal else 1)

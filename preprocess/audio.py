@@ -28,6 +28,7 @@ import soundfile
 
 from ..shards.writer import file_sha256
 from .arrow import arrow_audio, arrow_cell
+from .containers import misfit
 from .reject import Reject
 from .resample import resample_soxr
 
@@ -35,8 +36,7 @@ Flag = Literal["silence", "clipping"]
 MAX_CHANNELS = 2
 CUT_TOLERANCE_S = 0.1  # durations in metadata are rounded; a cut may end this much after the file does
 UNKNOWN_LENGTH = 1 << 60  # libsndfile's frames of a stream whose end it cannot find
-STREAMED_RIFF = 0x7FFF0000  # sizes from here on (and 0) stand in headers of files that were written to a pipe
-OGG_PAGE, OGG_END = 65307, 4  # longest page in bytes; the flag of a stream's last page
+LOUDEST = 100.0  # +40 dB of full scale: no recording is there, but integers stored as floating point are
 
 
 @dataclass(frozen=True)
@@ -85,11 +85,11 @@ class Waveform:
     flags: tuple[Flag, ...]
 
 
-def load_clip(clip: Clip, sample_rate_hz: int | None, options: AudioOptions) -> Waveform:
+def load_clip(clip: Clip, sample_rate_hz: int, options: AudioOptions) -> Waveform:
     """Read, cut, mix down, level and resample one clip.
 
     Args:
-        sample_rate_hz: of the samples that are returned; None: the file's own.
+        sample_rate_hz: of the samples that are returned.
 
     Raises:
         Reject: missing, unreadable, empty, cut off, not finite, too short or too long, …; names the file.
@@ -104,16 +104,15 @@ def load_clip(clip: Clip, sample_rate_hz: int | None, options: AudioOptions) -> 
     mono_S = np.mean(samples_SC.T, axis=0)
     if options.loudness_lufs is not None:
         mono_S = _level(mono_S, rate, options.loudness_lufs, clip.source)
-    if sample_rate_hz is not None:
-        mono_S = resample_soxr(mono_S, rate, sample_rate_hz)
+    mono_S = resample_soxr(mono_S, rate, sample_rate_hz)
     return Waveform(mono_S, len(samples_SC) / rate, _digest(source, clip.source), flags)
 
 
 def clip_seconds(clip: Clip, options: AudioOptions) -> float | None:
-    """Length by the file's header; None where the file cannot be used."""
+    """Length by the file's header; None where the file cannot be used, as far as that tells."""
     try:
         with _opened(_source(clip, options), clip.source) as file:
-            return file.frames / file.samplerate
+            return _span(file, clip, options)[1] / file.samplerate
     except Reject:
         return None
 
@@ -143,7 +142,7 @@ def _opened(source: Path | bytes, name: str) -> Iterator[soundfile.SoundFile]:
 
 def _inline_bytes(clip: Clip) -> bytes:
     try:
-        return base64.b64decode(clip.inline, validate=True)
+        return base64.b64decode("".join(clip.inline.split()), validate=True)  # encoders wrap lines
     except (binascii.Error, ValueError) as error:
         raise Reject("unreadable_audio", f"raw_audio is not base64: {error}", clip.source) from error
 
@@ -180,37 +179,40 @@ def _cached_digest(path: Path, _size: int, _mtime_ns: int) -> str:
 
 
 def _refuse_cut_off(source: Path | bytes, name: str) -> None:
-    """libsndfile plays what is left of a WAV or Ogg file whose end is missing, without a word."""
     try:
         with io.BytesIO(source) if isinstance(source, bytes) else source.open("rb") as file:
-            head, size = file.read(12), file.seek(0, os.SEEK_END)
-            file.seek(max(0, size - OGG_PAGE))
-            tail = file.read() if head[:4] == b"OggS" else b""
+            found = misfit(file)
     except OSError as error:
         raise Reject("unreadable_audio", f"cannot read {source!r:.200}: {error}", name) from error
-    stated = int.from_bytes(head[4:8], "little") + 8
-    if head[:4] == b"RIFF" and head[8:] == b"WAVE" and 8 < stated < STREAMED_RIFF and stated > size + 1:
-        raise Reject("truncated_audio", f"the header states {stated} bytes, the file has {size}", name)
-    if tail:
-        page = tail[tail.rfind(b"OggS") :]
-        sizes = page[27 : 27 + page[26]] if len(page) > 26 else b""
-        if not sizes or not page[5] & OGG_END or len(page) < 27 + len(sizes) + sum(sizes):
-            raise Reject("truncated_audio", "the last page of the Ogg stream is missing", name)
+    if found:
+        raise Reject("truncated_audio", found, name)
 
 
-def _read(file: soundfile.SoundFile, clip: Clip, options: AudioOptions) -> np.ndarray:
-    """float32 [S, C] of the part that the clip names."""
+def _span(file: soundfile.SoundFile, clip: Clip, options: AudioOptions) -> tuple[int, int]:
+    """First sample, and number of samples, of the part that the clip names, as far as the header tells."""
     rate, source = file.samplerate, clip.source
     if not 1 <= file.channels <= MAX_CHANNELS:
         raise Reject("too_many_channels", f"expected 1 to {MAX_CHANNELS} channels, got {file.channels}", source)
     if file.frames > UNKNOWN_LENGTH:
         raise Reject("unreadable_audio", "the file does not say how long it is", source)
-    start = int((clip.offset_s or 0.0) * rate)
-    wanted = file.frames - start if clip.duration_s is None else int(clip.duration_s * rate)
+    start = _samples(clip.offset_s or 0.0, rate)
+    wanted = file.frames - start if clip.duration_s is None else _samples(clip.duration_s, rate)
     if start and start >= file.frames:
-        raise Reject("cut_outside_audio", f"offset {clip.offset_s} s, length {file.frames / rate:.3f} s", source)
+        offset, length = f"{clip.offset_s!r:.20}", f"{file.frames / rate:.3f}"
+        raise Reject("cut_outside_audio", f"offset {offset} s, length {length} s", source)
     if wanted > options.max_seconds * rate:
         raise Reject("too_long", _length(wanted / rate, options), source)
+    return start, wanted
+
+
+def _samples(seconds: float, rate: int) -> int:
+    return int(min(seconds, UNKNOWN_LENGTH) * rate)
+
+
+def _read(file: soundfile.SoundFile, clip: Clip, options: AudioOptions) -> np.ndarray:
+    """float32 [S, C] of the part that the clip names."""
+    rate, source = file.samplerate, clip.source
+    start, wanted = _span(file, clip, options)
     if start:
         file.seek(start)
     samples_SC = file.read(wanted, dtype="float32", always_2d=True)
@@ -223,6 +225,9 @@ def _read(file: soundfile.SoundFile, clip: Clip, options: AudioOptions) -> np.nd
         raise Reject("empty_audio", "no samples", source)
     if not np.isfinite(samples_SC).all():
         raise Reject("non_finite_audio", "samples are NaN or infinite", source)
+    peak = max(samples_SC.max(), -samples_SC.min())
+    if peak > LOUDEST:
+        raise Reject("out_of_range", f"expected samples of -1 to 1, at most {LOUDEST:g}, got {peak:g}", source)
     if len(samples_SC) < options.min_seconds * rate:
         raise Reject("too_short", _length(len(samples_SC) / rate, options), source)
     return samples_SC

@@ -8,7 +8,9 @@ In: one entry, `{"messages": [...], "speaker", "misc", "start_index", "id"}`, as
 from __future__ import annotations
 
 import hashlib
+import math
 import re
+import unicodedata
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,7 @@ from transformers import PreTrainedTokenizerBase
 from ..shards.durable import to_json
 from ..shards.sequence import SpecialIds
 from .audio import Clip
+from .plain import plain
 from .reject import Reject
 
 ROLES = ("system", "user", "assistant")
@@ -66,7 +69,8 @@ def key_of(entry: Any, position: int) -> str:
     misc = entry.get("misc") if isinstance(entry, dict) else None
     given = entry.get("id") if isinstance(entry, dict) else None
     given = given if given is not None else (misc.get("id") if isinstance(misc, dict) else None)
-    if given is None or isinstance(given, dict | list | bool) or not str(given):
+    given = None if isinstance(given, dict | list | bool) else plain(given)
+    if given is None or not str(given):
         return f"{position:09d}"
     name = str(given)
     safe = _UNSAFE.sub("_", name)[:47]
@@ -90,21 +94,16 @@ def parse_entry(entry: Any, position: int, folder: Path, max_text_chars: int = M
         raise entry
     if not isinstance(entry, dict) or not isinstance(entry.get("messages"), list) or not entry["messages"]:
         raise Reject("malformed_chatml", "expected an object with a non-empty list of messages")
-    try:
-        to_json(entry)
-    except UnicodeEncodeError as error:  # undecodable bytes of the file, or half of a surrogate pair
-        raise Reject("invalid_unicode", f"{error}") from error
-    except (ValueError, RecursionError) as error:  # a number beyond float64, nesting without end
-        raise Reject("malformed_chatml", f"cannot be stored as JSON: {error}") from error
+    check_storable(entry)
     messages = [_message(m, f"message {i}", max_text_chars) for i, m in enumerate(entry["messages"])]
     start_index = entry.get("start_index")
-    if start_index is not None and (not isinstance(start_index, int) or isinstance(start_index, bool)):
-        raise Reject("malformed_chatml", f"start_index: expected an integer, got {start_index!r:.60}")
+    if start_index is not None and (not _is(start_index, int) or start_index < 0):
+        raise Reject("malformed_chatml", f"start_index: expected an integer of at least 0, got {start_index!r:.60}")
     misc = entry.get("misc")
     if misc is not None and not isinstance(misc, dict):
         raise Reject("malformed_chatml", f"misc: expected an object, got {misc!r:.60}")
     speaker = entry.get("speaker") if entry.get("speaker") is not None else (misc or {}).get("speaker")
-    if speaker is not None and not isinstance(speaker, str | int):
+    if speaker is not None and not _is(speaker, str | int):
         raise Reject("malformed_chatml", f"speaker: expected a string, got {speaker!r:.60}")
     name = None if speaker is None else str(speaker)
     chat = ChatMLSample(messages=messages, start_index=start_index, misc=misc, speaker=name)
@@ -116,6 +115,25 @@ def parse_entry(entry: Any, position: int, folder: Path, max_text_chars: int = M
     ]
     clips, roles = tuple(clip for clip, _ in found), tuple(role for _, role in found)
     return ChatSample(key_of(entry, position), chat, clips, roles)
+
+
+def check_storable(entry: dict[str, Any]) -> None:
+    """Make sure that a raw entry or row can be stored, as `plain` makes it.
+
+    Raises:
+        Reject: it holds what is not Unicode, or cannot be written as JSON.
+    """
+    try:
+        to_json(plain(entry))
+    except UnicodeEncodeError as error:  # undecodable bytes of the file, or half of a surrogate pair
+        raise Reject("invalid_unicode", f"{error}") from error
+    except (ValueError, RecursionError) as error:  # an integer of thousands of digits, nesting without end
+        raise Reject("malformed_chatml", f"cannot be stored as JSON: {error}") from error
+
+
+def _is(value: Any, kind: Any) -> bool:
+    """isinstance, where True and False are no integers."""
+    return isinstance(value, kind) and not isinstance(value, bool)
 
 
 def _parts(message: Message) -> list[Any]:
@@ -138,7 +156,7 @@ def _message(message: Any, where: str, max_chars: int) -> Message:
     if recipient is not None and (not isinstance(recipient, str) or role != "assistant"):
         raise Reject("malformed_chatml", f"{where}: recipient: expected a string, of an assistant message")
     if recipient:
-        _text(recipient, where, max_chars)
+        check_text(recipient, where, max_chars)
     return Message(role=role, content=[_content(part, where, max_chars) for part in parts], recipient=recipient)
 
 
@@ -147,7 +165,7 @@ def _content(part: Any, where: str, max_chars: int) -> TextContent | AudioConten
         part = {"type": "text", "text": part}
     kind = part.get("type") if isinstance(part, dict) else None
     if kind == "text":
-        return TextContent(text=_text(part.get("text"), where, max_chars))
+        return TextContent(text=check_text(part.get("text"), where, max_chars))
     if kind != "audio":
         raise Reject("malformed_chatml", f"{where}: expected content of type text or audio, got {part!r:.60}")
     url, inline = part.get("audio_url"), part.get("raw_audio")
@@ -158,15 +176,23 @@ def _content(part: Any, where: str, max_chars: int) -> TextContent | AudioConten
     cut = {name: part.get(name) for name in ("offset", "duration")}
     for name, value in cut.items():
         least = 0 if name == "offset" else 1e-9
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int | float) or not value >= least):
+        if value is not None and not (_is(value, int | float) and least <= value < math.inf):
             raise Reject("malformed_chatml", f"{where}: {name}: expected seconds, got {value!r:.60}")
     return AudioContent(audio_url=url or "", raw_audio=inline, offset=cut["offset"], duration=cut["duration"])
 
 
-def _text(text: Any, where: str, max_chars: int) -> str:
+def check_text(text: Any, where: str, max_chars: int = MAX_TEXT_CHARS) -> str:
+    """The text, if it can be used.
+
+    Args:
+        where: what the text is, for the message.
+
+    Raises:
+        Reject: it is no string, shows nothing, is too long, or holds a control character or a template token.
+    """
     if not isinstance(text, str):
         raise Reject("malformed_chatml", f"{where}: text: expected a string, got {text!r:.40}")
-    if not text.strip():
+    if all(character.isspace() or unicodedata.category(character) == "Cf" for character in text):
         raise Reject("empty_text", f"{where}: text is empty")
     if len(text) > max_chars:
         raise Reject("text_too_long", f"{where}: expected at most {max_chars} characters, got {len(text)}")
@@ -205,8 +231,8 @@ def tokenize(sample: ChatSample, tokenizer: PreTrainedTokenizerBase, ids: Specia
     return tokens_2L
 
 
-def without_inline(entry: dict[str, Any], sample: ChatSample) -> dict[str, Any]:
-    """The entry with each `raw_audio` taken out, and named in `audio_url` where that was empty."""
+def storable(entry: dict[str, Any], sample: ChatSample) -> dict[str, Any]:
+    """The entry as it is stored: each `raw_audio` taken out, and named in `audio_url` where that was empty."""
     clips = iter(sample.clips)
 
     def part(given: Any) -> Any:
@@ -220,7 +246,7 @@ def without_inline(entry: dict[str, Any], sample: ChatSample) -> dict[str, Any]:
         content = message["content"]
         content = [part(given) for given in content] if isinstance(content, list) else part(content)
         messages.append({**message, "content": content})
-    return {**entry, "messages": messages}
+    return plain({**entry, "messages": messages})
 
 
 def _without_audio_data(content: Any) -> Any:

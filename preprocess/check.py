@@ -22,15 +22,16 @@ from transformers import PreTrainedTokenizerBase
 from ..shards.format import FRAME_RATE_HZ, Sample, encode_sample
 from ..shards.sequence import mel_positions, packed_length
 from .assemble import cached_tokenizer, make_sample, set_writer
-from .audio import Clip, load_clip
+from .audio import Clip
 from .config import Job, PreprocessConfig
-from .encode import UnitReport, codec_for, one_thread
+from .encode import CODEC_RATE_HZ, UnitReport, codec_for, load_for_codec, one_thread
 from .engine import Stop, auto_processes, run_tasks
 from .figures import dominant_script, language_table, percentiles, rate_outliers
 from .listing import list_work
 from .pipeline import make_job
 from .progress import Progress
 from .reject import Reject
+from .resample import resampled_length
 from .whisper import HOP, RATE_HZ, channels_of
 from .work import Encoded, Features, Work
 
@@ -46,7 +47,8 @@ SHOWN = 20
 
 @dataclass
 class SampleFacts:
-    """What one sample comes to; `reject`: why it is left out, with `id` and `position`, else None."""
+    """What one sample comes to; `reject`: why it is left out, with `id` and `position`, else None; `self_reference`: a
+    reference is the target's piece of the same content."""
 
     reject: dict[str, Any] | None
     key: str = ""
@@ -56,12 +58,7 @@ class SampleFacts:
     segments: list[dict[str, Any]] = field(default_factory=list)
     texts: list[tuple[str, int, int]] = field(default_factory=list)  # language, characters, tokens
     rates: list[tuple[str, float]] = field(default_factory=list)  # language, spoken characters a second
-
-    @property
-    def self_reference(self) -> bool:
-        """A reference with the content of the target."""
-        target = {(s["sha256"], s["seconds"]) for s in self.segments if s["role"] == "assistant"}
-        return any((s["sha256"], s["seconds"]) in target for s in self.segments if s["role"] != "assistant")
+    self_reference: bool = False
 
 
 def check(config: PreprocessConfig) -> dict[str, Any]:
@@ -101,15 +98,16 @@ def measure_unit(job: Job, unit: int) -> UnitReport:
 
 def _measure(clip: Clip, job: Job, *, whisper: bool) -> Encoded | Reject:
     try:
-        wave = load_clip(clip, None, job.audio)
+        wave = load_for_codec(clip, CODEC_RATE_HZ, job)
     except Reject as reject:
         return reject
     codebooks = set_writer(job).ids.codebooks
     codes_KT = np.zeros((codebooks, max(1, round(wave.seconds * FRAME_RATE_HZ))), np.uint16)
     features = []
     if whisper:
-        samples, channels = int(wave.seconds * RATE_HZ), channels_of(job.tower, job.config.whisper_features)
-        for at in range(0, max(samples, 1), 30 * RATE_HZ):
+        samples = resampled_length(len(wave.samples_S), CODEC_RATE_HZ, RATE_HZ)
+        channels = channels_of(job.tower, job.config.whisper_features)
+        for at in range(0, samples, 30 * RATE_HZ):
             frames = -(-min(samples - at, 30 * RATE_HZ) // HOP)
             frames = frames if job.config.whisper_features == "mel" else frames // 4
             features.append(Features(np.zeros((channels, frames), np.float16), frames))
@@ -128,20 +126,32 @@ def look_at_shard(job: Job, number: int) -> tuple[int, list[SampleFacts]]:
             what = {"reason": reject.reason, "detail": reject.detail, "file": reject.file}
             found.append(SampleFacts({"id": line["key"], "position": line["position"], **what}))
         else:
-            found.append(_facts(sample, job, tokenizer, writer.ids.codebooks))
+            per_unit = job.config.clips_per_unit
+            clips = [work.encoded(clip // per_unit)[clip % per_unit] for clip in line["clips"]]
+            infos = [clip.info for clip in clips if isinstance(clip, Encoded)]  # all of them, of a whole sample
+            found.append(_facts(sample, infos, job, tokenizer, writer.ids.codebooks))
     return number, found
 
 
-def _facts(sample: Sample, job: Job, tokenizer: PreTrainedTokenizerBase, codebooks: int) -> SampleFacts:
-    meta, texts, rates = sample.meta, [], []
-    seconds = iter([segment["seconds"] for segment in meta["segments"]])
+def _facts(
+    sample: Sample, infos: list[dict[str, Any]], job: Job, tokenizer: PreTrainedTokenizerBase, codebooks: int
+) -> SampleFacts:
+    """What a sample comes to; `infos`: of its clips, in order of appearance."""
+    meta, texts, rates, clips = sample.meta, [], [], iter(infos)
+    pieces: dict[bool, set[tuple[str, float, float]]] = {True: set(), False: set()}  # of targets, of references
     for message in meta["messages"]:
         spoken = [part["text"] for part in message["content"] if part["type"] == "text"]
-        heard = sum(next(seconds, 0.0) for part in message["content"] if part["type"] == "audio")
+        target = message["role"] == "assistant"
+        heard = 0.0
+        for part in message["content"]:
+            if part["type"] == "audio":
+                info = next(clips)
+                heard += info["seconds"]
+                pieces[target].add((info["sha256"], part.get("offset") or 0.0, info["seconds"]))
         given = (meta["misc"] or {}).get("language")
         language = given if isinstance(given, str) else dominant_script(" ".join(spoken))
         texts += [(language, len(text), len(tokenizer.encode(text, add_special_tokens=False))) for text in spoken]
-        if message["role"] == "assistant" and spoken and heard:
+        if target and spoken and heard:
             rates.append((language, sum(map(len, spoken)) / heard))
     mels = sum(mel.nbytes for mel in sample.mels)
     tokens = packed_length(sample.tokens_2L.shape[1], sample.segment_frames, codebooks)
@@ -154,6 +164,7 @@ def _facts(sample: Sample, job: Job, tokenizer: PreTrainedTokenizerBase, codeboo
         meta["segments"],
         texts,
         rates,
+        bool(pieces[True] & pieces[False]),
     )
 
 

@@ -15,7 +15,7 @@ POOR_COVERAGE = 1.0  # tokens a character, from where a text falls apart into by
 def print_report(report: dict[str, Any], *, as_json: bool) -> None:
     """Print the report on standard output."""
     if as_json:
-        print(json.dumps(report, ensure_ascii=False, indent=1))
+        print(json.dumps(report, indent=1))
         return
     table = Table(show_header=False, box=None)
     for name, value in rows(report):

@@ -233,7 +233,3 @@ class HiggsCodec(nn.Module):
         for stride in self.config.acoustic.downsampling_ratios:
             samples = (samples + 2 * math.ceil(stride / 2) - 2 * stride) // stride + 1
         return samples
-
-    def shortest_clip(self) -> int:
-        """Fewest samples that make a frame."""
-        return 2 * self.config.hop_length

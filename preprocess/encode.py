@@ -18,6 +18,7 @@ from pathlib import Path
 
 import torch
 
+from ..shards.format import FRAME_RATE_HZ
 from ..shards.memory import keep_memory
 from .audio import Clip, Waveform, load_clip
 from .codec import HiggsCodec
@@ -26,6 +27,9 @@ from .config import Job
 from .reject import Reject
 from .whisper import Tower, log_mel, mel_bins_of
 from .work import Encoded, Features, Work
+
+CODEC_RATE_HZ = 24_000  # of every Higgs audio tokenizer
+SHORTEST_FRAMES = 2  # of a clip that the codec takes
 
 
 @dataclass
@@ -113,19 +117,29 @@ class _Ready:
 def _read(clip: Clip, rate_hz: int, job: Job, mel_bins: int) -> _Ready:
     """In a thread: the clip's samples, and its log-mel where `mel_bins` is not 0."""
     began = time.perf_counter()
-    wave = load_clip(clip, rate_hz, job.audio)
+    wave = load_for_codec(clip, rate_hz, job)
     decoded = time.perf_counter()
     mels = tuple(log_mel(wave.samples_S, rate_hz, mel_bins)) if mel_bins else ()
     return _Ready(wave, mels, decoded - began, time.perf_counter() - decoded)
+
+
+def load_for_codec(clip: Clip, rate_hz: int, job: Job) -> Waveform:
+    """A clip's samples at the codec's rate.
+
+    Raises:
+        Reject: the clip cannot be used, or is too short for the codec.
+    """
+    wave = load_clip(clip, rate_hz, job.audio)
+    expected, got = SHORTEST_FRAMES * rate_hz // FRAME_RATE_HZ, len(wave.samples_S)
+    if got < expected:
+        raise Reject("too_short", f"expected at least {expected} samples for the codec, got {got}", clip.source)
+    return wave
 
 
 def _encode(clip: Clip, ready: _Ready, codec: HiggsCodec, job: Job, report: UnitReport) -> Encoded:
     wave, mels = ready.wave, ready.mels
     report.count("decode", ready.decode_s)
     report.count("mel", ready.mel_s)
-    if len(wave.samples_S) < codec.shortest_clip():
-        expected, got = codec.shortest_clip(), len(wave.samples_S)
-        raise Reject("too_short", f"expected at least {expected} samples for the codec, got {got}", clip.source)
     with report.spend("encode"):
         codes_KT = codec.encode(wave.samples_S)
     if job.config.whisper_features == "encoder" and mels:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import csv
 import itertools
 import json
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -41,7 +42,7 @@ def read_entries(job: Job) -> Iterator[Any]:
             first = row
             break
     rows = itertools.chain(seen, rows)
-    table = job.data.is_dir() or job.data.suffix in CSV_SUFFIXES
+    table = job.data.is_dir() or job.data.suffix.lower() in CSV_SUFFIXES
     if first is None or "messages" in first or not (table or first.keys() & NEEDED):
         return rows
     missing = NEEDED - first.keys()
@@ -58,10 +59,12 @@ def _file_rows(path: Path) -> Iterator[Any]:
             file.seek(0)
             if first.lstrip().startswith("["):
                 yield from _read_array(file.read(), path)
+            elif first.strip() == "{":
+                raise UserError("a JSON object over several lines", where=path, expected=EXPECTED)
             elif first.lstrip().startswith("{"):
                 yield from _read_lines(file)
-            elif path.suffix in CSV_SUFFIXES:
-                yield from _read_table(file, CSV_SUFFIXES[path.suffix])
+            elif path.suffix.lower() in CSV_SUFFIXES:
+                yield from _read_table(file, path)
             else:
                 got = first[:40].strip() or "nothing"
                 raise UserError("not a ChatML file or manifest", where=path, expected=EXPECTED, got=got)
@@ -71,7 +74,7 @@ def _file_rows(path: Path) -> Iterator[Any]:
 
 def _read_array(text: str, path: Path) -> list[Any]:
     try:
-        return json.loads(text, parse_constant=_no_number)
+        return json.loads(text)
     except (ValueError, RecursionError) as error:
         raise UserError(f"the data is not JSON: {error}", where=path) from error
 
@@ -80,28 +83,35 @@ def _read_lines(lines: Iterator[str]) -> Iterator[Any]:
     for number, line in enumerate(lines, 1):
         if line.strip():
             try:
-                yield json.loads(line, parse_constant=_no_number)
+                yield json.loads(line)
             except (ValueError, RecursionError) as error:
                 yield Reject("invalid_json", f"line {number}: {error}")
 
 
-def _no_number(_name: str) -> None:
-    """NaN and infinities are no JSON; boson reads them as null, and so do we."""
-
-
-def _read_table(lines: Iterator[str], delimiter: str) -> Iterator[Any]:
-    reader = csv.reader(lines, delimiter=delimiter, strict=True)
-    header = [name.strip() for name in next(reader, [])]
+def _read_table(lines: Iterator[str], path: Path) -> Iterator[Any]:
+    reader = csv.reader(lines, delimiter=CSV_SUFFIXES[path.suffix.lower()], strict=True)
+    try:
+        header = [name.strip() for name in next(reader, [])]
+    except csv.Error as error:
+        raise UserError(f"cannot read the names of the table's columns: {error}", where=path) from error
+    repeated = [name for name, count in Counter(header).items() if count > 1]
+    if repeated:
+        raise UserError("several columns of the table have the same name", where=path, got=repeated)
     while True:
+        first = reader.line_num + 1
         try:
             fields = next(reader, None)
         except csv.Error as error:
-            yield Reject("malformed_manifest", f"line {reader.line_num}: {error}")
+            if reader.line_num > first:  # whole rows are inside this one, and no reject would name them
+                what = f"cannot read the row that begins here and ends on line {reader.line_num}: {error}"
+                hint = "Is a quoted cell not closed?"
+                raise UserError(what, where=f"{path}, line {first}", hint=hint) from error
+            yield Reject("malformed_manifest", f"line {first}: {error}")
             continue
         if fields is None:
             return
         if len(fields) == len(header):
             yield dict(zip(header, fields, strict=True))
         elif fields:
-            found = f"line {reader.line_num}: expected {len(header)} fields, got {len(fields)}"
-            yield Reject("malformed_manifest", found)
+            found = f"line {first}" if reader.line_num == first else f"lines {first} to {reader.line_num}"
+            yield Reject("malformed_manifest", f"{found}: expected {len(header)} fields, got {len(fields)}")

@@ -12,8 +12,9 @@ from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
+from ..shards.errors import UserError
 from .audio import Clip
-from .chatml import key_of, parse_entry, without_inline
+from .chatml import key_of, parse_entry, storable
 from .config import Job
 from .entries import read_entries
 from .reject import Reject
@@ -58,6 +59,9 @@ def list_work(job: Job, work: Work, go_on: Callable[[], None]) -> dict[str, int]
 
     Returns:
         Numbers of samples, shards, clips and units.
+
+    Raises:
+        UserError: the data cannot be read, or holds no samples.
     """
     numbers, keys = ClipNumbers(work, job.config.clips_per_unit), set[bytes]()
     samples = shards = 0
@@ -65,6 +69,8 @@ def list_work(job: Job, work: Work, go_on: Callable[[], None]) -> dict[str, int]
         go_on()
         work.write_lines("samples", shards, [_line(entry, at, job, keys, numbers) for at, entry in batch])
         samples, shards = samples + len(batch), shards + 1
+    if not samples:
+        raise UserError("the data holds no samples", where=job.data)
     numbers.flush()
     listing = {"samples": samples, "shards": shards, "clips": len(numbers.whisper), "units": numbers.units}
     work.commit_listing(listing, bytes(numbers.whisper))
@@ -81,7 +87,7 @@ def _line(entry: Any, position: int, job: Job, keys: set[bytes], numbers: ClipNu
         keys.add(name)
         used = zip(sample.clips, sample.roles, strict=True)
         clips = [numbers.number(clip, job.wants_whisper(role)) for clip, role in used]
-        return {"key": key, "position": position, "entry": without_inline(entry, sample), "clips": clips}
+        return {"key": key, "position": position, "entry": storable(entry, sample), "clips": clips}
     except Reject as reject:
         return {"key": key, "position": position, "reject": [reject.reason, reject.detail, reject.file]}
 

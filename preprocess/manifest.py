@@ -5,8 +5,9 @@ Out: one ChatML entry for each row, in order.
 
 Reference policy: a row's own `ref_audio` is its reference. Where it has none, the reference is another row's clip of
 the same speaker, a different file, at least `--ref_min_seconds` long, chosen by a hash of `--seed` and the row's own
-audio, so that it does not change when other speakers come or go. `--ref_drop` of the rows get no reference, chosen by
-a hash too. A target is never its own reference: such a row, and one whose speaker has no other clip, is a reject.
+audio, so that it does not change when other speakers come or go. Rows that cannot be used are no references either, as
+far as their columns and the audio's header tell. `--ref_drop` of the rows get no reference, chosen by a hash too. A
+target is never its own reference: such a row, and one whose speaker has no other clip, is a reject.
 """
 
 from __future__ import annotations
@@ -19,7 +20,9 @@ from typing import Any
 import xxhash
 
 from .audio import Clip, clip_seconds
+from .chatml import check_storable, check_text
 from .config import Job
+from .plain import plain
 from .reject import Reject
 
 SYSTEM = "Generate audio following instruction."
@@ -32,7 +35,7 @@ DISTINCT = "distinct_audio"  # marks an entry whose audios must differ in conten
 
 def to_chatml(rows: list[Any], job: Job) -> Iterator[Any]:
     """One entry, or Reject, for each row."""
-    checked = [_checked(row) for row in rows]
+    checked = [_checked(row, job.config.max_text_chars) for row in rows]
     candidates = _candidates(checked, job)
     for row in checked:
         try:
@@ -41,20 +44,34 @@ def to_chatml(rows: list[Any], job: Job) -> Iterator[Any]:
             yield reject
 
 
-def _checked(row: Any) -> dict[str, Any] | Reject:
+def _checked(row: Any, max_text_chars: int) -> dict[str, Any] | Reject:
+    try:
+        return _usable(row, max_text_chars)
+    except Reject as reject:
+        return reject
+
+
+def _usable(row: Any, max_text_chars: int) -> dict[str, Any]:
+    """The row, with None in its empty cells.
+
+    Raises:
+        Reject: it is no row, a column is missing or of a wrong type, or its text cannot be used.
+    """
     if isinstance(row, Reject):
-        return row
+        raise row
     if not isinstance(row, dict):
-        return Reject("malformed_manifest", f"expected a row with columns, got {row!r:.60}")
-    row = {name: None if value == "" else value for name, value in row.items()}
-    for name in ("audio", "text"):
-        if not isinstance(row.get(name), str):
-            empty = name == "text" and row.get(name) is None
-            detail = "text is empty" if empty else f"{name}: expected a string, got {row.get(name)!r:.60}"
-            return Reject("empty_text" if empty else "malformed_manifest", detail)
-    for name in ("speaker", "ref_audio", "ref_text"):
-        if not isinstance(row.get(name), str | int | None) or isinstance(row.get(name), bool):
-            return Reject("malformed_manifest", f"{name}: expected a string, got {row.get(name)!r:.60}")
+        raise Reject("malformed_manifest", f"expected a row with columns, got {row!r:.60}")
+    check_storable(row)
+    row = {name: None if plain(value) in ("", None) else value for name, value in row.items()}  # NaN is no value
+    if not isinstance(row.get("audio"), str):
+        raise Reject("malformed_manifest", f"audio: expected a string, got {row.get('audio')!r:.60}")
+    if row.get("text") is None:
+        raise Reject("empty_text", "text is empty")
+    for name, kind in (("text", str), ("speaker", str | int), ("ref_audio", str), ("ref_text", str)):
+        value = row.get(name)
+        if value is not None and (not isinstance(value, kind) or isinstance(value, bool)):
+            raise Reject("malformed_manifest", f"{name}: expected a string, got {value!r:.60}")
+    check_text(row["text"], "row", max_text_chars)
     return row
 
 
@@ -65,12 +82,13 @@ def _candidates(rows: list[dict[str, Any] | Reject], job: Job) -> dict[str, list
     wanted = any(isinstance(row, dict) and row.get("ref_audio") is None for row in rows) and job.config.ref_drop < 1
     if not wanted:
         return by_speaker
+    shortest = max(job.config.ref_min_seconds, job.config.min_seconds)
 
     def long_enough(i: int) -> bool:
         row = rows[i]
         assert isinstance(row, dict)
         seconds = clip_seconds(Clip(row["audio"], str(job.audio_base / row["audio"])), job.audio)
-        return seconds is not None and job.config.ref_min_seconds <= seconds <= job.config.max_seconds
+        return seconds is not None and shortest <= seconds <= job.config.max_seconds
 
     with ThreadPoolExecutor(HEADER_THREADS) as pool:
         for i, good in zip(usable, pool.map(long_enough, usable), strict=True):
@@ -90,11 +108,12 @@ def _reference(
     if row.get("ref_audio") is not None:
         if _same_file(row["ref_audio"], audio, job):
             raise Reject("self_reference", "ref_audio is the row's own audio", audio)
-        return row["ref_audio"], row.get("ref_text")
+        text = row.get("ref_text")
+        return row["ref_audio"], text and check_text(text, "ref_text", config.max_text_chars)
     found = candidates.get(str(row.get("speaker")), [])
     start = int(_uniform(f"reference {config.seed} {audio}") * len(found))
-    for i in found[start:] + found[:start]:
-        other = rows[i]
+    for step in range(len(found)):
+        other = rows[found[(start + step) % len(found)]]
         assert isinstance(other, dict)
         if not _same_file(other["audio"], audio, job):
             return other["audio"], other["text"]
@@ -128,6 +147,6 @@ def _entry(row: dict[str, Any], reference: tuple[str, str | None] | None) -> dic
         {"role": "user", "content": user},
         {"role": "assistant", "content": answer},
     ]
-    misc = {name: value for name, value in row.items() if name not in COLUMNS and value is not None}
+    misc = {name: plain(value) for name, value in row.items() if name not in COLUMNS and value is not None}
     entry = {"id": row.get("id"), "messages": messages, "speaker": row.get("speaker"), "misc": misc or None}
     return entry | {DISTINCT: True}

@@ -36,7 +36,7 @@ from .engine import Stop, run_tasks
 from .hub import MODEL_FILES, local_checkpoint, name_of
 from .listing import list_work
 from .progress import Progress
-from .whisper import extractor_settings, mel_bins_of, tower_sha256
+from .whisper import extractor_settings, mel_bins_of, require_tower, tower_sha256
 from .work import HINT, Work
 
 
@@ -119,12 +119,16 @@ def make_job(config: PreprocessConfig) -> Job:
     """
     if not config.data.exists():
         raise UserError("no data here", where=config.data)
+    if config.audio_root and not config.audio_root.is_dir():
+        raise UserError("--audio_root is no folder", where=config.audio_root)
     codec_given, out = config.audio_tokenizer_path, local_out(config)
     model = local_checkpoint(config.model_path, MODEL_FILES)
     codec = local_checkpoint(codec_given) if codec_given else None
     tower = local_checkpoint(config.whisper_path) if config.whisper_path else model
     if config.whisper_features == "encoder" and not config.whisper_path:
         tower = local_checkpoint(config.model_path)  # the weights too
+    if config.whisper_features == "encoder":
+        require_tower(tower)
     return Job(config, config.data.absolute(), out.absolute(), model, codec, tower)
 
 

@@ -27,7 +27,7 @@ class Progress:
         note = TextColumn("{task.fields[note]}")
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), note)
         self._bar = RichProgress(*columns, console=Console(stderr=True), disable=not sys.stderr.isatty())
-        self._task, self._unit = self._bar.add_task("", note=""), ""
+        self._task, self._unit = self._bar.add_task("list", total=None, note=""), ""
         self._total, self._done, self._skipped = 0, 0, 0
         self._phase, self._began, self._printed = "", time.monotonic(), time.monotonic()
         self.encoded_seconds, self.rejects = 0.0, 0

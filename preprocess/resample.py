@@ -54,5 +54,10 @@ def resample_soxr(wave_S: np.ndarray, source_hz: int, target_hz: int) -> np.ndar
     if source_hz == target_hz:
         return wave_S
     out_S = soxr.resample(wave_S, source_hz, target_hz, quality="HQ")
-    samples = math.ceil(len(wave_S) * (target_hz / source_hz))
+    samples = resampled_length(len(wave_S), source_hz, target_hz)
     return np.pad(out_S[:samples], (0, max(0, samples - len(out_S))))
+
+
+def resampled_length(samples: int, source_hz: int, target_hz: int) -> int:
+    """Samples that `resample_soxr` makes of `samples`."""
+    return math.ceil(samples * (target_hz / source_hz))

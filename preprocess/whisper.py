@@ -127,11 +127,8 @@ class Tower:
 
 
 def _tower_weights(folder: Path) -> dict[str, torch.Tensor]:
-    """The tower's tensors by the names of `HiggsAudioEncoder`.
-
-    Raises:
-        UserError: the checkpoint has no safetensors, or no tower in them.
-    """
+    """The tower's tensors by the names of `HiggsAudioEncoder`."""
+    require_tower(folder)
     weights: dict[str, torch.Tensor] = {}
     for file in sorted(folder.glob("*.safetensors")):
         with safe_open(file, framework="pt") as tensors:
@@ -139,11 +136,21 @@ def _tower_weights(folder: Path) -> dict[str, torch.Tensor]:
                 prefix = next((p for p in PREFIXES if name.startswith(p)), None)
                 if prefix:
                     weights[name.removeprefix(prefix)] = tensors.get_tensor(name)
-    if not weights:
-        hint = "Name one that has it with --whisper_path, or use --whisper_features mel."
-        expected = f"weights {PREFIXES[0]}*"
-        raise UserError("the checkpoint has no audio tower", where=folder, expected=expected, hint=hint)
     return weights
+
+
+def require_tower(folder: Path) -> None:
+    """Make sure that a checkpoint has a tower.
+
+    Raises:
+        UserError: it has no safetensors, or no tower in them.
+    """
+    for file in folder.glob("*.safetensors"):
+        with safe_open(file, framework="pt") as tensors:
+            if any(name.startswith(PREFIXES) for name in tensors.keys()):  # noqa: SIM118
+                return
+    hint = "Name one that has it with --whisper_path, or use --whisper_features mel."
+    raise UserError("the checkpoint has no audio tower", where=folder, expected=f"weights {PREFIXES[0]}*", hint=hint)
 
 
 def tower_sha256(folder: Path) -> str:

@@ -5,6 +5,7 @@ Both carry one message that says what, where, expected and got. A command prints
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 from collections.abc import Callable
@@ -38,12 +39,17 @@ class ShardError(UserError):
 def run_command(main: Callable[[], None], *, debug: bool | None = None) -> None:
     """Run a command's main function; turn a UserError into one line on stderr and exit code 2.
 
+    What the terminal's encoding lacks is printed as escapes (`\\u0639`).
+
     Args:
         main: the command; takes nothing, returns nothing.
         debug: let the traceback through. None: true where `--debug` stands among the arguments.
     """
     if debug is None:
         debug = "--debug" in sys.argv
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
         main()
     except UserError as error:

@@ -26,6 +26,10 @@ FORMATS: dict[str, dict[str, Any]] = {
     "mp3": {},
     "ogg": {},
     "opus": {"format": "OGG", "subtype": "OPUS"},
+    "aiff": {},
+    "au": {},
+    "w64": {},
+    "rf64": {},
 }
 
 
@@ -60,11 +64,16 @@ def make_files(root: Path) -> None:
         whole = (root / f"whole.{kind}").read_bytes()
         (root / f"head.{kind}").write_bytes(whole[:40])
         (root / f"half.{kind}").write_bytes(whole[: len(whole) // 2])
+    whole = (root / "whole.wav").read_bytes()
+    (root / "claims twice.wav").write_bytes(whole[:40] + struct.pack("<I", 96000) + whole[44:])
+    (root / "claims half.wav").write_bytes(whole[:40] + struct.pack("<I", 24000) + whole[44:])
     (root / "nothing.wav").write_bytes(b"")
     (root / "text.wav").write_text("this is no audio\n" * 100)
     (root / "zeros.flac").write_bytes(bytes(4096))
     soundfile.write(root / "nan.wav", np.full(8000, np.nan), 16000, subtype="FLOAT")
     soundfile.write(root / "inf.wav", np.full(8000, np.inf), 16000, subtype="FLOAT")
+    soundfile.write(root / "integers.wav", np.round(32767 * noise), 24000, subtype="FLOAT")
+    soundfile.write(root / "huge.wav", 1e30 * noise, 24000, subtype="FLOAT")
     soundfile.write(root / "surround.wav", np.tile(noise, 8), 48000)
     soundfile.write(root / "one.wav", noise[:1], 16000)
     soundfile.write(root / "empty.wav", np.zeros(0), 16000)
@@ -102,6 +111,14 @@ def corpus() -> dict[str, tuple[Any, str]]:
         "half an mp3": (entry("half.mp3"), "truncated_audio"),
         "half an ogg": (entry("half.ogg"), "truncated_audio"),
         "half an opus": (entry("half.opus"), "truncated_audio"),
+        "half an aiff": (entry("half.aiff"), "truncated_audio"),
+        "half an au": (entry("half.au"), "truncated_audio"),
+        "half a w64": (entry("half.w64"), "truncated_audio"),
+        "half an rf64": (entry("half.rf64"), "truncated_audio"),
+        "more samples claimed": (entry("claims twice.wav"), "truncated_audio"),
+        "fewer samples claimed": (entry("claims half.wav"), "truncated_audio"),
+        "integers as floats": (entry("integers.wav"), "out_of_range"),
+        "beyond any microphone": (entry("huge.wav"), "out_of_range"),
         "not a number": (entry("nan.wav"), "non_finite_audio"),
         "infinite": (entry("inf.wav"), "non_finite_audio"),
         "no channels": (entry("mute.wav"), "unreadable_audio"),
@@ -128,6 +145,13 @@ def corpus() -> dict[str, tuple[Any, str]]:
         "cut after the end": (entry(cut(offset=5)), "cut_outside_audio"),
         "cut over the end": (entry(cut(offset=0.1, duration=3)), "cut_outside_audio"),
         "cut without end": (entry(cut(offset=10**400)), "cut_outside_audio"),
+        "cut after all time": (entry(cut(offset=1e308)), "cut_outside_audio"),
+        "cut of all time": (entry(cut(duration=1e308)), "too_long"),
+        "offset is NaN": (entry(cut(offset=float("nan"))), "malformed_chatml"),
+        "offset is Infinity": (entry(cut(offset=float("inf"))), "malformed_chatml"),
+        "duration is NaN": (entry(cut(duration=float("nan"))), "malformed_chatml"),
+        "duration is Infinity": (entry(cut(duration=float("inf"))), "malformed_chatml"),
+        "offset beyond numbers": (json.dumps(entry(cut(offset=7))).replace("7", "1e999"), "malformed_chatml"),
         "cut of an hour": (entry(cut(duration=3600)), "too_long"),
         "cut of nothing": (entry(cut(duration=1e-6)), "empty_audio"),
         "negative offset": (entry(cut(offset=-1)), "malformed_chatml"),
@@ -136,6 +160,8 @@ def corpus() -> dict[str, tuple[Any, str]]:
         "path is a number": (entry(7), "malformed_chatml"),
         "empty text": (entry(text=""), "empty_text"),
         "blank text": (entry(text=" \t\n"), "empty_text"),
+        "marks without a letter": (entry(text="\u200f"), "empty_text"),
+        "marks and spaces": (entry(text=" \u200b\ufeff "), "empty_text"),
         "no text": (entry(text=None), "malformed_chatml"),
         "control characters": (entry(text="one\x07two\x1b[31m"), "control_character"),
         "NUL in text": (entry(text="one\0two"), "control_character"),
@@ -163,10 +189,11 @@ def corpus() -> dict[str, tuple[Any, str]]:
         ),
         "only a user": (with_messages([{"role": "user", "content": [text]}]), "nothing_to_train"),
         "start after the end": (entry(start_index=9), "nothing_to_train"),
+        "start before the start": (entry(start_index=-1), "malformed_chatml"),
         "start in words": (entry(start_index="one"), "malformed_chatml"),
         "misc is a list": (entry(misc=[1]), "malformed_chatml"),
         "speaker is an object": (entry(speaker={"a": 1}), "malformed_chatml"),
-        "number beyond numbers": (json.dumps(entry(misc={"x": 7})).replace("7", "1e999"), "malformed_chatml"),
+        "speaker is true": (entry(speaker=True), "malformed_chatml"),
         "a word as a line": ('"hello"', "malformed_chatml"),
         "half a line": ('{"messages": [{"role": "user"', "invalid_json"),
         "nesting without end": ("[" * 100_000, "invalid_json"),
@@ -174,7 +201,7 @@ def corpus() -> dict[str, tuple[Any, str]]:
         "same id again": (entry(id="good 0"), "duplicate_id"),
     }
     for kind in FORMATS:
-        reason = "truncated_audio" if kind in ("wav", "ogg", "opus") else "unreadable_audio"
+        reason = "unreadable_audio" if kind in ("flac", "mp3") else "truncated_audio"
         found[f"head of {kind}"] = (entry(f"head.{kind}"), reason)
     return found
 
@@ -193,7 +220,8 @@ def test_every_kind_is_a_named_reject_and_nothing_else_is_lost(toy: Path, tmp_pa
     good_at, bad_at = {}, {}
     for i, (name, (given, reason)) in enumerate(bad.items()):
         good_at[len(lines)] = "other.wav" if i % 2 else "good.wav"
-        lines.append(as_line(f"good {i}", entry(good_at[len(lines)], speaker="\0\u202e", id=f"good {i}")))
+        more = {"speaker": "\0\u202e", "id": f"good {i}", "misc": {"snr": float("nan"), "peak": float("inf")}}
+        lines.append(as_line(f"good {i}", entry(good_at[len(lines)], **more)))
         bad_at[len(lines)] = (name, reason)
         lines.append(as_line(name, given))
     (tmp_path / "data.jsonl").write_bytes(b"\n".join(lines) + b"\n")
@@ -203,11 +231,15 @@ def test_every_kind_is_a_named_reject_and_nothing_else_is_lost(toy: Path, tmp_pa
     found = {reject["position"]: (bad_at[reject["position"]][0], reject["reason"]) for reject in rejects}
     assert found == bad_at
     assert all(reject["detail"] for reject in rejects)
-    assert {"line 142: "} <= {r["detail"][:10] for r in rejects if r["reason"] == "invalid_json"}
+    broken = [reject for reject in rejects if reject["reason"] == "invalid_json"]
+    assert broken
+    assert all(reject["detail"].startswith(f"line {reject['position'] + 1}: ") for reject in broken)
     assert summary["samples"] == len(good_at)
     shards = ShardSet(tmp_path / "out")
     for row, name in enumerate(good_at.values()):
-        segments = shards.read(row).meta["segments"]
+        meta = shards.read(row).meta
+        assert meta["misc"] == {"snr": None, "peak": None}
+        segments = meta["segments"]
         digests = [hashlib.sha256((tmp_path / file).read_bytes()).hexdigest() for file in ("good.wav", name)]
         assert [segment["sha256"] for segment in segments] == digests
 
@@ -258,7 +290,8 @@ def test_flags_mark_clips_and_reject_them_on_demand(toy: Path, tmp_path: Path) -
         (b"\x00\xff\xfe\x01" * 99, "not a ChatML file or manifest"),
         (b"[{]", "not JSON"),
         (b"[" * 100_000, "not JSON"),
-        (b"[]", "no sample is left"),
+        (b"[]", "the data holds no samples"),
+        (b'{\n "messages": []\n}\n', "a JSON object over several lines"),
         (b'[{"audio": "a.wav", "text": "hello"}]', r"lacks columns .*expected \['speaker'\]"),
     ],
 )

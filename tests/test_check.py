@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -112,21 +115,87 @@ def test_it_finds_what_is_planted(
     assert check(capsys, monkeypatch, *arguments, "--max_reject_share", "0.2")[0] == 0
 
 
+def piece(name: str, **cut: float) -> dict[str, Any]:
+    return {"type": "audio", "audio_url": name, **cut}
+
+
+def chatml(reference: dict[str, Any], target: dict[str, Any]) -> dict[str, Any]:
+    user = [reference, {"type": "text", "text": "say"}]
+    answer = [{"type": "text", "text": "hello"}, target]
+    return {"messages": [{"role": "user", "content": user}, {"role": "assistant", "content": answer}]}
+
+
 def test_self_references_of_chatml_are_found(
     toy: Path, planted: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A build takes them, since a ChatML sample may mean it; the check says so."""
-
-    def sample(reference: str, target: str) -> dict[str, Any]:
-        user = [{"type": "audio", "audio_url": reference}, {"type": "text", "text": "say"}]
-        answer = [{"type": "text", "text": "hello"}, {"type": "audio", "audio_url": target}]
-        return {"messages": [{"role": "user", "content": user}, {"role": "assistant", "content": answer}]}
-
+    """A build takes them, since a ChatML sample may mean it; the check says so. Two pieces of a file are no such."""
+    first, second = {"offset": 0, "duration": 0.5}, {"offset": 1.0, "duration": 0.5}
+    samples = [
+        chatml(piece("0.wav"), piece("1.wav")),
+        chatml(piece("0.wav"), piece("again.wav")),
+        chatml(piece("0.wav", **first), piece("0.wav", **second)),
+        chatml(piece("0.wav", **second), piece("again.wav", **second)),
+        chatml(piece("0.wav", duration=0.5), piece("again.wav", **first)),
+    ]
     data = planted / "data.json"
-    data.write_text(json.dumps([sample("0.wav", "1.wav"), sample("0.wav", "again.wav")]))
+    data.write_text(json.dumps(samples))
     code, printed = check(capsys, monkeypatch, "--data", data, "--model_path", toy / "model")
     assert code == 1
-    assert "problem: 1 samples refer to their own target: 000000001" in printed
+    assert "problem: 3 samples refer to their own target: 000000001, 000000003, 000000004" in printed
+
+
+@pytest.mark.parametrize(("features", "roles"), [("none", "reference"), ("mel", "both")])
+def test_it_rejects_what_a_build_rejects(
+    toy: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    features: Any,
+    roles: Any,
+) -> None:
+    """At the edges: what the codec cannot take, and a target that is one sample too long for a Whisper window."""
+    rng = np.random.default_rng(0)
+    lengths = {"over": (30 * 44100 + 1, 44100), "whole": (30 * 24000, 24000)}
+    lengths |= {f"short-{samples}": (samples, 44100) for samples in (441, 3526, 3527, 3528)}
+    for name, (samples, rate) in lengths.items():
+        soundfile.write(tmp_path / f"{name}.wav", 0.1 * rng.standard_normal(samples), rate)
+    data = tmp_path / "data.json"
+    data.write_text(json.dumps([chatml(piece("whole.wav"), piece(f"{name}.wav")) for name in lengths][::-1]))
+    options = {"min_seconds": 0.0, "whisper_features": features, "whisper_roles": roles}
+    flags = [text for name, value in options.items() for text in (f"--{name}", str(value))]
+    _, printed = check(capsys, monkeypatch, "--data", data, "--model_path", toy / "model", "--json", *flags)
+    built = preprocess(toy, data, tmp_path / "out", **options)
+    assert json.loads(printed)["rejects"] == built["rejects"]
+    assert built["rejects"].pop("too_short") == 2
+    assert built["rejects"] == ({"too_long_for_whisper": 1} if features == "mel" else {})
+
+
+def test_where_nothing_can_be_checked(
+    toy: Path, planted: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (planted / "empty.json").write_text("[]")
+    for data, *more in (
+        ("empty.json",),
+        ("data.csv", "--whisper_features", "encoder"),  # of a model without a tower
+        ("data.csv", "--audio_root", planted / "nowhere"),
+    ):
+        code, printed = check(capsys, monkeypatch, "--data", planted / data, "--model_path", toy / "model", *more)
+        assert (code, printed) == (2, "")
+
+
+def test_what_is_printed_fits_every_terminal(
+    toy: Path, planted: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """JSON is plain ASCII; elsewhere, letters that the terminal lacks are escapes."""
+    (planted / "data.csv").write_text("audio,text,speaker,ref_audio\n0.wav,one,\u0639\U0001f600\u00e9,1.wav\n")
+    arguments = ["--data", planted / "data.csv", "--model_path", toy / "model", "--json"]
+    _, printed = check(capsys, monkeypatch, *arguments)
+    assert printed.isascii()
+    assert json.loads(printed)["speakers"]["single_clip"] == ["\u0639\U0001f600\u00e9"]
+    program = "from higgs_tune.shards.errors import run_command; run_command(lambda: print('\\u0639'))"
+    command, ascii_only = [sys.executable, "-c", program], {**os.environ, "PYTHONIOENCODING": "ascii"}
+    result = subprocess.run(command, env=ascii_only, capture_output=True, text=True, check=True, timeout=60)
+    assert result.stdout == "\\u0639\n"
 
 
 def test_nothing_is_left_behind(

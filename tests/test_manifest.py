@@ -6,6 +6,8 @@ import csv
 import io
 import json
 from collections import Counter
+from datetime import UTC, date, datetime, timedelta
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,8 @@ import pyarrow
 import pytest
 import soundfile
 from conftest import EXAMPLES, preprocess
-from higgs_tune.preprocess.config import PreprocessConfig
+from higgs_tune.preprocess import manifest
+from higgs_tune.preprocess.config import Job, PreprocessConfig
 from higgs_tune.preprocess.entries import read_entries
 from higgs_tune.preprocess.pipeline import make_job
 from higgs_tune.preprocess.reject import Reject
@@ -46,11 +49,15 @@ def write_csv(path: Path, rows: list[Row]) -> Path:
     return path
 
 
-def entries(toy: Path, data: Path, **options: Any) -> list[Any]:
+def job_of(toy: Path, data: Path, **options: Any) -> Job:
     config = PreprocessConfig(
         data=data, out=str(data.parent / "out"), model_path=toy / "model", audio_tokenizer_path=toy / "codec", **options
     )
-    return list(read_entries(make_job(config)))
+    return make_job(config)
+
+
+def entries(toy: Path, data: Path, **options: Any) -> list[Any]:
+    return list(read_entries(job_of(toy, data, **options)))
 
 
 def parts(entry: Any) -> tuple[list[str], list[str]]:
@@ -81,6 +88,60 @@ def test_references_stay_when_other_speakers_come(toy: Path, folder: Path) -> No
     few = entries(toy, write_csv(folder / "few.csv", rows_of("ab" * 10)))
     more = entries(toy, write_csv(folder / "more.csv", rows_of("ab" * 10 + "c" * 20)))
     assert more[:20] == few
+
+
+class _NoCopies(list[int]):
+    """A list that is not to be copied, as its slices would be for each row."""
+
+    def __getitem__(self, at: Any) -> Any:
+        assert isinstance(at, int)
+        return super().__getitem__(at)
+
+
+def test_a_reference_is_the_first_other_clip_from_a_hashed_place_on(
+    toy: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the naive rotation finds it, at no cost that grows with the number of clips."""
+    rows = rows_of("a" * 12) + [{"audio": "./3.wav", "text": "again", "speaker": "a"}] * 8
+    data = write_csv(folder / "data.csv", rows)
+    found = manifest._candidates(list(rows), job_of(toy, data))
+    monkeypatch.setattr(manifest, "_candidates", lambda *_: {name: _NoCopies(rows) for name, rows in found.items()})
+    for row, entry in zip(rows, entries(toy, data), strict=True):
+        start = int(manifest._uniform(f"reference 0 {row['audio']}") * len(found["a"]))
+        rotated = [rows[i]["audio"] for i in found["a"][start:] + found["a"][:start]]
+        assert parts(entry)[0][0] == next(name for name in rotated if name.strip("./") != row["audio"].strip("./"))
+
+
+@pytest.mark.parametrize("bad", ["   ", "\u200f", "bad <|eot_id|>", "\x07", "\ud800", "x" * 30_000])
+def test_rows_that_cannot_be_used_are_no_references(toy: Path, folder: Path, bad: str) -> None:
+    soundfile.write(folder / "7.wav", np.zeros((18000, 6)), 16000)
+    rows = [{"audio": f"{i}.wav", "text": text, "speaker": "a"} for i, text in enumerate([bad, "one", "two"])]
+    rows.append({"audio": "7.wav", "text": "surround", "speaker": "a"})
+    data = folder / "rows.jsonl"
+    data.write_text("\n".join(map(json.dumps, rows)))
+    made = entries(toy, data)
+    assert isinstance(made[0], Reject)
+    assert [parts(entry)[0][0] for entry in made[1:3]] == ["2.wav", "1.wav"]
+
+
+@pytest.mark.parametrize(
+    ("row", "reason", "detail"),
+    [
+        ({"ref_text": "bad <|eot_id|>"}, "template_token_in_text", "ref_text: text holds"),
+        ({"ref_text": " "}, "empty_text", "ref_text: text is empty"),
+        ({"ref_text": 7}, "malformed_manifest", "ref_text: expected a string, got 7"),
+        ({"ref_audio": 7}, "malformed_manifest", "ref_audio: expected a string, got 7"),
+        ({"ref_audio": True}, "malformed_manifest", "ref_audio: expected a string, got True"),
+        ({"speaker": True}, "malformed_manifest", "speaker: expected a string, got True"),
+        ({"text": 7}, "malformed_manifest", "text: expected a string, got 7"),
+    ],
+)
+def test_the_column_at_fault_is_named(toy: Path, folder: Path, row: Row, reason: str, detail: str) -> None:
+    good = {"audio": "0.wav", "text": "good", "speaker": "a", "ref_audio": "1.wav", "ref_text": "one"}
+    made = entries(toy, as_jsonl(folder, [good, good | row, good]))
+    assert [isinstance(entry, Reject) for entry in made] == [False, True, False]
+    assert made[1].reason == reason
+    assert made[1].detail.startswith(detail)
 
 
 @pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
@@ -143,18 +204,22 @@ def as_tsv(folder: Path, rows: list[Row]) -> Path:
     return path
 
 
-def as_dataset(folder: Path, rows: list[Row], *, embed: bool = True) -> Path:
-    """As `datasets.Dataset.save_to_disk` lays it out: Arrow streams, state.json, the audio's bytes inside."""
+def as_dataset(folder: Path, rows: list[Row], *, embed: bool = True, more: Row | None = None) -> Path:
+    """As `datasets.Dataset.save_to_disk` lays it out: Arrow streams, state.json, the audio's bytes inside; `more`:
+    further columns, each with the same value in all rows."""
+    more = more or {}
     out = folder / "dataset"
     out.mkdir(exist_ok=True)
     audio = pyarrow.struct([("bytes", pyarrow.binary()), ("path", pyarrow.string())])
-    schema = pyarrow.schema([("audio", audio), ("text", pyarrow.string()), ("speaker", pyarrow.string())])
+    columns = [("audio", audio), ("text", pyarrow.string()), ("speaker", pyarrow.string())]
+    schema = pyarrow.schema([*columns, *((name, pyarrow.scalar(value).type) for name, value in more.items())])
     names = ["data-00000-of-00002.arrow", "data-00001-of-00002.arrow"]
     for name, part in zip(names, (rows[:7], rows[7:]), strict=True):
         with pyarrow.OSFile(str(out / name), "wb") as file, pyarrow.ipc.new_stream(file, schema) as stream:
             for at in range(0, len(part), 4):
                 batch = [
                     row
+                    | more
                     | {
                         "audio": {
                             "bytes": (folder / row["audio"]).read_bytes() if embed else None,
@@ -208,18 +273,62 @@ def test_dataset_folders(toy: Path, folder: Path) -> None:
             entries(toy, folder / "dataset")
 
 
+def test_columns_of_every_type_are_stored(toy: Path, folder: Path) -> None:
+    noon = datetime(2020, 1, 2, 12, tzinfo=UTC)
+    given = {
+        "at": noon,
+        "day": date(2020, 1, 2),
+        "cost": Decimal("1.50"),
+        "thumbnail": b"\x00\xff",
+        "snr": float("nan"),
+    }
+    given |= {
+        "took": timedelta(seconds=90),
+        "peak": float("inf"),
+        "tags": [{"at": noon, "b": b"xyz"}],
+        "id": b"no text",
+    }
+    expected = {"at": "2020-01-02T12:00:00+00:00", "day": "2020-01-02", "cost": "1.50", "thumbnail": "<2 bytes>"}
+    expected |= {"took": "0:01:30", "tags": [{"at": expected["at"], "b": "<3 bytes>"}]}
+    summary = preprocess(toy, as_dataset(folder, rows_of("a"), more=given), folder / "out", ref_drop=1.0)
+    assert summary["samples"] == 1
+    assert ShardSet(folder / "out").read(0).meta["misc"] == expected
+
+
 def test_damaged_tables(toy: Path, folder: Path) -> None:
     """A line that is no row is named; a file without the columns is refused."""
     (folder / "data.csv").write_text(
         'audio,text,speaker\n0.wav,one,a\n1.wav,two\n2.wav,"three\n2.wav,four",a\n3.wav,"fi"ve,a\n4.wav,six,a\n'
+        '5.wav,"sev\nen"\n6.wav,"eight,a'
     )
     made = entries(toy, folder / "data.csv", ref_drop=1.0)
-    reasons = [entry.reason if isinstance(entry, Reject) else None for entry in made]
-    assert reasons == [None, "malformed_manifest", None, "malformed_manifest", None]
-    assert isinstance(made[1], Reject)
-    assert made[1].detail == "line 3: expected 3 fields, got 2"
+    details = [entry.detail if isinstance(entry, Reject) else None for entry in made]
+    assert details[1] == "line 3: expected 3 fields, got 2"
+    assert details[5] == "lines 8 to 9: expected 3 fields, got 2"
+    assert [str(detail).partition(":")[0] for detail in details] == [
+        *("None", "line 3", "None", "line 6", "None", "lines 8 to 9", "line 10")
+    ]
     (folder / "data.csv").write_text("path,sentence\n0.wav,one\n")
     with pytest.raises(
         UserError, match=r"lacks columns .*expected \['audio', 'speaker', 'text'\], got \['path', 'sentence'\]"
     ):
         preprocess(toy, folder / "data.csv", folder / "out")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('"audio"x,text,speaker\n0.wav,one,a\n', "cannot read the names of the table's columns"),
+        (f"{'a' * 200_000},text,speaker,audio\nx,one,a,0.wav\n", "cannot read the names of the table's columns"),
+        ("audio,text,text,speaker\n0.wav,one,two,a\n", r"several columns .* have the same name .*got \['text'\]"),
+        ('audio,text,speaker\n0.wav,one,a\n1.wav,"two,a\n2.wav,three,a\n3.wav,four,a\n', r"data\.CSV, line 3.* closed"),
+        ('audio,text,speaker\n0.wav,"one,a\n1.wav,"two",a\n2.wav,three,a\n', r"ends on line 3.*data\.CSV, line 2"),
+        ("audio,text,speaker\n", "the data holds no samples"),
+    ],
+)
+def test_tables_that_would_lose_rows_or_columns_are_refused(
+    toy: Path, folder: Path, content: str, message: str
+) -> None:
+    (folder / "data.CSV").write_text(content)
+    with pytest.raises(UserError, match=message):
+        preprocess(toy, folder / "data.CSV", folder / "out")

@@ -19,6 +19,7 @@ from boson_multimodal.dataset.chatml_dataset import prepare_chatml_sample
 from conftest import EXAMPLES, preprocess
 from higgs_tune.preprocess import encode, pipeline
 from higgs_tune.preprocess.hub import local_checkpoint
+from higgs_tune.preprocess.progress import Progress
 from higgs_tune.shards.errors import UserError
 from higgs_tune.shards.reader import ShardSet
 from higgs_tune.train.setup import resolve_model
@@ -65,7 +66,7 @@ def test_conversations_of_several_voices(toy: Path, toy_tokenizer: PreTrainedTok
     soundfile.write(tmp_path / "long.wav", wave, 24000, subtype="FLOAT")
     for name, start in (("a", 1.0), ("b", 3.5)):
         soundfile.write(tmp_path / f"{name}.wav", wave[int(start * 24000) :][:24000], 24000, subtype="FLOAT")
-    inline = base64.b64encode((tmp_path / "b.wav").read_bytes()).decode()
+    inline = base64.encodebytes((tmp_path / "b.wav").read_bytes()).decode()  # in lines of 76, as MIME has it
     audio: dict[str, dict[str, Any]] = {
         "cut": {"type": "audio", "audio_url": "long.wav", "offset": 1.0, "duration": 1.0},
         "file": {"type": "audio", "audio_url": "a.wav"},
@@ -261,6 +262,12 @@ def test_interrupted_run_continues_to_the_same_bytes(
     assert preprocess(toy, EXAMPLES, tmp_path, **options) == {"already_built": True}
     with pytest.raises(UserError, match="made from other data or options"):
         preprocess(toy, EXAMPLES, tmp_path, val_fraction=0.5)
+
+
+def test_the_bar_says_from_the_start_what_it_is_about() -> None:
+    """The first phase, reading the data, has a name and no total."""
+    task = Progress()._bar.tasks[0]
+    assert (task.description, task.total) == ("list", None)
 
 
 def test_command_line(toy: Path, tmp_path: Path) -> None:

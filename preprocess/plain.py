@@ -1,0 +1,29 @@
+"""Values as JSON holds them: what a datasets folder or a lenient JSON file has beside the audio and the texts."""
+
+from __future__ import annotations
+
+import math
+from datetime import date, time
+from typing import Any
+
+
+def plain(value: Any) -> Any:
+    """The value as JSON can hold it; the plain value of a plain value is itself.
+
+    NaN and infinite numbers become null, dates and times ISO 8601, bytes their number (`<17 bytes>`), what else JSON
+    lacks (decimals, durations) its text.
+
+    Raises:
+        RecursionError: it is nested without end.
+    """
+    if isinstance(value, dict):
+        return {str(name): plain(inner) for name, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(inner) for inner in value]
+    if value is None or isinstance(value, str | int):
+        return value
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, bytes):
+        return f"<{len(value)} bytes>"
+    return value.isoformat() if isinstance(value, date | time) else str(value)
