@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,8 +18,9 @@ import numpy as np
 import pytest
 import soundfile
 from conftest import preprocess
-from higgs_tune.preprocess import pipeline
-from higgs_tune.preprocess.engine import Stopped
+from higgs_tune.preprocess import check, cli, pipeline
+from higgs_tune.preprocess.config import PreprocessConfig
+from higgs_tune.preprocess.engine import Stop, Stopped, run_tasks
 from higgs_tune.shards.errors import UserError
 from higgs_tune.shards.writer import SetWriter
 
@@ -110,6 +113,51 @@ def test_stop_finishes_what_is_in_hand(toy: Path, tmp_path: Path, monkeypatch: p
     assert done == [0, 1, 2, 3, 4, 5]
     preprocess(toy, data, tmp_path / "whole", clips_per_unit=2)
     assert files_of(tmp_path / "out") == files_of(tmp_path / "whole")
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_stop_of_a_check(
+    toy: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    number: int,
+    code: int,
+) -> None:
+    measure_unit = check.measure_unit
+
+    def hit(job: Any, unit: int) -> Any:
+        os.kill(os.getpid(), number)
+        return measure_unit(job, unit)
+
+    monkeypatch.setattr(check, "measure_unit", hit)
+    options = f"--data {make_data(tmp_path, 4)} --model_path {toy}/model --clips_per_unit 2 --num_processes 1"
+    monkeypatch.setattr("sys.argv", ["higgs-preprocess", "--check", *options.split()])
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    assert end.value.code == code
+    assert capsys.readouterr().err == f"stopped on {signal.Signals(number).name}\n"
+
+
+def test_signals_do_not_reach_a_worker_that_starts() -> None:
+    """A terminal sends them to all processes, from the first moment of each."""
+    config = PreprocessConfig(data=Path(), model_path=Path(), check=True, num_processes=2)
+
+    def hit() -> None:
+        hit: set[int | None] = set()
+        while len(hit) < 2:
+            for process in multiprocessing.active_children():
+                if process.pid and process.pid not in hit:
+                    os.kill(process.pid, signal.SIGINT)
+                    os.kill(process.pid, signal.SIGTERM)
+                    hit.add(process.pid)
+
+    thread = threading.Thread(target=hit, daemon=True)
+    thread.start()
+    with Stop() as stop:
+        assert sorted(run_tasks(abs, [-1, -2, -3, -4], config, stop)) == [1, 2, 3, 4]
+    thread.join(10)
+    assert not thread.is_alive()
 
 
 def test_a_second_build_of_the_same_folder_is_refused(
