@@ -18,6 +18,7 @@ from pathlib import Path
 
 import torch
 
+from ..shards.errors import UserError
 from ..shards.memory import keep_memory
 from .audio import Clip, Waveform, load_clip
 from .codec import HiggsCodec
@@ -137,9 +138,16 @@ def _encode(clip: Clip, ready: _Ready, codec: HiggsCodec, job: Job, report: Unit
 
 
 def device_of(job: Job) -> str:
-    """Where this process encodes. `cuda` is the GPU that the engine gave to it."""
-    if job.config.device != "auto":
-        return job.config.device
+    """Where this process encodes. `cuda` is the GPU that the engine gave to it.
+
+    Raises:
+        UserError: a GPU that is not there.
+    """
+    device, gpus = job.config.device, torch.cuda.device_count()
+    if device.startswith("cuda") and int(device[5:] or 0) >= gpus:
+        raise UserError("--device is not there", expected=f"a GPU that PyTorch sees (it sees {gpus})", got=device)
+    if device != "auto":
+        return device
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 

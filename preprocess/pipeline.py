@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,11 +27,11 @@ from ..shards.errors import UserError
 from ..shards.remote import Cache, Source, is_url
 from ..shards.writer import MANIFEST, REJECTS, count_reasons, file_sha256
 from . import arrow
-from .assemble import assemble_shard, set_writer
-from .checkpoint import describe_checkpoint
-from .codec_checkpoint import weights_sha256
+from .assemble import assemble_shard, cached_tokenizer, set_writer
+from .checkpoint import describe_checkpoint, read_config, special_ids
+from .codec_checkpoint import load_codec, weights_sha256
 from .config import Job, PreprocessConfig
-from .encode import encode_unit
+from .encode import device_of, encode_unit
 from .engine import Stop, run_tasks
 from .hub import MODEL_FILES, local_checkpoint, name_of
 from .listing import list_work
@@ -115,7 +115,7 @@ def make_job(config: PreprocessConfig) -> Job:
     """Find everything that the options name: absolute paths, checkpoints from the Hub as local folders.
 
     Raises:
-        UserError: something is not there.
+        UserError: something is not there, or cannot be used.
     """
     if not config.data.exists():
         raise UserError("no data here", where=config.data)
@@ -125,7 +125,31 @@ def make_job(config: PreprocessConfig) -> Job:
     tower = local_checkpoint(config.whisper_path) if config.whisper_path else model
     if config.whisper_features == "encoder" and not config.whisper_path:
         tower = local_checkpoint(config.model_path)  # the weights too
-    return Job(config, config.data.absolute(), out.absolute(), model, codec, tower)
+    if config.audio_root:
+        config = replace(config, audio_root=config.audio_root.absolute())
+    job = Job(config, config.data.absolute(), out.absolute(), model, codec, tower)
+    refuse_unfit(job)
+    return job
+
+
+def refuse_unfit(job: Job) -> None:
+    """Find what cannot be used before anything is encoded.
+
+    Raises:
+        UserError: tokenizer, codec or device cannot be used, or the codec's codes are not the model's.
+    """
+    config = read_config(job.model)
+    ids = special_ids(config, job.model / "config.json")
+    cached_tokenizer(job.model, ids)
+    if job.config.engine == "local":
+        device_of(job)
+    if job.codec is None:
+        return
+    codec = load_codec(job.codec).config
+    size = config.get("audio_codebook_size", ids.stream_bos)
+    if (codec.codebooks, codec.codebook_size) != (ids.codebooks, size):
+        expected, got = f"{ids.codebooks} codebooks of {size}", f"{codec.codebooks} of {codec.codebook_size}"
+        raise UserError(f"the codec does not fit the model {job.model}", where=job.codec, expected=expected, got=got)
 
 
 def local_out(config: PreprocessConfig) -> Path:
@@ -141,8 +165,6 @@ def make_provenance(job: Job) -> dict[str, Any]:
     """What made the set: data, model, codec, options. `paths` only help the inspector; nothing checks them."""
     config, codec_given = job.config, job.config.audio_tokenizer_path
     assert codec_given is not None and job.codec is not None
-    if not (job.codec / "config.json").is_file():
-        raise UserError("no audio tokenizer here", where=job.codec, expected="config.json")
     model = describe_checkpoint(job.model) | name_of(config.model_path)
     codec = name_of(codec_given) | {
         "weights_sha256": weights_sha256(job.codec),
