@@ -2,14 +2,17 @@
 
 In: the data. Out, in the work folder: `samples-*.jsonl`, one file a shard, whose lines hold `key`, `position`, `entry`
 and the numbers of its `clips`, or `key`, `position` and `reject`; `clips-*.jsonl`, one file a unit; and their counts.
+A file that samples name differently (links, relative and absolute paths) is one file.
 Never: audio (but for the headers that a manifest's choice of references asks for).
 """
 
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from functools import lru_cache
 from typing import Any
 
 from .audio import Clip
@@ -32,7 +35,7 @@ class ClipNumbers:
 
     def number(self, clip: Clip, whisper: bool) -> int:
         """The clip's number; `whisper`: this use of it wants Whisper features."""
-        name = _digest(repr(clip))
+        name = _digest(repr(replace(clip, source="", path=_real_path(clip.path))))  # under whatever name
         number = self._numbers.setdefault(name, len(self._numbers))
         if number == len(self.whisper):
             self.whisper.append(0)
@@ -84,6 +87,15 @@ def _line(entry: Any, position: int, job: Job, keys: set[bytes], numbers: ClipNu
         return {"key": key, "position": position, "entry": without_inline(entry, sample), "clips": clips}
     except Reject as reject:
         return {"key": key, "position": position, "reject": [reject.reason, reject.detail, reject.file]}
+
+
+@lru_cache(maxsize=1 << 16)
+def _real_path(path: str) -> str:
+    """The path with its links resolved; as it is where no file can have it (a NUL byte)."""
+    try:
+        return os.path.realpath(path) if path else ""
+    except ValueError:
+        return path
 
 
 def _digest(text: str) -> bytes:
