@@ -49,10 +49,12 @@ def _build(config: PreprocessConfig) -> None:
 
 
 def _print_summary(summary: dict[str, Any], config: PreprocessConfig, elapsed: float) -> None:
+    rejects = summary["rejects"]
     if summary["already_built"]:
         print(f"{config.out} is already built from this data with these options: nothing to do")
+        print(f"It holds {summary['samples']} samples; {sum(rejects.values())} were rejected.")
+        print("To build anew, choose another --out, or remove this one.")
         return
-    rejects = summary["rejects"]
     print(f"samples   {summary['samples']} in {config.out}")
     print(f"audio     {summary['seconds'] / 3600:.3f} h in samples, {summary['clips']} distinct clips")
     print(f"speed     {summary['encoded_seconds'] / max(elapsed, 1e-9):.1f} hours an hour ({elapsed:.0f} s)")

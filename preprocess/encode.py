@@ -64,23 +64,28 @@ class UnitReport:
 
 
 def encode_unit(job: Job, unit: int) -> UnitReport:
-    """Task: encode the clips of one unit and commit them."""
+    """Task: encode the clips of one unit and commit them; of a unit that was committed with rejects, only these."""
     report, work = UnitReport(), Work(job.out)
     clips = work.clips(unit)
     whisper = work.whisper(unit * job.config.clips_per_unit, len(clips))
+    before = [old if isinstance(old, Encoded) else None for old in work.take_back(unit) or [None] * len(clips)]
     with one_thread(), ThreadPoolExecutor(job.config.decode_threads) as threads:
         with report.spend("load codec"):
             codec = codec_for(job)
         mel_bins = mel_bins_of(job.tower) if any(whisper) else 0
         ahead = [
-            threads.submit(_read, clip, codec.config.sample_rate_hz, job, mel_bins if wanted else 0)
-            for clip, wanted in zip(clips, whisper, strict=True)
+            old or threads.submit(_read, clip, codec.config.sample_rate_hz, job, mel_bins if wanted else 0)
+            for clip, wanted, old in zip(clips, whisper, before, strict=True)
         ]
         results: list[Encoded | Reject] = []
-        for clip, future in zip(clips, ahead, strict=True):
+        for clip, waiting in zip(clips, ahead, strict=True):
+            if isinstance(waiting, Encoded):
+                results.append(waiting)
+                report.clips += 1
+                continue
             try:
                 with report.spend("wait for decode"):
-                    ready = future.result()
+                    ready = waiting.result()
                 results.append(_encode(clip, ready, codec, job, report))
             except Reject as reject:
                 results.append(reject)

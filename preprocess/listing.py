@@ -13,8 +13,10 @@ import os
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
+from .arrow import arrow_cell
 from .audio import Clip
 from .chatml import key_of, parse_entry, without_inline
 from .config import Job
@@ -28,7 +30,7 @@ class ClipNumbers:
 
     def __init__(self, work: Work, clips_per_unit: int) -> None:
         self.work, self.clips_per_unit = work, clips_per_unit
-        self.units = 0
+        self.units = self.missing = 0
         self.whisper = bytearray()
         self._numbers: dict[bytes, int] = {}
         self._waiting: list[Clip] = []
@@ -39,6 +41,7 @@ class ClipNumbers:
         number = self._numbers.setdefault(name, len(self._numbers))
         if number == len(self.whisper):
             self.whisper.append(0)
+            self.missing += bool(clip.path) and not arrow_cell(clip.path) and not _exists(clip.path)
             self._waiting.append(clip)
             if len(self._waiting) == self.clips_per_unit:
                 self.flush()
@@ -60,16 +63,21 @@ def list_work(job: Job, work: Work, go_on: Callable[[], None]) -> dict[str, int]
         go_on: called between shards; raises to stop.
 
     Returns:
-        Numbers of samples, shards, clips and units.
+        Numbers of samples, shards, clips and units; and `unsettled`, of rejected entries and missing files: where
+        there are any, a later listing may come out otherwise.
     """
     numbers, keys = ClipNumbers(work, job.config.clips_per_unit), set[bytes]()
-    samples = shards = 0
+    samples = shards = rejects = 0
+    work.forget_listing()
     for batch in batches(enumerate(read_entries(job)), job.config.samples_per_shard):
         go_on()
-        work.write_lines("samples", shards, [_line(entry, at, job, keys, numbers) for at, entry in batch])
+        lines = [_line(entry, at, job, keys, numbers) for at, entry in batch]
+        work.write_lines("samples", shards, lines)
+        rejects += sum("reject" in line for line in lines)
         samples, shards = samples + len(batch), shards + 1
     numbers.flush()
     listing = {"samples": samples, "shards": shards, "clips": len(numbers.whisper), "units": numbers.units}
+    listing["unsettled"] = rejects + numbers.missing
     work.commit_listing(listing, bytes(numbers.whisper))
     return listing
 
@@ -96,6 +104,13 @@ def _real_path(path: str) -> str:
         return os.path.realpath(path) if path else ""
     except ValueError:
         return path
+
+
+def _exists(path: str) -> bool:
+    try:
+        return Path(path).exists()
+    except OSError:  # a name that is too long
+        return False
 
 
 def _digest(text: str) -> bytes:

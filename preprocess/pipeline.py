@@ -37,7 +37,7 @@ from .hub import MODEL_FILES, local_checkpoint, name_of
 from .listing import list_work
 from .progress import Progress
 from .whisper import extractor_settings, mel_bins_of, tower_sha256
-from .work import HINT, Work
+from .work import Work, refuse_other
 
 
 def build(config: PreprocessConfig) -> dict[str, Any]:
@@ -51,25 +51,36 @@ def build(config: PreprocessConfig) -> dict[str, Any]:
         UserError: bad paths, checkpoints or options; or no sample is left.
         Stopped: a signal came, and what was in hand is committed.
     """
-    job = make_job(config)
-    provenance = make_provenance(job)
-    work, writer = Work(job.out), set_writer(job)
-    if finished(job.url or str(job.out), provenance["request"]):
-        writer.clear()  # a run that was killed right after the manifest left it
-        return {"already_built": True}
-    with Stop() as stop, Progress() as progress, work.locked():
+    with Stop() as stop:
+        job = make_job(config)
+        provenance = make_provenance(job)
+        stop.go_on()
+        made = finished(job.url or str(job.out), provenance["request"])
+        if made is None:
+            return _build(job, provenance, stop)
+    set_writer(job).clear()  # a run that was killed right after the manifest left it
+    return {"already_built": True, "samples": made["totals"]["samples"], "rejects": made["rejects"]["by_reason"]}
+
+
+def _build(job: Job, provenance: dict[str, Any], stop: Stop) -> dict[str, Any]:
+    """The four steps; of what an earlier run committed, what it rejected is tried again."""
+    config, work, writer = job.config, Work(job.out), set_writer(job)
+    with Progress() as progress, work.locked():
         writer.begin()
         work.begin(provenance["request"])
-        listing = work.listing or list_work(job, work, stop.go_on)
+        listing = work.listing
+        if listing is None or listing["unsettled"] or any(work.done(listing["units"]).values()):
+            listing = list_work(job, work, stop.go_on)
 
-        done = work.done(listing["units"])
+        done = {unit for unit, rejected in work.done(listing["units"]).items() if not rejected}
         progress.start("encode", listing["clips"], "clips")
         progress.skip(min(len(done) * config.clips_per_unit, listing["clips"]))
         waiting = [unit for unit in range(listing["units"]) if unit not in done]
         for report in run_tasks(partial(encode_unit, job), waiting, config, stop):
             progress.encoded(report)
 
-        waiting = [number for number in range(listing["shards"]) if writer.committed(number) is None]
+        numbers = range(listing["shards"])
+        waiting = [number for number in numbers if (shard := writer.committed(number)) is None or shard.rejects]
         progress.start("assemble", listing["shards"], "shards")
         progress.skip(listing["shards"] - len(waiting))
         for _ in run_tasks(partial(assemble_shard, job), waiting, config, stop):
@@ -78,6 +89,7 @@ def build(config: PreprocessConfig) -> dict[str, Any]:
         shards = [shard for shard in map(writer.committed, range(listing["shards"])) if shard is not None]
         rejects = [reject for shard in shards for reject in shard.rejects]
         if not any(len(shard.rows) for shard in shards):
+            writer.discard(shards)  # the same command starts anew
             durable.write_bytes(job.out / REJECTS, b"".join(durable.to_json(reject) + b"\n" for reject in rejects))
             raise UserError("no sample is left", where=job.data, got=f"rejects by reason: {count_reasons(rejects)}",
                             hint=f"Each is named in {job.out / REJECTS}.")  # fmt: skip
@@ -94,21 +106,21 @@ def build(config: PreprocessConfig) -> dict[str, Any]:
     }
 
 
-def finished(location: str, request: dict[str, Any]) -> bool:
-    """True where a folder or URL holds the finished set that is asked for.
+def finished(location: str, request: dict[str, Any]) -> dict[str, Any] | None:
+    """The manifest of the finished set that is asked for, where a folder or URL holds it.
 
     Raises:
         UserError: it holds another set.
     """
     try:
-        manifest = json.loads(Source(location).read(MANIFEST))
+        data = Source(location).read(MANIFEST)
     except (FileNotFoundError, NotADirectoryError):
-        return False
-    except ValueError as error:
-        raise UserError(f"the manifest here is not JSON: {error}", where=location, hint=HINT) from error
-    if manifest.get("provenance", {}).get("request") != request:
-        raise UserError("this folder holds a shard set made from other data or options", where=location, hint=HINT)
-    return True
+        return None
+    manifest = durable.from_json(data, "the manifest", f"{location}/{MANIFEST}")
+    provenance = manifest.get("provenance")
+    refuse_other(provenance.get("request") if isinstance(provenance, dict) else None, request, "a shard set made from",
+                 location)  # fmt: skip
+    return manifest
 
 
 def make_job(config: PreprocessConfig) -> Job:
@@ -173,6 +185,7 @@ def make_provenance(job: Job) -> dict[str, Any]:
     }
     features = whisper_provenance(job)
     options = {name: value for name, value in asdict(config).items() if name not in MACHINE_ONLY}
+    options["audio_root"] = str(config.audio_root.resolve()) if config.audio_root else None
     request = {"data": data_digest(job.data), "model": model, "codec": codec, "features": features, "options": options}
     request = json.loads(durable.to_json(request))  # as it will be compared with a stored one
     paths = {"model": str(job.model), "codec": str(job.codec)}
@@ -181,7 +194,7 @@ def make_provenance(job: Job) -> dict[str, Any]:
 
 # options that say where and how the work runs, not what it makes
 MACHINE_ONLY = {
-    *("data", "out", "staging", "model_path", "audio_tokenizer_path", "whisper_path", "audio_root"),
+    *("data", "out", "staging", "model_path", "audio_tokenizer_path", "whisper_path"),
     *("engine", "ray_address", "num_processes", "decode_threads", "device"),
     *("check", "json", "max_reject_share", "debug"),
 }

@@ -14,11 +14,12 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
 
+import fsspec
 import numpy as np
 import pytest
 import soundfile
 from conftest import preprocess
-from higgs_tune.preprocess import check, cli, pipeline
+from higgs_tune.preprocess import check, cli, encode, pipeline
 from higgs_tune.preprocess.config import PreprocessConfig
 from higgs_tune.preprocess.engine import Stop, Stopped, run_tasks
 from higgs_tune.shards.errors import UserError
@@ -77,7 +78,8 @@ def test_killed_after_the_manifest(toy: Path, tmp_path: Path, monkeypatch: pytes
         preprocess(toy, data, out, **options)
     assert (local / ".work" / "request.json").exists()
     assert (local / "manifest.json").exists()
-    assert preprocess(toy, data, out, **options) == {"already_built": True}
+    again = {"already_built": True, "samples": 2, "rejects": {"missing_audio": 1, "no_reference": 1}}
+    assert preprocess(toy, data, out, **options) == again
     if remote:
         assert not list(local.iterdir())
     else:
@@ -158,6 +160,69 @@ def test_signals_do_not_reach_a_worker_that_starts() -> None:
         assert sorted(run_tasks(abs, [-1, -2, -3, -4], config, stop)) == [1, 2, 3, 4]
     thread.join(10)
     assert not thread.is_alive()
+
+
+@pytest.mark.parametrize("step", ["encode_unit", "assemble_shard"])
+@pytest.mark.parametrize("ref_drop", [0.0, 1.0])
+def test_files_that_were_put_right_are_taken_up(
+    toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str, ref_drop: float
+) -> None:
+    """Between a stop and the next start a missing file comes: it is a sample, and a reference, as in a new build."""
+    data, calls = make_data(tmp_path, 7), []
+    options = {"clips_per_unit": 3, "samples_per_shard": 3, "whisper_features": "mel", "whisper_roles": "both"}
+    options |= {"ref_drop": ref_drop, "seed": 1}
+    encode_clip, task = encode._encode, getattr(pipeline, step)
+
+    def counting(clip: Any, *args: Any) -> Any:
+        calls.append(clip.source)
+        return encode_clip(clip, *args)
+
+    def stopping(job: Any, number: int) -> Any:
+        result = task(job, number)
+        if number == 2:
+            raise KeyboardInterrupt
+        return result
+
+    monkeypatch.setattr(encode, "_encode", counting)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(pipeline, step, stopping)
+        preprocess(toy, data, tmp_path / "out", **options)
+    assert len(calls) == 7
+    soundfile.write(tmp_path / "gone.wav", 0.1 * np.random.default_rng(9).standard_normal(20000), 16000)
+    assert preprocess(toy, data, tmp_path / "out", **options)["rejects"] == {}
+    if ref_drop == 1.0:  # without references nothing else changes, and only the new file is encoded
+        assert calls[7:] == ["gone.wav"]
+    preprocess(toy, data, tmp_path / "whole", **options)
+    assert files_of(tmp_path / "out") == files_of(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("remote", [False, True])
+def test_nothing_is_left_of_a_build_without_samples(toy: Path, tmp_path: Path, remote: bool) -> None:
+    """The same command, and one with other data, then build what a new folder gets."""
+    data, local = tmp_path / "data.csv", tmp_path / "out"
+    out, options = (f"memory://{tmp_path}/set", {"staging": local}) if remote else (str(local), {})
+    for name in ("a.wav", "b.wav"):
+        data.write_text(f"audio,text,speaker\n{name},hello,me\n")
+        with pytest.raises(UserError, match=r"no sample is left .*'missing_audio': 1"):
+            preprocess(toy, data, out, ref_drop=1.0, **options)
+        assert [file.name for file in local.iterdir()] == ["rejects.jsonl"]
+        assert not remote or not fsspec.filesystem("memory").find(f"{tmp_path}/set")
+    soundfile.write(tmp_path / "b.wav", 0.1 * np.random.default_rng(0).standard_normal(16000), 16000)
+    assert preprocess(toy, data, out, ref_drop=1.0, **options)["samples"] == 1
+
+
+def test_another_audio_root_is_another_set(toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = tmp_path / "data.csv"
+    data.write_text("audio,text,speaker\na.wav,hello,me\n")
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        soundfile.write(tmp_path / name / "a.wav", 0.1 * np.random.default_rng(0).standard_normal(16000), 16000)
+    monkeypatch.chdir(tmp_path)
+    for root, built in (("one", False), ("two/../one", True)):
+        options = {"ref_drop": 1.0, "audio_root": Path(root)}
+        assert preprocess(toy, data, tmp_path / "out", **options)["already_built"] == built
+    with pytest.raises(UserError, match=r"made from other data or options .*got another audio_root"):
+        preprocess(toy, data, tmp_path / "out", ref_drop=1.0, audio_root=Path("two"))
 
 
 def test_a_second_build_of_the_same_folder_is_refused(

@@ -152,6 +152,18 @@ def test_bad_checkpoints_are_refused(toy: Path, tmp_path: Path, monkeypatch: pyt
             preprocess(toy, EXAMPLES, tmp_path / "out", model_path=model)
 
 
+def test_a_folder_that_holds_something_else_is_refused(toy: Path, tmp_path: Path) -> None:
+    for content, message in (
+        ("[]", r"the manifest is not what it should be .*manifest\.json\), expected a JSON object, got \[\]"),
+        ("{", "the manifest is not JSON"),
+        ('{"provenance": []}', "holds a shard set made from other data or options"),
+    ):
+        (tmp_path / "manifest.json").write_text(content)
+        with pytest.raises(UserError, match=message):
+            preprocess(toy, EXAMPLES, tmp_path)
+        assert (tmp_path / "manifest.json").read_text() == content
+
+
 def test_the_native_layout_of_the_model_gives_the_same_set(toy: Path, shards: ShardSet, tmp_path: Path) -> None:
     boson = json.loads((toy / "model" / "config.json").read_text())
     native = boson["text_config"] | {"model_type": "higgs_audio_v2", "num_codebooks": boson["audio_num_codebooks"]}
@@ -237,7 +249,7 @@ def test_a_set_can_be_built_into_a_url(
     assert remote.keys() == expected.keys()
     assert all(remote[name] == expected[name] for name in expected if name != "manifest.json")
     assert [str(file) for file in (tmp_path / "cache").rglob("*") if file.is_file()] == []
-    assert preprocess(toy, EXAMPLES, url + "/", **options) == {"already_built": True}
+    assert preprocess(toy, EXAMPLES, url + "/", **options)["already_built"]
     with pytest.raises(UserError, match=rf"made from other data or options .*{url}"):
         preprocess(toy, EXAMPLES, url, val_fraction=0.5)
     assert ShardSet(url).read(3).meta == shards.read(3).meta
@@ -289,9 +301,9 @@ def test_interrupted_run_continues_to_the_same_bytes(
     restarted = files_of(tmp_path)
     assert restarted.keys() == undisturbed.keys()
     assert all(restarted[name] == undisturbed[name] for name in restarted if name != "manifest.json")
-    assert preprocess(toy, EXAMPLES, tmp_path, **options) == {"already_built": True}
-    with pytest.raises(UserError, match="made from other data or options"):
-        preprocess(toy, EXAMPLES, tmp_path, val_fraction=0.5)
+    assert preprocess(toy, EXAMPLES, tmp_path, **options) == {"already_built": True, "samples": 40, "rejects": {}}
+    with pytest.raises(UserError, match=r"made from other data or options .*got another val_fraction"):
+        preprocess(toy, EXAMPLES, tmp_path, **options | {"val_fraction": 0.5})
 
 
 def test_command_line(toy: Path, tmp_path: Path) -> None:
