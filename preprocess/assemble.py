@@ -6,7 +6,7 @@ In: a shard's number. Out: its committed files. Never: a sample whose audio was 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -79,7 +79,10 @@ def make_sample(
         raise Reject(*line["reject"])
     chat = parse_entry(line["entry"], line["position"], job.audio_base, job.config.max_text_chars)
     tokens_2L = tokenize(chat, tokenizer, ids)
-    encoded = [_encoded(work, clip, job.config.clips_per_unit) for clip in line["clips"]]
+    encoded = [
+        _encoded(work, number, job.config.clips_per_unit, clip.source)
+        for number, clip in zip(line["clips"], chat.clips, strict=True)
+    ]
     if line["entry"].get(DISTINCT):
         refuse_same_audio([result.info for result in encoded])
     segments = [
@@ -98,12 +101,21 @@ def make_sample(
     )
 
 
-def _encoded(work: Work, clip: int, clips_per_unit: int) -> Encoded:
+def _encoded(work: Work, clip: int, clips_per_unit: int, source: str) -> Encoded:
+    """A clip under the name that the sample has for its file; inline audio keeps its own.
+
+    Raises:
+        Reject: the clip was rejected.
+    """
+
+    def own_name(name: str) -> str:
+        return name if name.startswith("inline:") else source
+
     unit, at = divmod(clip, clips_per_unit)
     result = work.encoded(unit)[at]
     if isinstance(result, Reject):
-        raise result
-    return result
+        raise Reject(result.reason, result.detail, own_name(result.file))
+    return replace(result, info=result.info | {"source": own_name(result.info["source"])})
 
 
 def refuse_same_audio(infos: list[dict[str, Any]]) -> None:

@@ -6,13 +6,13 @@ provenance. Never: weights, remote code, constants for ids.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from ..shards.errors import UserError
+from ..shards import durable
+from ..shards.errors import UserError, first_line
 from ..shards.sequence import SpecialIds
 from ..shards.writer import file_sha256
 from .native import NATIVE_TYPE, boson_config
@@ -35,19 +35,16 @@ def read_config(path: Path) -> dict[str, Any]:
     file = path / "config.json"
     if not file.is_file():
         raise UserError("no checkpoint here", where=path, expected="config.json")
-    try:
-        config = json.loads(file.read_text())
-    except ValueError as error:
-        raise UserError(f"the checkpoint's config is not JSON: {error}", where=file) from error
+    config = durable.from_json(file.read_bytes(), "the checkpoint's config", file)
     if config.get("model_type") == NATIVE_TYPE:
         return boson_config(config, path)
-    if config.get("model_type") != "higgs_audio":
-        raise UserError(
-            "not a Higgs Audio v2 checkpoint",
-            where=file,
-            expected="model_type higgs_audio or higgs_audio_v2",
-            got=config.get("model_type"),
-        )
+    for name, good, expected in (
+        ("model_type", config.get("model_type") == "higgs_audio", "higgs_audio or higgs_audio_v2"),
+        ("text_config", isinstance(config.get("text_config"), dict), "an object"),
+    ):
+        if not good:
+            got = f"{config.get(name)!r:.40}"
+            raise UserError("not a Higgs Audio v2 checkpoint", where=file, expected=f"{name}: {expected}", got=got)
     return config
 
 
@@ -67,11 +64,15 @@ def load_tokenizer(path: Path, ids: SpecialIds) -> PreTrainedTokenizerBase:
     """The text tokenizer of a checkpoint folder.
 
     Raises:
-        UserError: no tokenizer files, or its audio placeholders are not the config's.
+        UserError: no tokenizer files, or not a tokenizer's; or its audio placeholders are not the config's.
     """
-    if not (path / "tokenizer.json").is_file():
-        raise UserError("the checkpoint has no tokenizer", where=path, expected="tokenizer.json")
-    tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+    missing = [name for name in ("tokenizer.json", "tokenizer_config.json") if not (path / name).is_file()]
+    if missing:
+        raise UserError("the checkpoint has no tokenizer", where=path, expected=" and ".join(missing))
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # the tokenizers package raises plain ones
+        raise UserError(f"cannot read the checkpoint's tokenizer: {first_line(error)}", where=path) from error
     for token, expected in (("<|AUDIO|>", ids.audio_in), ("<|AUDIO_OUT|>", ids.audio_out)):
         got = tokenizer.convert_tokens_to_ids(token)
         if got != expected:

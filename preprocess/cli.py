@@ -22,30 +22,39 @@ def main() -> None:
 
 def _main() -> None:
     config = tyro.cli(PreprocessConfig, prog="higgs-preprocess")
-    if config.check:
-        from .check import check
-        from .check_report import print_report
+    from .engine import Stopped  # after the flags are checked: torch takes seconds to import
 
-        report = check(config)
-        print_report(report, as_json=config.json)
-        sys.exit(0 if report["fit_to_build"] else 1)
-    from .engine import Stopped
-    from .pipeline import build  # after the flags are checked: torch takes seconds to import
+    try:
+        _check(config) if config.check else _build(config)
+    except Stopped as stopped:
+        more = "" if config.check else ": start the same command again to continue"
+        print(f"stopped on {stopped}{more}", file=sys.stderr)
+        sys.exit(128 + stopped.number)
+
+
+def _check(config: PreprocessConfig) -> None:
+    from .check import check
+    from .check_report import print_report
+
+    report = check(config)
+    print_report(report, as_json=config.json)
+    sys.exit(0 if report["fit_to_build"] else 1)
+
+
+def _build(config: PreprocessConfig) -> None:
+    from .pipeline import build
 
     began = time.monotonic()
-    try:
-        summary = build(config)
-    except Stopped as stopped:
-        print(f"stopped on {stopped}: start the same command again to continue", file=sys.stderr)
-        sys.exit(128 + stopped.number)
-    _print_summary(summary, config, time.monotonic() - began)
+    _print_summary(build(config), config, time.monotonic() - began)
 
 
 def _print_summary(summary: dict[str, Any], config: PreprocessConfig, elapsed: float) -> None:
+    rejects = summary["rejects"]
     if summary["already_built"]:
         print(f"{config.out} is already built from this data with these options: nothing to do")
+        print(f"It holds {summary['samples']} samples; {sum(rejects.values())} were rejected.")
+        print("To build anew, choose another --out, or remove this one.")
         return
-    rejects = summary["rejects"]
     print(f"samples   {summary['samples']} in {config.out}")
     print(f"audio     {summary['seconds'] / 3600:.3f} h in samples, {summary['clips']} distinct clips")
     print(f"speed     {summary['encoded_seconds'] / max(elapsed, 1e-9):.1f} hours an hour ({elapsed:.0f} s)")

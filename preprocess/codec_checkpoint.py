@@ -7,7 +7,6 @@ Never: remote code, pickled objects; a weight that is missing, unknown or of a w
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 from pickle import UnpicklingError  # what torch.load raises for what weights_only forbids
@@ -20,11 +19,14 @@ from torch.nn.utils import parametrize
 from transformers import DacConfig, HubertConfig
 from transformers.modeling_utils import no_init_weights
 
-from ..shards.errors import UserError
+from ..shards import durable
+from ..shards.errors import UserError, few, first_line
+from ..shards.format import FRAME_RATE_HZ
 from ..shards.writer import file_sha256
 from .codec import CodecConfig, HiggsCodec
 
 NATIVE_TYPE = "higgs_audio_v2_tokenizer"
+RATES_HZ = {"sample_rate": 24_000, "semantic_sample_rate": 16_000}  # what the encoder's strides and padding are for
 Weights = dict[str, torch.Tensor]
 
 # weights of training, or of parts that neither encode nor decode uses
@@ -44,10 +46,7 @@ def load_codec(path: str | Path, device: str | torch.device = "cpu") -> HiggsCod
     config_path = folder / "config.json"
     if not config_path.is_file():
         raise UserError("no audio tokenizer here", where=folder, expected="config.json")
-    try:
-        raw = json.loads(config_path.read_text())
-    except ValueError as error:
-        raise UserError(f"the audio tokenizer's config is not JSON: {error}", where=config_path) from error
+    raw = durable.from_json(config_path.read_bytes(), "the audio tokenizer's config", config_path)
     native = raw.get("model_type") == NATIVE_TYPE
     if not native and ("ratios" not in raw or "sample_rate" not in raw):
         raise UserError(
@@ -56,17 +55,26 @@ def load_codec(path: str | Path, device: str | torch.device = "cpu") -> HiggsCod
             expected=f"model_type {NATIVE_TYPE}, or Boson's keys (ratios, sample_rate, n_q)",
             got=f"model_type {raw.get('model_type')}",
         )
-    weights = _read_weights(folder)
     try:
-        config = _native_config(raw, weights, config_path) if native else _boson_config(raw, weights, config_path)
+        codec = _make_codec(folder, raw, native=native)
     except KeyError as error:
         raise UserError(f"the audio tokenizer lacks a weight or setting: {error}", where=folder) from error
+    except UserError:
+        raise
+    except Exception as error:  # from anywhere in transformers' and PyTorch's blocks
+        raise UserError(f"config and weights make no codec: {first_line(error)}", where=folder) from error
+    return codec.requires_grad_(False).eval().to(device)
+
+
+def _make_codec(folder: Path, raw: dict[str, Any], *, native: bool) -> HiggsCodec:
+    weights, where = _read_weights(folder), folder / "config.json"
+    config = _native_config(raw, weights, where) if native else _boson_config(raw, weights, where)
     with no_init_weights():  # on the meta device, weight norm would import all of torch's compiler: seconds a worker
         codec = HiggsCodec(config)
     fold_position_conv(codec)
     rename = native_name if native else boson_name
     _assign(codec, {rename(name): name for name in codec.state_dict()}, weights, folder)
-    return codec.requires_grad_(False).eval().to(device)
+    return codec
 
 
 def weights_sha256(path: str | Path) -> str:
@@ -92,7 +100,9 @@ def _read_weights(folder: Path) -> Weights:
             else:
                 weights |= load_file(file)
         except (OSError, RuntimeError, ValueError, TypeError, EOFError, SafetensorError, UnpicklingError) as error:
-            raise UserError(f"cannot read weights: {error}", where=file) from error
+            pickled = "it holds more than tensors, and no pickled code is run"
+            reason = pickled if isinstance(error, UnpicklingError) else first_line(error)
+            raise UserError(f"cannot read weights: {reason}", where=file) from error
     if not any(name.startswith("semantic_model.") for name in weights):
         hint = "Use a checkpoint whose weights hold semantic_model.*: no remote code is run to fetch them."
         raise UserError("the HuBERT weights are missing", where=folder, hint=hint)
@@ -151,11 +161,11 @@ def _boson_dac(part: str, rest: str) -> str:
 
 
 def _boson_config(raw: dict[str, Any], weights: Weights, where: Path) -> CodecConfig:
-    ratios = list(raw["ratios"])
+    ratios = raw["ratios"]
     for name, good, expected in (
         ("bins", isinstance(raw.get("bins", 1024), int), "an integer"),
         ("downsample_mode", raw.get("downsample_mode", "step_down") == "step_down", "step_down"),
-        ("ratios", len(ratios) == _DAC_RATIOS, f"{_DAC_RATIOS} ratios"),
+        ("ratios", isinstance(ratios, list) and len(ratios) == _DAC_RATIOS, f"{_DAC_RATIOS} ratios"),
     ):
         if not good:
             raise UserError(f"unsupported {name}", where=where, expected=expected, got=raw[name])
@@ -167,8 +177,7 @@ def _boson_config(raw: dict[str, Any], weights: Weights, where: Path) -> CodecCo
     )
     acoustic.upsampling_ratios = ratios
     acoustic.hidden_size = len(weights[f"encoder.block.{last}.weight"])
-    rates = raw["sample_rate"], raw.get("semantic_sample_rate") or 16_000
-    return _config(*rates, acoustic, _hubert(weights), weights)
+    return _config(raw, acoustic, _hubert(weights), weights, where)
 
 
 def _native_config(raw: dict[str, Any], weights: Weights, where: Path) -> CodecConfig:
@@ -184,19 +193,27 @@ def _native_config(raw: dict[str, Any], weights: Weights, where: Path) -> CodecC
     for name in ("hidden_size", *ratios):  # DacConfig derives these; this codec's differ
         setattr(acoustic, name, given[name])
     semantic = HubertConfig(**(raw.get("semantic_model_config") or {}))
-    rates = raw.get("sample_rate", 24_000), raw.get("semantic_sample_rate", 16_000)
-    return _config(*rates, acoustic, semantic, weights)
+    return _config(raw, acoustic, semantic, weights, where)
 
 
 def _config(
-    rate: int, semantic_rate: int, acoustic: DacConfig, semantic: HubertConfig, weights: Weights
+    raw: dict[str, Any], acoustic: DacConfig, semantic: HubertConfig, weights: Weights, where: Path
 ) -> CodecConfig:
     books = [value for name, value in weights.items() if name.endswith("codebook.embed")]
     if not books:
         raise KeyError("codebooks")
     semantic.mask_time_prob = semantic.mask_feature_prob = 0.0  # no parameter for masked frames
     codebook_size, codebook_dim = books[0].shape
-    return CodecConfig(rate, semantic_rate, len(books), codebook_size, codebook_dim, semantic, acoustic)
+    for name, only in RATES_HZ.items():
+        if raw.get(name) not in (None, only):
+            raise UserError(f"unsupported {name}", where=where, expected=only, got=f"{raw[name]!r:.40}")
+    rates = RATES_HZ["sample_rate"], RATES_HZ["semantic_sample_rate"]
+    config = CodecConfig(*rates, len(books), codebook_size, codebook_dim, semantic, acoustic)
+    if config.hop_length * FRAME_RATE_HZ != config.sample_rate_hz:
+        expected, got = f"{config.sample_rate_hz // FRAME_RATE_HZ} samples", config.hop_length
+        raise UserError("unsupported length of a frame, the product of the ratios", where=where, expected=expected,
+                        got=got)  # fmt: skip
+    return config
 
 
 def _hubert(weights: Weights) -> HubertConfig:
@@ -236,15 +253,17 @@ def fold_position_conv(codec: HiggsCodec) -> None:
 def _assign(codec: HiggsCodec, own_name: dict[str, str], weights: Weights, folder: Path) -> None:
     """Fill the codec; `own_name` leads from the checkpoint's names to ours."""
     own = codec.state_dict()
-    problems = [f"missing {name}" for name in sorted(own_name.keys() - weights.keys())]
-    problems += [f"unexpected {name}" for name in sorted(weights.keys() - own_name.keys())]
     filled = {own_name[name]: value.float() for name, value in weights.items() if name in own_name}
-    problems += [
-        f"{name}: expected {tuple(own[name].shape)}, got {tuple(value.shape)}"
-        for name, value in filled.items()
-        if own[name].shape != value.shape
-    ]
-    if problems:
-        more = f" and {len(problems) - 20} more" if len(problems) > 20 else ""
-        raise UserError(f"the audio tokenizer's weights do not fit: {'; '.join(problems[:20])}{more}", where=folder)
+    problems = {
+        "missing": sorted(own_name.keys() - weights.keys()),
+        "unexpected": sorted(weights.keys() - own_name.keys()),
+        "of a wrong shape": [
+            f"{name} (expected {tuple(own[name].shape)}, got {tuple(value.shape)})"
+            for name, value in filled.items()
+            if own[name].shape != value.shape
+        ],
+    }
+    if any(problems.values()):
+        found = "; ".join(f"{len(names)} {what}: {few(names)}" for what, names in problems.items() if names)
+        raise UserError(f"the audio tokenizer's weights do not fit: {found}", where=folder)
     codec.load_state_dict(filled, assign=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -109,6 +110,12 @@ class PreprocessConfig:
             ("samples_per_shard", self.samples_per_shard >= 1, "at least 1"),
             ("clips_per_unit", self.clips_per_unit >= 1, "at least 1"),
             ("num_processes", self.num_processes >= 0, "at least 0"),
+            (
+                "num_processes",
+                not (self.out or "").startswith("memory://") or (self.num_processes == 1 and self.engine == "local"),
+                "1 with an --out in memory, which no other process sees",
+            ),
+            ("device", bool(re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device)), "auto, cpu, cuda or cuda:1"),
             ("decode_threads", self.decode_threads >= 1, "at least 1"),
             ("ray_address", not self.ray_address or self.engine == "ray", "--engine ray with it"),
             ("staging", not self.staging or is_url(self.out or ""), "a URL as --out"),

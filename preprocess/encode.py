@@ -18,6 +18,7 @@ from pathlib import Path
 
 import torch
 
+from ..shards.errors import UserError
 from ..shards.format import FRAME_RATE_HZ
 from ..shards.memory import keep_memory
 from .audio import Clip, Waveform, load_clip
@@ -67,23 +68,28 @@ class UnitReport:
 
 
 def encode_unit(job: Job, unit: int) -> UnitReport:
-    """Task: encode the clips of one unit and commit them."""
+    """Task: encode the clips of one unit and commit them; of a unit that was committed with rejects, only these."""
     report, work = UnitReport(), Work(job.out)
     clips = work.clips(unit)
     whisper = work.whisper(unit * job.config.clips_per_unit, len(clips))
+    before = [old if isinstance(old, Encoded) else None for old in work.take_back(unit) or [None] * len(clips)]
     with one_thread(), ThreadPoolExecutor(job.config.decode_threads) as threads:
         with report.spend("load codec"):
             codec = codec_for(job)
         mel_bins = mel_bins_of(job.tower) if any(whisper) else 0
         ahead = [
-            threads.submit(_read, clip, codec.config.sample_rate_hz, job, mel_bins if wanted else 0)
-            for clip, wanted in zip(clips, whisper, strict=True)
+            old or threads.submit(_read, clip, codec.config.sample_rate_hz, job, mel_bins if wanted else 0)
+            for clip, wanted, old in zip(clips, whisper, before, strict=True)
         ]
         results: list[Encoded | Reject] = []
-        for clip, future in zip(clips, ahead, strict=True):
+        for clip, waiting in zip(clips, ahead, strict=True):
+            if isinstance(waiting, Encoded):
+                results.append(waiting)
+                report.clips += 1
+                continue
             try:
                 with report.spend("wait for decode"):
-                    ready = future.result()
+                    ready = waiting.result()
                 results.append(_encode(clip, ready, codec, job, report))
             except Reject as reject:
                 results.append(reject)
@@ -151,9 +157,16 @@ def _encode(clip: Clip, ready: _Ready, codec: HiggsCodec, job: Job, report: Unit
 
 
 def device_of(job: Job) -> str:
-    """Where this process encodes. `cuda` is the GPU that the engine gave to it."""
-    if job.config.device != "auto":
-        return job.config.device
+    """Where this process encodes. `cuda` is the GPU that the engine gave to it.
+
+    Raises:
+        UserError: a GPU that is not there.
+    """
+    device, gpus = job.config.device, torch.cuda.device_count()
+    if device.startswith("cuda") and int(device[5:] or 0) >= gpus:
+        raise UserError("--device is not there", expected=f"a GPU that PyTorch sees (it sees {gpus})", got=device)
+    if device != "auto":
+        return device
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 

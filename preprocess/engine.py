@@ -13,6 +13,7 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from multiprocessing import active_children, connection, get_context, parent_process
 from types import FrameType, TracebackType
 from typing import Any
@@ -26,6 +27,7 @@ Task = Callable[[int], Any]
 MAX_AUTO_PROCESSES = 8
 TASKS_A_PROCESS = 2  # with fewer, starting another process costs more than it saves
 KNOCK_S = 10.0
+STOPPING = (signal.SIGINT, signal.SIGTERM)
 RETRIES = 10  # of a Ray task whose worker or node died
 
 
@@ -46,7 +48,7 @@ class Stop:
 
     def __enter__(self) -> Stop:
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
+            for number in STOPPING:
                 self._before[number] = signal.signal(number, self._handle)
         return self
 
@@ -102,7 +104,8 @@ def _run_pool(task: Task, numbers: list[int], processes: int, stop: Stop) -> Ite
         try:
             while True:
                 for number in _take(waiting, processes + 1 - len(running), stop):
-                    running.add(pool.submit(task, number))
+                    with _signals_held():
+                        running.add(pool.submit(task, number))  # starts a process while there are fewer than wanted
                 if not running:
                     stop.go_on()
                     return
@@ -130,15 +133,26 @@ def _take(numbers: Iterator[int], count: int, stop: Stop) -> Iterator[int]:
         yield number
 
 
+@contextmanager
+def _signals_held() -> Iterator[None]:
+    """Hold back SIGINT and SIGTERM: here until the end of the block, in processes that start within it for good.
+
+    A terminal sends them to the whole group, but it is the parent that decides, also while a worker still imports.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _begin_worker(counter: Any) -> None:
-    """Ready a worker process: its GPU, its signals, and its end when its parent ends."""
+    """Ready a worker process: its GPU, and its end when its parent ends."""
     with counter.get_lock():
         number = counter.value
         counter.value += 1
     if torch.cuda.is_available():
         torch.cuda.set_device(number % torch.cuda.device_count())
-    for name in (signal.SIGINT, signal.SIGTERM):  # a terminal sends these to the whole group; the parent decides
-        signal.signal(name, signal.SIG_IGN)
     parent = parent_process()
     if parent is not None:
         threading.Thread(target=_end_with, args=(parent.sentinel,), daemon=True).start()

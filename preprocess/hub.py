@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from ..shards.errors import UserError
+from ..shards.errors import UserError, first_line
 
 # the last revisions in Boson's original layout; later ones replaced it in place
 PINNED = {
@@ -44,10 +44,11 @@ def local_checkpoint(given: Path, files: tuple[str, ...] = WEIGHT_FILES) -> Path
     try:
         folder = snapshot_download(name, revision=revision, allow_patterns=list(files), etag_timeout=TIMEOUT_S)
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
-        reason = str(error).strip().partition("\n")[0]
         hint = "Give a folder, or a repository that this machine can download."
         where = f"{name}@{revision}" if revision else name
-        raise UserError(f"no such folder, and as a Hub repository: {reason}", where=where, hint=hint) from error
+        raise UserError(
+            f"no such folder, and as a Hub repository: {first_line(error)}", where=where, hint=hint
+        ) from error
     return Path(folder)
 
 

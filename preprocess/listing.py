@@ -2,17 +2,22 @@
 
 In: the data. Out, in the work folder: `samples-*.jsonl`, one file a shard, whose lines hold `key`, `position`, `entry`
 and the numbers of its `clips`, or `key`, `position` and `reject`; `clips-*.jsonl`, one file a unit; and their counts.
+A file that samples name differently (links, relative and absolute paths) is one file.
 Never: audio (but for the headers that a manifest's choice of references asks for).
 """
 
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 from ..shards.errors import UserError
+from .arrow import arrow_cell
 from .audio import Clip
 from .chatml import key_of, parse_entry, storable
 from .config import Job
@@ -26,17 +31,18 @@ class ClipNumbers:
 
     def __init__(self, work: Work, clips_per_unit: int) -> None:
         self.work, self.clips_per_unit = work, clips_per_unit
-        self.units = 0
+        self.units = self.missing = 0
         self.whisper = bytearray()
         self._numbers: dict[bytes, int] = {}
         self._waiting: list[Clip] = []
 
     def number(self, clip: Clip, whisper: bool) -> int:
         """The clip's number; `whisper`: this use of it wants Whisper features."""
-        name = _digest(repr(clip))
+        name = _digest(repr(replace(clip, source="", path=_real_path(clip.path))))  # under whatever name
         number = self._numbers.setdefault(name, len(self._numbers))
         if number == len(self.whisper):
             self.whisper.append(0)
+            self.missing += bool(clip.path) and not arrow_cell(clip.path) and not _exists(clip.path)
             self._waiting.append(clip)
             if len(self._waiting) == self.clips_per_unit:
                 self.flush()
@@ -58,21 +64,26 @@ def list_work(job: Job, work: Work, go_on: Callable[[], None]) -> dict[str, int]
         go_on: called between shards; raises to stop.
 
     Returns:
-        Numbers of samples, shards, clips and units.
+        Numbers of samples, shards, clips and units; and `unsettled`, of rejected entries and missing files: where
+        there are any, a later listing may come out otherwise.
 
     Raises:
         UserError: the data cannot be read, or holds no samples.
     """
     numbers, keys = ClipNumbers(work, job.config.clips_per_unit), set[bytes]()
-    samples = shards = 0
+    samples = shards = rejects = 0
+    work.forget_listing()
     for batch in batches(enumerate(read_entries(job)), job.config.samples_per_shard):
         go_on()
-        work.write_lines("samples", shards, [_line(entry, at, job, keys, numbers) for at, entry in batch])
+        lines = [_line(entry, at, job, keys, numbers) for at, entry in batch]
+        work.write_lines("samples", shards, lines)
+        rejects += sum("reject" in line for line in lines)
         samples, shards = samples + len(batch), shards + 1
     if not samples:
         raise UserError("the data holds no samples", where=job.data)
     numbers.flush()
     listing = {"samples": samples, "shards": shards, "clips": len(numbers.whisper), "units": numbers.units}
+    listing["unsettled"] = rejects + numbers.missing
     work.commit_listing(listing, bytes(numbers.whisper))
     return listing
 
@@ -90,6 +101,22 @@ def _line(entry: Any, position: int, job: Job, keys: set[bytes], numbers: ClipNu
         return {"key": key, "position": position, "entry": storable(entry, sample), "clips": clips}
     except Reject as reject:
         return {"key": key, "position": position, "reject": [reject.reason, reject.detail, reject.file]}
+
+
+@lru_cache(maxsize=1 << 16)
+def _real_path(path: str) -> str:
+    """The path with its links resolved; as it is where there is no such file (nor can be: a NUL byte)."""
+    try:
+        return os.path.realpath(path, strict=True) if path else ""
+    except (OSError, ValueError):
+        return path
+
+
+def _exists(path: str) -> bool:
+    try:
+        return Path(path).exists()
+    except OSError:  # a name that is too long
+        return False
 
 
 def _digest(text: str) -> bytes:

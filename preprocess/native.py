@@ -48,6 +48,8 @@ def boson_config(native: dict[str, Any], folder: Path) -> dict[str, Any]:
         text = {name: native[name] for name in _TEXT_FIELDS if native.get(name) is not None}
     except KeyError as error:
         raise UserError(f"the checkpoint's config lacks {error}", where=folder / "config.json") from error
+    except (TypeError, ValueError) as error:
+        raise UserError(f"the checkpoint's config is not usable: {error}", where=folder / "config.json") from error
     text |= {"model_type": "llama", "rope_theta": rope.pop("rope_theta", native.get("rope_theta", 500000.0))}
     if rope.get("rope_type", "default") != "default":
         text["rope_scaling"] = rope
@@ -84,7 +86,7 @@ def _token_ids(folder: Path) -> dict[str, int]:
     file = folder / "tokenizer.json"
     try:
         added = {token["content"]: token["id"] for token in json.loads(file.read_text())["added_tokens"]}
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError("the checkpoint has no tokenizer that names its audio tokens", where=file) from error
     missing = [token for token in _TOKENS.values() if token not in added]
     if missing:

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,17 +27,17 @@ from ..shards.errors import UserError
 from ..shards.remote import Cache, Source, is_url
 from ..shards.writer import MANIFEST, REJECTS, count_reasons, file_sha256
 from . import arrow
-from .assemble import assemble_shard, set_writer
-from .checkpoint import describe_checkpoint
-from .codec_checkpoint import weights_sha256
+from .assemble import assemble_shard, cached_tokenizer, set_writer
+from .checkpoint import describe_checkpoint, read_config, special_ids
+from .codec_checkpoint import load_codec, weights_sha256
 from .config import Job, PreprocessConfig
-from .encode import encode_unit
+from .encode import device_of, encode_unit
 from .engine import Stop, run_tasks
 from .hub import MODEL_FILES, local_checkpoint, name_of
 from .listing import list_work
 from .progress import Progress
 from .whisper import extractor_settings, mel_bins_of, require_tower, tower_sha256
-from .work import HINT, Work
+from .work import Work, refuse_other
 
 
 def build(config: PreprocessConfig) -> dict[str, Any]:
@@ -51,25 +51,36 @@ def build(config: PreprocessConfig) -> dict[str, Any]:
         UserError: bad paths, checkpoints or options; or no sample is left.
         Stopped: a signal came, and what was in hand is committed.
     """
-    job = make_job(config)
-    provenance = make_provenance(job)
-    work, writer = Work(job.out), set_writer(job)
-    if finished(job.url or str(job.out), provenance["request"]):
-        writer.clear()  # a run that was killed right after the manifest left it
-        return {"already_built": True}
-    with Stop() as stop, Progress() as progress, work.locked():
+    with Stop() as stop:
+        job = make_job(config)
+        provenance = make_provenance(job)
+        stop.go_on()
+        made = finished(job.url or str(job.out), provenance["request"])
+        if made is None:
+            return _build(job, provenance, stop)
+    set_writer(job).clear()  # a run that was killed right after the manifest left it
+    return {"already_built": True, "samples": made["totals"]["samples"], "rejects": made["rejects"]["by_reason"]}
+
+
+def _build(job: Job, provenance: dict[str, Any], stop: Stop) -> dict[str, Any]:
+    """The four steps; of what an earlier run committed, what it rejected is tried again."""
+    config, work, writer = job.config, Work(job.out), set_writer(job)
+    with Progress() as progress, work.locked():
         writer.begin()
         work.begin(provenance["request"])
-        listing = work.listing or list_work(job, work, stop.go_on)
+        listing = work.listing
+        if listing is None or listing["unsettled"] or any(work.done(listing["units"]).values()):
+            listing = list_work(job, work, stop.go_on)
 
-        done = work.done(listing["units"])
+        done = {unit for unit, rejected in work.done(listing["units"]).items() if not rejected}
         progress.start("encode", listing["clips"], "clips")
         progress.skip(min(len(done) * config.clips_per_unit, listing["clips"]))
         waiting = [unit for unit in range(listing["units"]) if unit not in done]
         for report in run_tasks(partial(encode_unit, job), waiting, config, stop):
             progress.encoded(report)
 
-        waiting = [number for number in range(listing["shards"]) if writer.committed(number) is None]
+        numbers = range(listing["shards"])
+        waiting = [number for number in numbers if (shard := writer.committed(number)) is None or shard.rejects]
         progress.start("assemble", listing["shards"], "shards")
         progress.skip(listing["shards"] - len(waiting))
         for _ in run_tasks(partial(assemble_shard, job), waiting, config, stop):
@@ -78,6 +89,7 @@ def build(config: PreprocessConfig) -> dict[str, Any]:
         shards = [shard for shard in map(writer.committed, range(listing["shards"])) if shard is not None]
         rejects = [reject for shard in shards for reject in shard.rejects]
         if not any(len(shard.rows) for shard in shards):
+            writer.discard(shards)  # the same command starts anew
             durable.write_bytes(job.out / REJECTS, b"".join(durable.to_json(reject) + b"\n" for reject in rejects))
             raise UserError("no sample is left", where=job.data, got=f"rejects by reason: {count_reasons(rejects)}",
                             hint=f"Each is named in {job.out / REJECTS}.")  # fmt: skip
@@ -94,28 +106,28 @@ def build(config: PreprocessConfig) -> dict[str, Any]:
     }
 
 
-def finished(location: str, request: dict[str, Any]) -> bool:
-    """True where a folder or URL holds the finished set that is asked for.
+def finished(location: str, request: dict[str, Any]) -> dict[str, Any] | None:
+    """The manifest of the finished set that is asked for, where a folder or URL holds it.
 
     Raises:
         UserError: it holds another set.
     """
     try:
-        manifest = json.loads(Source(location).read(MANIFEST))
+        data = Source(location).read(MANIFEST)
     except (FileNotFoundError, NotADirectoryError):
-        return False
-    except ValueError as error:
-        raise UserError(f"the manifest here is not JSON: {error}", where=location, hint=HINT) from error
-    if manifest.get("provenance", {}).get("request") != request:
-        raise UserError("this folder holds a shard set made from other data or options", where=location, hint=HINT)
-    return True
+        return None
+    manifest = durable.from_json(data, "the manifest", f"{location}/{MANIFEST}")
+    provenance = manifest.get("provenance")
+    refuse_other(provenance.get("request") if isinstance(provenance, dict) else None, request, "a shard set made from",
+                 location)  # fmt: skip
+    return manifest
 
 
 def make_job(config: PreprocessConfig) -> Job:
     """Find everything that the options name: absolute paths, checkpoints from the Hub as local folders.
 
     Raises:
-        UserError: something is not there.
+        UserError: something is not there, or cannot be used.
     """
     if not config.data.exists():
         raise UserError("no data here", where=config.data)
@@ -129,7 +141,31 @@ def make_job(config: PreprocessConfig) -> Job:
         tower = local_checkpoint(config.model_path)  # the weights too
     if config.whisper_features == "encoder":
         require_tower(tower)
-    return Job(config, config.data.absolute(), out.absolute(), model, codec, tower)
+    if config.audio_root:
+        config = replace(config, audio_root=config.audio_root.absolute())
+    job = Job(config, config.data.absolute(), out.absolute(), model, codec, tower)
+    refuse_unfit(job)
+    return job
+
+
+def refuse_unfit(job: Job) -> None:
+    """Find what cannot be used before anything is encoded.
+
+    Raises:
+        UserError: tokenizer, codec or device cannot be used, or the codec's codes are not the model's.
+    """
+    config = read_config(job.model)
+    ids = special_ids(config, job.model / "config.json")
+    cached_tokenizer(job.model, ids)
+    if job.config.engine == "local":
+        device_of(job)
+    if job.codec is None:
+        return
+    codec = load_codec(job.codec).config
+    size = config.get("audio_codebook_size", ids.stream_bos)
+    if (codec.codebooks, codec.codebook_size) != (ids.codebooks, size):
+        expected, got = f"{ids.codebooks} codebooks of {size}", f"{codec.codebooks} of {codec.codebook_size}"
+        raise UserError(f"the codec does not fit the model {job.model}", where=job.codec, expected=expected, got=got)
 
 
 def local_out(config: PreprocessConfig) -> Path:
@@ -145,8 +181,6 @@ def make_provenance(job: Job) -> dict[str, Any]:
     """What made the set: data, model, codec, options. `paths` only help the inspector; nothing checks them."""
     config, codec_given = job.config, job.config.audio_tokenizer_path
     assert codec_given is not None and job.codec is not None
-    if not (job.codec / "config.json").is_file():
-        raise UserError("no audio tokenizer here", where=job.codec, expected="config.json")
     model = describe_checkpoint(job.model) | name_of(config.model_path)
     codec = name_of(codec_given) | {
         "weights_sha256": weights_sha256(job.codec),
@@ -155,6 +189,7 @@ def make_provenance(job: Job) -> dict[str, Any]:
     }
     features = whisper_provenance(job)
     options = {name: value for name, value in asdict(config).items() if name not in MACHINE_ONLY}
+    options["audio_root"] = str(config.audio_root.resolve()) if config.audio_root else None
     request = {"data": data_digest(job.data), "model": model, "codec": codec, "features": features, "options": options}
     request = json.loads(durable.to_json(request))  # as it will be compared with a stored one
     paths = {"model": str(job.model), "codec": str(job.codec)}
@@ -163,7 +198,7 @@ def make_provenance(job: Job) -> dict[str, Any]:
 
 # options that say where and how the work runs, not what it makes
 MACHINE_ONLY = {
-    *("data", "out", "staging", "model_path", "audio_tokenizer_path", "whisper_path", "audio_root"),
+    *("data", "out", "staging", "model_path", "audio_tokenizer_path", "whisper_path"),
     *("engine", "ray_address", "num_processes", "decode_threads", "device"),
     *("check", "json", "max_reject_share", "debug"),
 }

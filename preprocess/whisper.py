@@ -13,7 +13,6 @@ Shapes: S samples, C mel bins or tower channels, F frames (100 a second; after t
 from __future__ import annotations
 
 import hashlib
-import json
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,8 @@ import torch
 from safetensors import safe_open
 from transformers import WhisperFeatureExtractor
 
-from ..shards.errors import UserError
+from ..shards import durable
+from ..shards.errors import UserError, few
 from ..shards.format import MEL_TAIL
 from ..shards.sequence import MEL_WINDOW, mel_window, tower_frames
 from .resample import resample_soxr
@@ -83,10 +83,9 @@ def channels_of(folder: Path, kind: str) -> int:
 def _tower_config(folder: Path) -> dict[str, Any]:
     """The tower's settings: of a Higgs model under `audio_encoder_config`, of a Whisper model at the top."""
     file = folder / "config.json"
-    try:
-        config = json.loads(file.read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot read the checkpoint's config: {error}", where=file) from error
+    if not file.is_file():
+        raise UserError("no checkpoint here", where=folder, expected=file.name)
+    config = durable.from_json(file.read_bytes(), "the checkpoint's config", file)
     return config if config.get("model_type") == "whisper" else config.get("audio_encoder_config") or {}
 
 
@@ -109,7 +108,7 @@ class Tower:
         wrong = sorted(own.keys() ^ weights.keys())
         wrong += [name for name in own.keys() & weights.keys() if own[name].shape != weights[name].shape]
         if wrong:
-            raise UserError("the audio tower's weights do not fit its config", where=folder, got=", ".join(wrong[:20]))
+            raise UserError("the audio tower's weights do not fit its config", where=folder, got=few(wrong))
         placed = {name: value.to(device, torch.float32) for name, value in weights.items()}
         encoder.load_state_dict(placed, assign=True)
         self.encoder = encoder.requires_grad_(False).eval()

@@ -4,7 +4,8 @@
 `clips-NNNNNN.jsonl` (one file a unit of clips), `whisper.bin` (one byte a clip: 1 where it gets Whisper features),
 `listing.json` (written when these are complete), `unit-NNNNNN.npz` (codes of a unit) and `mel-NNNNNN.npy` (its
 Whisper features), beside what the shards' writer keeps there. Each appears whole or not at all, so a restarted run
-takes up what is there. The folder goes when the set is finished.
+takes up what is there. What was rejected is tried again, since the files may have been put right; where anything was,
+the lists are written anew, and what was made from other lists is removed. The folder goes when the set is finished.
 """
 
 from __future__ import annotations
@@ -22,11 +23,12 @@ from typing import Any
 import numpy as np
 
 from ..shards import durable
-from ..shards.errors import UserError
+from ..shards.errors import UserError, few
 from ..shards.writer import WORK
 from .audio import Clip
 from .reject import Reject
 
+MADE_FROM = {"clips": "unit", "samples": "shard"}  # what is committed of each list
 HINT = "Choose another --out, or remove the folder."
 
 
@@ -64,8 +66,9 @@ class Work:
             UserError: the folder holds unfinished work on another set.
         """
         file = self.folder / "request.json"
-        if file.is_file() and json.loads(file.read_bytes()) != request:
-            raise UserError("this folder holds unfinished work on other data or options", where=self.out, hint=HINT)
+        begun = self.listing is not None or any(self.folder.glob("*.npz"))  # else it came to nothing: data unreadable
+        if file.is_file() and begun:
+            refuse_other(json.loads(file.read_bytes()), request, "unfinished work on", self.out)
         durable.write_bytes(file, durable.to_json(request))
 
     @contextmanager
@@ -90,7 +93,11 @@ class Work:
     # what is to be done
 
     def write_lines(self, kind: str, number: int, lines: Iterable[Any]) -> None:
-        durable.write_bytes(self.path(kind, number, "jsonl"), b"".join(durable.to_json(x) + b"\n" for x in lines))
+        """Write the `samples` of a shard or the `clips` of a unit; what was made from other ones goes first."""
+        path, data = self.path(kind, number, "jsonl"), b"".join(durable.to_json(line) + b"\n" for line in lines)
+        if not path.is_file() or path.read_bytes() != data:
+            self.path(MADE_FROM[kind], number, "npz").unlink(missing_ok=True)
+            durable.write_bytes(path, data)
 
     def read_lines(self, kind: str, number: int) -> list[Any]:
         with self.path(kind, number, "jsonl").open(encoding="utf-8") as file:
@@ -111,8 +118,17 @@ class Work:
         file = self.folder / "listing.json"
         return json.loads(file.read_bytes()) if file.is_file() else None
 
+    def forget_listing(self) -> None:
+        """Before the lists are written again: they are not complete until `commit_listing`."""
+        (self.folder / "listing.json").unlink(missing_ok=True)
+        durable.fsync_folder(self.folder)
+
     def commit_listing(self, listing: dict[str, int], whisper: bytes) -> None:
-        durable.write_bytes(self.folder / "whisper.bin", whisper)
+        file = self.folder / "whisper.bin"
+        if file.is_file() and file.read_bytes() != whisper:
+            for unit in self.folder.glob("unit-*.npz"):
+                unit.unlink()
+        durable.write_bytes(file, whisper)
         durable.write_bytes(self.folder / "listing.json", durable.to_json(listing))
 
     # what is done
@@ -139,15 +155,44 @@ class Work:
         np.savez(buffer, notes=np.frombuffer(durable.to_json(notes), np.uint8), codes=joined)
         durable.write_bytes(self.path("unit", unit, "npz"), buffer.getvalue())
 
-    def done(self, units: int) -> set[int]:
-        """Numbers of the committed units, of `units`."""
+    def done(self, units: int) -> dict[int, bool]:
+        """The committed units, of `units`; true where a clip of the unit was rejected."""
         found = {path.name for path in self.folder.glob("unit-*.npz")}
-        return {unit for unit in range(units) if self.path("unit", unit, "npz").name in found}
+        paths = [(unit, self.path("unit", unit, "npz")) for unit in range(units)]
+        return {unit: any("reject" in note for note in _notes(path)) for unit, path in paths if path.name in found}
+
+    def take_back(self, unit: int) -> list[Encoded | Reject]:
+        """What an earlier run made of a unit, for it to be committed again; nothing, where it made nothing."""
+        path = self.path("unit", unit, "npz")
+        if not path.is_file():
+            return []
+        results = self.encoded(unit)
+        path.unlink()  # it and its features are two files: the old one must not be found beside new features
+        return results
 
     def encoded(self, unit: int) -> list[Encoded | Reject]:
         """What `commit_unit` stored; features are mapped from the file."""
         path = self.path("unit", unit, "npz")
         return _read_unit(path, path.stat().st_mtime_ns)
+
+
+def refuse_other(stored: Any, request: dict[str, Any], what: str, where: object) -> None:
+    """Refuse a folder that is for another request than this.
+
+    Raises:
+        UserError: it is; names what differs.
+    """
+    if stored == request:
+        return
+    stored = stored if isinstance(stored, dict) else {}
+    new, old = ({**side, **(side.get("options") or {}), "options": None} for side in (request, stored))
+    other = few([name for name in {**new, **old} if new.get(name) != old.get(name)])
+    raise UserError(f"this folder holds {what} other data or options", where=where, got=f"another {other}", hint=HINT)
+
+
+def _notes(unit: Path) -> list[dict[str, Any]]:
+    with np.load(unit, allow_pickle=False) as file:
+        return json.loads(file["notes"].tobytes())
 
 
 @lru_cache(maxsize=256)

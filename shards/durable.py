@@ -70,6 +70,24 @@ def to_json(value: Any, *, indent: int | None = None) -> bytes:
     return text.encode()
 
 
+def from_json(data: bytes, what: str, where: object) -> dict[str, Any]:
+    """The JSON object that a file holds.
+
+    Args:
+        what: names the file in an error; where: its path.
+
+    Raises:
+        UserError: it holds something else.
+    """
+    try:
+        value = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{what} is not JSON: {error}", where=where) from error
+    if not isinstance(value, dict):
+        raise UserError(f"{what} is not what it should be", where=where, expected="a JSON object", got=f"{value!r:.40}")
+    return value
+
+
 def check_writable(folder: Path, need_bytes: int = 0) -> None:
     """Make a folder and make sure that it can take files of `need_bytes` in all.
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import io
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 
 def describe(what: str, *, where: object = None, expected: object = None, got: object = None, hint: str = "") -> str:
@@ -21,6 +21,17 @@ def describe(what: str, *, where: object = None, expected: object = None, got: o
     if got is not None:
         text += f", got {got}"
     return f"{text}. {hint}" if hint else text
+
+
+def few(names: Sequence[str], shown: int = 3) -> str:
+    """The first of many names, and the number of the others."""
+    more = f" and {len(names) - shown} more" if len(names) > shown else ""
+    return ", ".join(names[:shown]) + more
+
+
+def first_line(error: BaseException) -> str:
+    """What an error of another package says, without the advice that follows; its type, where it says nothing."""
+    return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
 class UserError(Exception):

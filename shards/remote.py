@@ -77,6 +77,19 @@ class Target:
             where = f"{self.url}/{local.name}"
             raise UserError("uploaded file has a wrong size", where=where, expected=local.stat().st_size, got=got)
 
+    def remove(self, name: str) -> None:
+        """Remove a file, where it is there.
+
+        Raises:
+            UserError: that fails.
+        """
+        fs, path = _file_system(self.url)
+        try:
+            if self.size(name) is not None:
+                fs.rm_file(f"{path}/{name}")
+        except Exception as error:
+            raise UserError(f"cannot remove: {error}", where=f"{self.url}/{name}") from error
+
     def size(self, name: str) -> int | None:
         """Bytes of a remote file; None where it is not there."""
         fs, path = _file_system(self.url)

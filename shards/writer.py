@@ -248,6 +248,14 @@ class SetWriter:
         self.clear()
         return manifest
 
+    def discard(self, shards: Iterable[Committed]) -> None:
+        """Remove the files of these shards and the work folder: the set is not to be finished."""
+        for name in (file.name for shard in shards for file in shard.files):
+            if self.target:
+                self.target.remove(name)
+            (self.folder / name).unlink(missing_ok=True)
+        self.clear()
+
     def clear(self) -> None:
         """Remove the work folder, or all that was staged, of a finished set; another run may be at the same."""
         shutil.rmtree(self.folder / WORK, ignore_errors=True)

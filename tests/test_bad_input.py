@@ -260,7 +260,11 @@ def test_files_may_be_anywhere_below_the_root(toy: Path, tmp_path: Path) -> None
     data = tmp_path / "data.jsonl"
     data.write_text("\n".join(json.dumps(entry(audio)) for audio in (absolute, "link.wav", "sub/../good.wav")))
     (tmp_path / "root" / "sub").mkdir()
-    assert preprocess(toy, data, tmp_path / "out", audio_root=tmp_path / "root")["samples"] == 3
+    summary = preprocess(toy, data, tmp_path / "out", audio_root=tmp_path / "root")
+    assert (summary["samples"], summary["clips"]) == (3, 1)  # one file under four names is encoded once
+    shards = ShardSet(tmp_path / "out")
+    sources = [[segment["source"] for segment in shards.read(row).meta["segments"]] for row in range(3)]
+    assert sources == [["good.wav", name] for name in (absolute, "link.wav", "sub/../good.wav")]
     data.write_text(json.dumps(entry(absolute)).replace('"good.wav"', f'"{absolute}"'))
     assert preprocess(toy, data, tmp_path / "free")["samples"] == 1
 

@@ -236,8 +236,34 @@ def test_bad_checkpoints_are_named(toy: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="has no weights"):
         load_codec(tmp_path)
     weights = torch.load(toy / "codec" / "model.pth", weights_only=True)
+    torch.save(weights, tmp_path / "model.pth")
+    for change, message in (
+        ({"ratios": 5}, "unsupported ratios .*expected 5 ratios, got 5"),
+        ({"ratios": [8, 5, 4, 2, 1]}, "unsupported length of a frame.*expected 960 samples, got 320"),
+        ({"ratios": ["8", 5, 4, 2, 3]}, "config and weights make no codec"),
+        ({"sample_rate": "x"}, "unsupported sample_rate .*expected 24000, got 'x'"),
+        ({"sample_rate": 48000}, "unsupported sample_rate .*expected 24000, got 48000"),
+        ({"semantic_sample_rate": 8000}, "unsupported semantic_sample_rate .*expected 16000, got 8000"),
+    ):
+        (tmp_path / "config.json").write_text(json.dumps(json.loads(config) | change))
+        with pytest.raises(UserError, match=message):
+            load_codec(tmp_path)
+    for content in ("[1]", "null"):
+        (tmp_path / "config.json").write_text(content)
+        with pytest.raises(UserError, match=r"config is not what it should be .*expected a JSON object"):
+            load_codec(tmp_path)
+    (tmp_path / "config.json").write_text(config)
+    torch.save({"a": Path()}, tmp_path / "model.pth")
+    with pytest.raises(
+        UserError, match=r"cannot read weights: it holds more than tensors, and no pickled code is run \("
+    ):
+        load_codec(tmp_path)
     weights["fc_prior.weight"] = weights.pop("fc_prior.weight")[:5]
     weights["surprise"] = weights.pop("fc_prior.bias")
     torch.save(weights, tmp_path / "model.pth")
-    with pytest.raises(UserError, match=r"missing fc_prior\.bias.*unexpected surprise.*fc\.weight: expected"):
+    fitting = r"1 missing: fc_prior\.bias; 1 unexpected: surprise; 1 of a wrong shape: fc\.weight \(expected"
+    with pytest.raises(UserError, match=fitting):
+        load_codec(tmp_path)
+    torch.save({f"x{name}": value for name, value in weights.items()} | weights, tmp_path / "model.pth")
+    with pytest.raises(UserError, match=r"\d+ unexpected: surprise, x\S+, x\S+ and \d+ more; 1 of"):
         load_codec(tmp_path)

@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
 
+import fsspec
 import numpy as np
 import pytest
 import soundfile
 from conftest import preprocess
-from higgs_tune.preprocess import pipeline
-from higgs_tune.preprocess.engine import Stopped
+from higgs_tune.preprocess import check, cli, encode, pipeline
+from higgs_tune.preprocess.config import PreprocessConfig
+from higgs_tune.preprocess.engine import Stop, Stopped, run_tasks
 from higgs_tune.shards.errors import UserError
 from higgs_tune.shards.writer import SetWriter
 
@@ -74,7 +78,8 @@ def test_killed_after_the_manifest(toy: Path, tmp_path: Path, monkeypatch: pytes
         preprocess(toy, data, out, **options)
     assert (local / ".work" / "request.json").exists()
     assert (local / "manifest.json").exists()
-    assert preprocess(toy, data, out, **options) == {"already_built": True}
+    again = {"already_built": True, "samples": 2, "rejects": {"missing_audio": 1, "no_reference": 1}}
+    assert preprocess(toy, data, out, **options) == again
     if remote:
         assert not list(local.iterdir())
     else:
@@ -110,6 +115,117 @@ def test_stop_finishes_what_is_in_hand(toy: Path, tmp_path: Path, monkeypatch: p
     assert done == [0, 1, 2, 3, 4, 5]
     preprocess(toy, data, tmp_path / "whole", clips_per_unit=2)
     assert files_of(tmp_path / "out") == files_of(tmp_path / "whole")
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_stop_of_a_check(
+    toy: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    number: int,
+    code: int,
+) -> None:
+    measure_unit = check.measure_unit
+
+    def hit(job: Any, unit: int) -> Any:
+        os.kill(os.getpid(), number)
+        return measure_unit(job, unit)
+
+    monkeypatch.setattr(check, "measure_unit", hit)
+    options = f"--data {make_data(tmp_path, 4)} --model_path {toy}/model --clips_per_unit 2 --num_processes 1"
+    monkeypatch.setattr("sys.argv", ["higgs-preprocess", "--check", *options.split()])
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    assert end.value.code == code
+    assert capsys.readouterr().err == f"stopped on {signal.Signals(number).name}\n"
+
+
+def test_signals_do_not_reach_a_worker_that_starts() -> None:
+    """A terminal sends them to all processes, from the first moment of each."""
+    config = PreprocessConfig(data=Path(), model_path=Path(), check=True, num_processes=2)
+
+    def hit() -> None:
+        hit: set[int | None] = set()
+        while len(hit) < 2:
+            for process in multiprocessing.active_children():
+                if process.pid and process.pid not in hit:
+                    os.kill(process.pid, signal.SIGINT)
+                    os.kill(process.pid, signal.SIGTERM)
+                    hit.add(process.pid)
+
+    thread = threading.Thread(target=hit, daemon=True)
+    thread.start()
+    with Stop() as stop:
+        assert sorted(run_tasks(abs, [-1, -2, -3, -4], config, stop)) == [1, 2, 3, 4]
+    thread.join(10)
+    assert not thread.is_alive()
+
+
+@pytest.mark.parametrize("step", ["encode_unit", "assemble_shard"])
+@pytest.mark.parametrize("ref_drop", [0.0, 1.0])
+def test_files_that_were_put_right_are_taken_up(
+    toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str, ref_drop: float
+) -> None:
+    """Between a stop and the next start a missing file comes: it is a sample, and a reference, as in a new build."""
+    data, calls = make_data(tmp_path, 7), []
+    options = {"clips_per_unit": 3, "samples_per_shard": 3, "whisper_features": "mel", "whisper_roles": "both"}
+    options |= {"ref_drop": ref_drop, "seed": 1}
+    encode_clip, task = encode._encode, getattr(pipeline, step)
+
+    def counting(clip: Any, *args: Any) -> Any:
+        calls.append(clip.source)
+        return encode_clip(clip, *args)
+
+    def stopping(job: Any, number: int) -> Any:
+        result = task(job, number)
+        if number == 2:
+            raise KeyboardInterrupt
+        return result
+
+    monkeypatch.setattr(encode, "_encode", counting)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(pipeline, step, stopping)
+        preprocess(toy, data, tmp_path / "out", **options)
+    assert len(calls) == 7
+    soundfile.write(tmp_path / "gone.wav", 0.1 * np.random.default_rng(9).standard_normal(20000), 16000)
+    assert preprocess(toy, data, tmp_path / "out", **options)["rejects"] == {}
+    if ref_drop == 1.0:  # without references nothing else changes, and only the new file is encoded
+        assert calls[7:] == ["gone.wav"]
+    preprocess(toy, data, tmp_path / "whole", **options)
+    assert files_of(tmp_path / "out") == files_of(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("remote", [False, True])
+def test_nothing_is_left_of_a_build_without_samples(toy: Path, tmp_path: Path, remote: bool) -> None:
+    """The same command, and one with other data, then build what a new folder gets."""
+    data, local = tmp_path / "data.csv", tmp_path / "out"
+    out, options = (f"memory://{tmp_path}/set", {"staging": local}) if remote else (str(local), {})
+    data.write_text("audio,text,speaker\n")
+    with pytest.raises(UserError, match="the data holds no samples"):
+        preprocess(toy, data, out, ref_drop=1.0, **options)
+    for name in ("a.wav", "b.wav"):
+        data.write_text(f"audio,text,speaker\n{name},hello,me\n")
+        with pytest.raises(UserError, match=r"no sample is left .*'missing_audio': 1"):
+            preprocess(toy, data, out, ref_drop=1.0, **options)
+        assert [file.name for file in local.iterdir()] == ["rejects.jsonl"]
+        assert not remote or not fsspec.filesystem("memory").find(f"{tmp_path}/set")
+    soundfile.write(tmp_path / "b.wav", 0.1 * np.random.default_rng(0).standard_normal(16000), 16000)
+    assert preprocess(toy, data, out, ref_drop=1.0, **options)["samples"] == 1
+
+
+def test_another_audio_root_is_another_set(toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = tmp_path / "data.csv"
+    data.write_text("audio,text,speaker\na.wav,hello,me\n")
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        soundfile.write(tmp_path / name / "a.wav", 0.1 * np.random.default_rng(0).standard_normal(16000), 16000)
+    monkeypatch.chdir(tmp_path)
+    for root, built in (("one", False), ("two/../one", True)):
+        options = {"ref_drop": 1.0, "audio_root": Path(root)}
+        assert preprocess(toy, data, tmp_path / "out", **options)["already_built"] == built
+    with pytest.raises(UserError, match=r"made from other data or options .*got another audio_root"):
+        preprocess(toy, data, tmp_path / "out", ref_drop=1.0, audio_root=Path("two"))
 
 
 def test_a_second_build_of_the_same_folder_is_refused(

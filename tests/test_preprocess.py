@@ -101,7 +101,21 @@ def test_conversations_of_several_voices(toy: Path, toy_tokenizer: PreTrainedTok
     assert stored[4]["content"][1]["audio_url"] == sample.meta["segments"][5]["source"]
 
 
-def test_bad_checkpoints_are_refused(toy: Path, tmp_path: Path) -> None:
+def changed(folder: Path, target: Path, file: str, content: str | None) -> Path:
+    """The config and tokenizer of a checkpoint with one file changed, or taken away."""
+    target.mkdir()
+    for source in folder.glob("*.json"):
+        (target / source.name).symlink_to(source)
+    (target / file).unlink()
+    if content is not None:
+        (target / file).write_text(content)
+    return target
+
+
+def test_bad_checkpoints_are_refused(toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With one line, before anything is encoded."""
+    monkeypatch.setattr(pipeline, "encode_unit", None)
+    narrow = json.loads((toy / "model" / "config.json").read_text()) | {"audio_codebook_size": 512}
     (tmp_path / "native").mkdir()
     (tmp_path / "native" / "config.json").write_text('{"model_type": "higgs_audio_v2"}')
     for change, message in (
@@ -111,6 +125,9 @@ def test_bad_checkpoints_are_refused(toy: Path, tmp_path: Path) -> None:
         ({"model_path": tmp_path / "nothing" / "at" / "all"}, "no checkpoint here .*expected a folder, or owner"),
         ({"audio_tokenizer_path": tmp_path}, "no audio tokenizer here"),
         ({"data": tmp_path / "none.json"}, "no data here"),
+        ({"device": "banana"}, "--device is out of range, expected auto, cpu, cuda or cuda:1, got banana"),
+        ({"device": "cuda:99"}, r"--device is not there, expected a GPU that PyTorch sees \(it sees \d\), got cuda:99"),
+        ({"out": "memory://set", "num_processes": 2}, "expected 1 with an --out in memory"),
         ({"out": "/proc/higgs"}, r"cannot make the folder: .* \(/proc/higgs\)"),
         ({"out": str(EXAMPLES)}, rf"cannot make the folder: .* \({EXAMPLES}\)"),
         ({"out": ""}, "--out is missing"),
@@ -120,6 +137,32 @@ def test_bad_checkpoints_are_refused(toy: Path, tmp_path: Path) -> None:
         options: dict[str, Any] = {"data": EXAMPLES, "out": str(tmp_path / "out"), **change}
         with pytest.raises(UserError, match=message):
             preprocess(toy, **options)
+    for file, content, message in (
+        ("config.json", "[1]", r"the checkpoint's config is not what it should be .*expected a JSON object, got \[1\]"),
+        ("config.json", "nothing", "the checkpoint's config is not JSON"),
+        ("config.json", '{"model_type": "higgs_audio"}', "expected text_config: an object, got None"),
+        ("config.json", json.dumps(narrow), "the codec does not fit .*expected 8 codebooks of 512, got 8 of 1024"),
+        ("tokenizer.json", None, r"the checkpoint has no tokenizer .*expected tokenizer\.json"),
+        ("tokenizer.json", "garbage", "cannot read the checkpoint's tokenizer: expected value at line 1"),
+        ("tokenizer.json", "{}", "cannot read the checkpoint's tokenizer: Model missing"),
+        ("tokenizer_config.json", None, r"the checkpoint has no tokenizer .*expected tokenizer_config\.json"),
+        ("tokenizer_config.json", "{", "cannot read the checkpoint's tokenizer"),
+    ):
+        model = changed(toy / "model", tmp_path / f"{len(list(tmp_path.iterdir()))}", file, content)
+        with pytest.raises(UserError, match=message):
+            preprocess(toy, EXAMPLES, tmp_path / "out", model_path=model)
+
+
+def test_a_folder_that_holds_something_else_is_refused(toy: Path, tmp_path: Path) -> None:
+    for content, message in (
+        ("[]", r"the manifest is not what it should be .*manifest\.json\), expected a JSON object, got \[\]"),
+        ("{", "the manifest is not JSON"),
+        ('{"provenance": []}', "holds a shard set made from other data or options"),
+    ):
+        (tmp_path / "manifest.json").write_text(content)
+        with pytest.raises(UserError, match=message):
+            preprocess(toy, EXAMPLES, tmp_path)
+        assert (tmp_path / "manifest.json").read_text() == content
 
 
 def test_the_native_layout_of_the_model_gives_the_same_set(toy: Path, shards: ShardSet, tmp_path: Path) -> None:
@@ -207,7 +250,7 @@ def test_a_set_can_be_built_into_a_url(
     assert remote.keys() == expected.keys()
     assert all(remote[name] == expected[name] for name in expected if name != "manifest.json")
     assert [str(file) for file in (tmp_path / "cache").rglob("*") if file.is_file()] == []
-    assert preprocess(toy, EXAMPLES, url + "/", **options) == {"already_built": True}
+    assert preprocess(toy, EXAMPLES, url + "/", **options)["already_built"]
     with pytest.raises(UserError, match=rf"made from other data or options .*{url}"):
         preprocess(toy, EXAMPLES, url, val_fraction=0.5)
     assert ShardSet(url).read(3).meta == shards.read(3).meta
@@ -259,9 +302,9 @@ def test_interrupted_run_continues_to_the_same_bytes(
     restarted = files_of(tmp_path)
     assert restarted.keys() == undisturbed.keys()
     assert all(restarted[name] == undisturbed[name] for name in restarted if name != "manifest.json")
-    assert preprocess(toy, EXAMPLES, tmp_path, **options) == {"already_built": True}
-    with pytest.raises(UserError, match="made from other data or options"):
-        preprocess(toy, EXAMPLES, tmp_path, val_fraction=0.5)
+    assert preprocess(toy, EXAMPLES, tmp_path, **options) == {"already_built": True, "samples": 40, "rejects": {}}
+    with pytest.raises(UserError, match=r"made from other data or options .*got another val_fraction"):
+        preprocess(toy, EXAMPLES, tmp_path, **options | {"val_fraction": 0.5})
 
 
 def test_the_bar_says_from_the_start_what_it_is_about() -> None:
