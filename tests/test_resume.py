@@ -121,26 +121,18 @@ def test_one_two_one_ranks_give_the_same_curve(options: Options, tmp_path: Path)
     assert_same_weights(alone, out, atol=1e-4)
 
 
+@pytest.mark.parametrize("pauses", [{"save_steps": 0, "eval_steps": 0}, {"save_steps": 3, "eval_steps": 5}])
 def test_reports_that_come_a_step_late_say_the_same(
-    options: Options, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    options: Options, undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pauses: Options
 ) -> None:
-    """As on a GPU, whose host reads a step's numbers when the next one is queued; with pauses and a stop between."""
-    kept = (*LOSSES, "kind", "step", "epoch", "text_labels", "audio_labels", "bad_steps")
-
-    def told(name: str, **changes: Any) -> list[dict[str, Any]]:
-        out = run(options, tmp_path / name, **changes)
-        found = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-        return [{key: line[key] for key in kept if key in line} for line in found]
-
-    choices: list[Options] = [
-        {"save_steps": 0, "eval_steps": 0},
-        {"save_steps": 3, "logging_steps": 1, "eval_steps": 5},
-    ]
-    for number, changes in enumerate(choices):
-        expected = told(f"at-once-{number}", **changes)
-        with monkeypatch.context() as late:
-            late.setattr(Place, "queues", True)
-            assert told(f"late-{number}", **changes) == expected
+    """As on a GPU, whose host reads a step's numbers when the next one is queued; with pauses and without."""
+    monkeypatch.setattr(Place, "queues", True)
+    kept = (*LOSSES, "step", "epoch", "text_labels", "audio_labels", "bad_steps")
+    late, at_once = (
+        [{key: line[key] for key in kept} for line in lines(out)]
+        for out in (run(options, tmp_path / "out", **pauses), undisturbed)
+    )
+    assert late == at_once
 
 
 def test_auto_without_a_checkpoint_starts_afresh(options: Options, undisturbed: Path, tmp_path: Path) -> None:
