@@ -11,7 +11,6 @@ import time
 from functools import partial
 from pathlib import Path
 
-import torch
 import torch.distributed as dist
 
 from ..preprocess.checkpoint import load_tokenizer
@@ -20,12 +19,11 @@ from ..shards.errors import UserError
 from .assemble import build, check, checkpoint_bytes, describe_run
 from .checkpoint import VERSION, Snapshot
 from .config import TrainConfig
-from .cost import Rows, model_flops, peak_of
 from .data import naming_dead_workers
 from .diagnostics import UpdateWatch, fingerprint, look_at_predictions
 from .faults import EXIT_REQUEUE, Stopped, together
 from .garbage import collected_on_schedule
-from .metrics import loss_metrics, max_memory_gb
+from .metrics import max_memory_gb
 from .output import (
     SELFTEST,
     STOPPED,
@@ -33,7 +31,7 @@ from .output import (
     save_trainable,
 )
 from .profiling import StepProfiler
-from .readback import Mark, Readback
+from .readback import Mark
 from .report import Reporter
 from .resume import changed_options
 from .samples import Speaker
@@ -41,7 +39,18 @@ from .saver import Saver
 from .selftest import refuse_if_wrong, run_selftest
 from .setup import Place, join_world
 from .step import Run, Window, take_batches, train_step
-from .tools import Noted, Tools, final_weights, finish_saves, report, save, save_error, save_result, say
+from .tools import (
+    Tools,
+    final_weights,
+    finish_saves,
+    note,
+    report,
+    report_noted,
+    save,
+    save_error,
+    save_result,
+    say,
+)
 
 DRY_STEPS = 2
 
@@ -210,56 +219,6 @@ def obey(run: Run, tools: Tools, window: Window, counts: list[float]) -> list[fl
             write_bytes(config.output_dir / STOPPED, to_json({"exit_code": EXIT_REQUEUE, "step": run.progress.step}))
         raise Stopped
     return agreed[: len(counts)]
-
-
-def note(run: Run, window: Window, norm: torch.Tensor) -> Noted:
-    """The metrics of a window that ends here, as far as the host knows them; the device may not have come so far."""
-    step = run.progress.step
-    known: dict[str, object] = {
-        "kind": "train",
-        "step": step,
-        "epoch": run.epochs_done,
-        "learning_rate": run.optimizer.param_groups[0]["lr"],
-        "data_wait_s": run.loader.waits.summary(),
-    }
-    values = Readback(torch.cat([window.total, norm.detach().double().view(1)]))
-    return Noted(step, known, window, Mark(run.place.device), values, len(run.loader.damaged))
-
-
-def report_noted(run: Run, tools: Tools) -> None:
-    """Report what was noted, if there is something. On a GPU that is once the next step is queued, so that the device
-    has work while the host waits for its numbers."""
-    if tools.noted:
-        report(tools, summarise(run, tools.noted))
-        tools.noted = None
-
-
-def summarise(run: Run, noted: Noted) -> dict[str, object]:
-    """Sum a window over all ranks and name its numbers. This is where the device is waited for."""
-    size, window, (*stats, norm) = run.place.world.size, noted.window, noted.values.wait().tolist()
-    elapsed = window.began.until(noted.ended) - window.pauses.seconds()
-    run.bad.read(until=noted.step)
-    host = [window.positions, window.samples, window.seconds, window.waits.seconds(), noted.damaged]
-    values = run.place.agree([*stats, *host, window.audio_rows, window.squares])
-    positions, samples, seconds, wait_s, damaged, audio_rows, squares = values[len(stats) :]
-    losses = loss_metrics(values[: len(stats)], run.loss)
-    labels = (losses["text_labels"], losses["audio_labels"] / run.codebooks)
-    peak = peak_of(run.place.device)
-    flops = model_flops(run.model, Rows(positions, positions - audio_rows, audio_rows, squares, *labels)) if peak else 0
-    return {
-        **noted.known,
-        **losses,
-        "grad_norm": norm,
-        "tokens_per_second": positions / elapsed,
-        "samples_per_second": samples / elapsed,
-        "audio_hours_per_gpu_hour": seconds / elapsed / size,
-        "data_wait_fraction": wait_s / size / elapsed,
-        "bad_samples": int(damaged),
-        "bad_steps": run.bad.count,
-        "step_time_s": elapsed / window.steps,
-        "max_memory_gb": max_memory_gb(run.place.device),
-        **({"mfu": flops / elapsed / size / peak} if peak else {}),
-    }
 
 
 def validate(run: Run, tools: Tools) -> bool:

@@ -1,4 +1,4 @@
-"""What works beside the steps, and what a run saves: checkpoints on the way, the adapter at the end.
+"""What works beside the steps: a run's reports, and what it saves, checkpoints on the way and the adapter at the end.
 
 In: a `Run`. Out: lines for people, folders and files. Never: a save on one rank that the others do not know of.
 """
@@ -15,8 +15,10 @@ from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
 from ..shards.errors import UserError
+from .cost import Rows, model_flops, peak_of
 from .diagnostics import assert_frozen
 from .faults import StopFlag
+from .metrics import loss_metrics, max_memory_gb
 from .output import (
     ADAPTER,
     ADAPTER_CONFIG,
@@ -73,6 +75,56 @@ class Tools:
 def report(tools: Tools, metrics: dict[str, object]) -> None:
     if tools.reporter:
         tools.reporter.report(metrics)
+
+
+def note(run: Run, window: Window, norm: torch.Tensor) -> Noted:
+    """The metrics of a window that ends here, as far as the host knows them; the device may not have come so far."""
+    step = run.progress.step
+    known: dict[str, object] = {
+        "kind": "train",
+        "step": step,
+        "epoch": run.epochs_done,
+        "learning_rate": run.optimizer.param_groups[0]["lr"],
+        "data_wait_s": run.loader.waits.summary(),
+    }
+    values = Readback(torch.cat([window.total, norm.detach().double().view(1)]))
+    return Noted(step, known, window, Mark(run.place.device), values, len(run.loader.damaged))
+
+
+def report_noted(run: Run, tools: Tools) -> None:
+    """Report what was noted, if there is something. On a GPU that is once the next step is queued, so that the device
+    has work while the host waits for its numbers."""
+    if tools.noted:
+        report(tools, summarise(run, tools.noted))
+        tools.noted = None
+
+
+def summarise(run: Run, noted: Noted) -> dict[str, object]:
+    """Sum a window over all ranks and name its numbers. This is where the device is waited for."""
+    size, window, (*stats, norm) = run.place.world.size, noted.window, noted.values.wait().tolist()
+    elapsed = window.began.until(noted.ended) - window.pauses.seconds()
+    run.bad.read(until=noted.step)
+    host = [window.positions, window.samples, window.seconds, window.waits.seconds(), noted.damaged]
+    values = run.place.agree([*stats, *host, window.audio_rows, window.squares])
+    positions, samples, seconds, wait_s, damaged, audio_rows, squares = values[len(stats) :]
+    losses = loss_metrics(values[: len(stats)], run.loss)
+    labels = (losses["text_labels"], losses["audio_labels"] / run.codebooks)
+    peak = peak_of(run.place.device)
+    flops = model_flops(run.model, Rows(positions, positions - audio_rows, audio_rows, squares, *labels)) if peak else 0
+    return {
+        **noted.known,
+        **losses,
+        "grad_norm": norm,
+        "tokens_per_second": positions / elapsed,
+        "samples_per_second": samples / elapsed,
+        "audio_hours_per_gpu_hour": seconds / elapsed / size,
+        "data_wait_fraction": wait_s / size / elapsed,
+        "bad_samples": int(damaged),
+        "bad_steps": run.bad.count,
+        "step_time_s": elapsed / window.steps,
+        "max_memory_gb": max_memory_gb(run.place.device),
+        **({"mfu": flops / elapsed / size / peak} if peak else {}),
+    }
 
 
 def say(tools: Tools, text: str) -> None:
