@@ -38,10 +38,11 @@ demo: toy
 	$(BIN)/higgs-inspect report $(DEMO)/shards -o $(DEMO)/report.html --run $(DEMO)/stage2
 	$(BIN)/python examples/closing_table.py $(DEMO)
 
-# what a machine without a GPU can measure, in about half an hour on two idle cores; OMP_NUM_THREADS is yours to set
+# what a machine without a GPU can measure, in about 40 minutes on two idle cores; OMP_NUM_THREADS is yours to set
 bench: setup
 	cd bench && ../$(BIN)/python train_step.py --size small
 	cd bench && ../$(BIN)/python growth.py --size small --packs 2048 4096 8192 --lengths 128 512 2048 --length_pack 4096
+	cd bench && ../$(BIN)/python train_loop.py --size small --steps 12 --tokens_per_pack 2048
 	cd bench && ../$(BIN)/python roofline.py
 	cd bench && ../$(BIN)/python scale_sim.py
 	cd bench && ../$(BIN)/python plan.py --samples 10000 100000 1000000
