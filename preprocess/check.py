@@ -23,8 +23,9 @@ from ..shards.format import FRAME_RATE_HZ, Sample, encode_sample
 from ..shards.sequence import mel_positions, packed_length
 from .assemble import cached_tokenizer, make_sample, set_writer
 from .audio import Clip
+from .codec_checkpoint import CODEC_RATE_HZ
 from .config import Job, PreprocessConfig
-from .encode import CODEC_RATE_HZ, UnitReport, codec_for, load_for_codec, one_thread
+from .encode import UnitReport, codec_for, load_for_codec, one_thread
 from .engine import Stop, auto_processes, run_tasks
 from .figures import dominant_script, language_table, percentiles, rate_outliers
 from .listing import list_work

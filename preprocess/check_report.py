@@ -8,6 +8,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from ..shards.errors import few
+
 SHOWN = 5
 POOR_COVERAGE = 1.0  # tokens a character, from where a text falls apart into bytes
 
@@ -75,7 +77,7 @@ def problems(report: dict[str, Any]) -> list[str]:
         found.append(f"{count} rejected for {reason}: {named}" if named else f"{count} rejected for {reason}")
     itself = report["self_references"]
     if itself:
-        found.append(f"{len(itself)} samples refer to their own target: {_some(itself)}")
+        found.append(f"{len(itself)} samples refer to their own target: {few(itself, SHOWN)}")
     return found
 
 
@@ -84,19 +86,16 @@ def warnings(report: dict[str, Any]) -> list[str]:
     found = [f"{count} clips are flagged for {flag}" for flag, count in sorted(report["clips"]["flags"].items())]
     duplicate, speakers = report["files"]["duplicate"], report["speakers"]
     if duplicate:
-        found.append(f"{len(duplicate)} groups of equal files: {_some([' = '.join(group) for group in duplicate])}")
+        found.append(
+            f"{len(duplicate)} groups of equal files: {few([' = '.join(group) for group in duplicate], SHOWN)}"
+        )
     outliers = [f"{o['id']} ({o['characters_per_second']:g} against {o['median']:g})" for o in report["rate_outliers"]]
     if outliers:
-        found.append(f"{len(outliers)} texts do not fit their audio, in characters a second: {_some(outliers)}")
+        found.append(f"{len(outliers)} texts do not fit their audio, in characters a second: {few(outliers, SHOWN)}")
     if speakers["few_clips"]:
-        few = [f"{name} ({count})" for name, count in speakers["few_clips"].items()]
-        found.append(f"speakers with few clips: {_some(few)}")
+        named = [f"{name} ({count})" for name, count in speakers["few_clips"].items()]
+        found.append(f"speakers with few clips: {few(named, SHOWN)}")
     for language, sums in report["languages"].items():
         if sums["tokens_per_character"] > POOR_COVERAGE:
             found.append(f"the tokenizer covers {language} poorly: {sums['tokens_per_character']:g} tokens a character")
     return found
-
-
-def _some(names: list[str]) -> str:
-    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-    return ", ".join(names[:SHOWN]) + more

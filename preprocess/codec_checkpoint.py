@@ -26,7 +26,11 @@ from ..shards.writer import file_sha256
 from .codec import CodecConfig, HiggsCodec
 
 NATIVE_TYPE = "higgs_audio_v2_tokenizer"
-RATES_HZ = {"sample_rate": 24_000, "semantic_sample_rate": 16_000}  # what the encoder's strides and padding are for
+CODEC_RATE_HZ = 24_000
+RATES_HZ = {
+    "sample_rate": CODEC_RATE_HZ,
+    "semantic_sample_rate": 16_000,
+}  # what the encoder's strides and padding are for
 Weights = dict[str, torch.Tensor]
 
 # weights of training, or of parts that neither encode nor decode uses

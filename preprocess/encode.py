@@ -29,7 +29,6 @@ from .reject import Reject
 from .whisper import Tower, log_mel, mel_bins_of
 from .work import Encoded, Features, Work
 
-CODEC_RATE_HZ = 24_000  # of every Higgs audio tokenizer
 SHORTEST_FRAMES = 2  # of a clip that the codec takes
 
 

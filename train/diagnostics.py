@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..shards.errors import UserError
+from ..shards.errors import UserError, few
 from .batch import Batch
 from .forward import hidden_states
 from .lora import evaluating, normed
@@ -152,5 +152,4 @@ def assert_frozen(model: nn.Module, before: dict[str, tuple[str, int]]) -> None:
     now = fingerprint(model.named_parameters())
     changed = [name for name, value in before.items() if now.get(name) != value]
     if changed:
-        more = f" and {len(changed) - 5} more" if len(changed) > 5 else ""
-        raise UserError(f"frozen parameters have changed: {', '.join(changed[:5])}{more}")
+        raise UserError(f"frozen parameters have changed: {few(changed, 5)}")

@@ -20,7 +20,7 @@ from typing import Any, NoReturn
 import torch
 import torch.distributed as dist
 
-from ..shards.errors import UserError
+from ..shards.errors import UserError, few
 from .batch import Batch
 from .readback import Readback
 
@@ -101,9 +101,10 @@ class BadSteps:
                 self._tell(step, keys, finite[1:].tolist())
 
     def _tell(self, step: int, keys: list[list[str]], finite: list[bool]) -> None:
-        bad = [_some(pack) for pack, good in zip(keys, finite, strict=True) if not good]
+        named = [few(pack, SHOWN_KEYS) for pack in keys]
+        bad = [pack for pack, good in zip(named, finite, strict=True) if not good]
         if bad or self.rank == 0:
-            packs = "; ".join(bad) if bad else f"no loss of rank {self.rank}'s packs: {'; '.join(map(_some, keys))}"
+            packs = "; ".join(bad) if bad else f"no loss of rank {self.rank}'s packs: {'; '.join(named)}"
             print(f"warning: step {step} is skipped ({self.count} so far): loss or gradient is not finite. "
                   f"Rank {self.rank}, pack of {packs}", file=sys.stderr, flush=True)  # fmt: skip
 
@@ -115,10 +116,6 @@ class BadSteps:
         hint = "A lower --learning_rate helps where training has diverged; see the packs named above."
         raise UserError("too many steps were not finite", expected=f"at most --max_bad_steps {self.limit}",
                         got=self.count, hint=hint)  # fmt: skip
-
-
-def _some(keys: list[str]) -> str:
-    return ", ".join(keys[:SHOWN_KEYS]) + (f" and {len(keys) - SHOWN_KEYS} more" if len(keys) > SHOWN_KEYS else "")
 
 
 @contextlib.contextmanager
@@ -138,7 +135,7 @@ def naming_memory(batch: Batch, device: torch.device) -> Iterator[None]:
             f"out of memory {had} at a pack of {batch.positions} positions in {len(batch.lengths)} samples, "
             f"the longest {max(batch.lengths, default=0)}, {len(batch['text_labels'])} text labels, "
             f"{batch['audio_labels_KL'].shape[1]} labelled frames",
-            where=_some(batch.keys),
+            where=few(batch.keys, SHOWN_KEYS),
             hint="A lower --tokens_per_pack needs less (raise --gradient_accumulation_steps to make up for it).",
         ) from error
 
