@@ -43,8 +43,8 @@ bench: setup
 	cd bench && ../$(BIN)/python train_step.py --size small
 	cd bench && ../$(BIN)/python growth.py --size small --packs 2048 4096 8192 --lengths 128 512 2048 --length_pack 4096
 	cd bench && ../$(BIN)/python train_loop.py --size small --steps 12 --tokens_per_pack 2048
-	cd bench && ../$(BIN)/python roofline.py
-	cd bench && ../$(BIN)/python scale_sim.py
+	cd bench && ../$(BIN)/python -m models.roofline
+	cd bench && ../$(BIN)/python -m models.scale_sim
 	cd bench && ../$(BIN)/python plan.py --samples 10000 100000 1000000
 	cd bench && ../$(BIN)/python loader.py --samples 2000 --rounds 3
 

@@ -45,8 +45,8 @@ part step 180 train_step.py --size "$size" --samples "$samples" --pairs "$pairs"
 part loop 170 train_loop.py --size "$size" --steps "$steps" --tokens_per_pack "$loop_pack"
 (
     export CUDA_VISIBLE_DEVICES= # arithmetic and simulation, beside the GPU's work
-    part roofline 60 roofline.py
-    part scale 90 scale_sim.py --samples 100000
+    part roofline 60 -m models.roofline
+    part scale 90 -m models.scale_sim --samples 100000
 ) &
 part growth 120 growth.py --size "$size" --packs "${packs[@]}" --lengths "${lengths[@]}" --length_pack "$length_pack"
 part growth_compiled 120 growth.py --size "$size" --packs "${packs[@]}" --lengths "${lengths[0]}" \

@@ -4,7 +4,7 @@
 
 Pack sizes use the stated length distribution; sample lengths use packs of equal samples, three tenths of them text.
 Memory: the peak beyond the weights; and what autograd keeps for each position and layer, beside the estimate of
-`train/cost.py`.
+`train/model/flops.py`.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ import torch
 import tyro
 from higgs_tune.shards.format import Arrays
 from higgs_tune.shards.memory import keep_memory
-from higgs_tune.train.batch import Batch, collate
-from higgs_tune.train.cost import activation_bytes
-from higgs_tune.train.forward import Checkpointing, Running, hidden_states, label_states
-from higgs_tune.train.fused import stack_layer
-from higgs_tune.train.loss import LossOptions, pack_loss
-from higgs_tune.train.model import HiggsAudioModel
+from higgs_tune.train.data.batch import Batch, collate
+from higgs_tune.train.model.flops import activation_bytes
+from higgs_tune.train.model.forward import Checkpointing, ExecOptions, hidden_states, label_states
+from higgs_tune.train.model.fused_linear import stack_layer
+from higgs_tune.train.model.load import HiggsAudioModel
+from higgs_tune.train.model.loss import LossOptions, pack_loss
 from machine import PeakMemory, describe_machine
-from models import IDS, SIZES, SizeName, config_of, make_model, position_count, synthetic_sample, with_lora
+from models.synthetic import IDS, SIZES, SizeName, config_of, make_model, position_count, synthetic_sample, with_lora
 
 LOSS = LossOptions()
 SEGMENT_EXTRA = 8  # positions of a segment beyond its frames and its placeholder
@@ -73,7 +73,7 @@ def equal_pack(positions: int, length: int) -> list[Arrays]:
     return [synthetic_sample(number, frames=(frames, frames), text=text) for number in range(positions // length)]
 
 
-def kept_bytes(model: HiggsAudioModel, batch: Batch, running: Running) -> int:
+def kept_bytes(model: HiggsAudioModel, batch: Batch, exec_options: ExecOptions) -> int:
     """Bytes that autograd keeps for backward, but for parameters and the batch itself."""
     owned = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers(), batch.flat)}
     kept: dict[int, torch.UntypedStorage] = {}
@@ -85,7 +85,7 @@ def kept_bytes(model: HiggsAudioModel, batch: Batch, running: Running) -> int:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        hidden_states(model, batch, running)
+        hidden_states(model, batch, exec_options)
     return sum(storage.nbytes() for storage in kept.values())
 
 
@@ -93,13 +93,15 @@ def measure(model: HiggsAudioModel, samples: list[Arrays], options: Options) -> 
     device = next(model.parameters()).device
     batch: Batch = collate(samples, 0.0, IDS).to(device)
     counts = torch.cat([batch["label_counts"], batch["pairs"]])
-    weights, running = LOSS.per_label(counts.float()), Running(options.compile, options.checkpointing)
+    weights, exec_options = LOSS.per_label(counts.float()), ExecOptions(options.compile, options.checkpointing)
 
     def step() -> float:
         """Forward and backward; returns seconds."""
         model.zero_grad(set_to_none=True)
         began = time.perf_counter()
-        pack_loss(model, label_states(model, batch, running), batch, weights, LOSS, at_labels=True).total.backward()
+        pack_loss(
+            model, label_states(model, batch, exec_options), batch, weights, LOSS, at_labels=True
+        ).total.backward()
         if device.type == "cuda":
             torch.cuda.synchronize()
         return time.perf_counter() - began
@@ -108,7 +110,7 @@ def measure(model: HiggsAudioModel, samples: list[Arrays], options: Options) -> 
     with PeakMemory(device) as memory:
         step()
     seconds = [step() for _ in range(options.repeats)]
-    kept = kept_bytes(model, batch, running)
+    kept = kept_bytes(model, batch, exec_options)
     time_s, layers = statistics.median(seconds), len(model.layers)
     return {
         "positions": batch.positions, "samples": len(samples), "seconds": seconds,

@@ -5,7 +5,7 @@
 Makes a synthetic set (reference and target clips of 10 s each, 150 text tokens, with and without mel features), then
 times, alternating round by round: our loader (read, verify, expand, delay pattern, packing indices) with 0, 1, 2 and 4
 workers; `webdataset` through a DataLoader (decode, shuffle, pad to a batch; no delay pattern); and decoding wav files
-and running a codec of the real size (random weights) in `__getitem__`. Prints medians, spread and ratios.
+and exec_options a codec of the real size (random weights) in `__getitem__`. Prints medians, spread and ratios.
 """
 
 from __future__ import annotations
@@ -26,14 +26,15 @@ import soundfile
 import torch
 import tyro
 import webdataset
-from higgs_tune.preprocess.audio import AudioOptions, Clip, load_clip
-from higgs_tune.preprocess.codec import CodecConfig, HiggsCodec
+from higgs_tune.preprocess.audio.audio import AudioOptions, Clip, load_clip
+from higgs_tune.preprocess.codec.codec import CodecConfig, HiggsCodec
 from higgs_tune.shards.format import Sample
 from higgs_tune.shards.reader import ShardSet
 from higgs_tune.shards.sequence import SpecialIds
 from higgs_tune.shards.writer import SetWriter, ValidationSplit
-from higgs_tune.train.data import Loader, LoaderOptions
-from higgs_tune.train.schedule import Schedule, World
+from higgs_tune.train.data.loader import Loader, LoaderOptions
+from higgs_tune.train.data.sampler import Schedule
+from higgs_tune.train.dist.context import World
 from machine import describe_machine
 from torch.utils.data import DataLoader, Dataset
 from transformers import DacConfig, HubertConfig

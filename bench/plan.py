@@ -24,8 +24,9 @@ import xxhash
 from higgs_tune.shards.plan import PlanInput, plan_epoch
 from higgs_tune.shards.reader import ShardSet
 from higgs_tune.shards.writer import npy_bytes
-from higgs_tune.train.data import Loader, LoaderOptions
-from higgs_tune.train.schedule import Cursor, Schedule, World
+from higgs_tune.train.data.loader import Loader, LoaderOptions
+from higgs_tune.train.data.sampler import Cursor, Schedule
+from higgs_tune.train.dist.context import World
 from machine import describe_machine
 
 BUDGET = 8192

@@ -28,9 +28,9 @@ import numpy as np
 import soundfile
 import torch
 import tyro
+from higgs_tune.preprocess.audio.resample import resample_sinc
 from higgs_tune.preprocess.config import PreprocessConfig
 from higgs_tune.preprocess.pipeline import build
-from higgs_tune.preprocess.resample import resample_sinc
 from higgs_tune.shards.reader import ShardSet
 from higgs_tune.train.toy import ToyConfig, make_toy
 from machine import describe_machine
@@ -38,7 +38,7 @@ from transformers import HubertConfig, WhisperFeatureExtractor
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "tests"))
-from boson_codec import boson_tokenizer, save_boson  # noqa: E402
+from helpers.boson_codec import boson_tokenizer, save_boson  # noqa: E402
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Options:
     samples: int = 16
     """Samples of each scenario."""
     seconds: float = 6.2
-    """Mean length of a clip, in seconds (by default that of bench/models.py); they vary by 40 % around it."""
+    """Mean length of a clip, in seconds (by default that of bench/models/synthetic.py); they vary by 40 % around it."""
     rounds: int = 3
     """Times that both sides run, alternately."""
     device: str = "cpu"

@@ -29,14 +29,14 @@ import tyro
 from higgs_tune.shards.format import Arrays
 from higgs_tune.shards.memory import keep_memory
 from higgs_tune.shards.sequence import SpecialIds
-from higgs_tune.train.batch import Batch, collate
-from higgs_tune.train.forward import Running, label_states
-from higgs_tune.train.fused import stack_layer
-from higgs_tune.train.loss import LossOptions, pack_loss
-from higgs_tune.train.model import HiggsAudioModel
-from higgs_tune.train.reference import boson_inputs
+from higgs_tune.train.data.batch import Batch, collate
+from higgs_tune.train.model.forward import ExecOptions, label_states
+from higgs_tune.train.model.fused_linear import stack_layer
+from higgs_tune.train.model.load import HiggsAudioModel
+from higgs_tune.train.model.loss import LossOptions, pack_loss
+from higgs_tune.train.model.reference import boson_inputs
 from machine import PeakMemory, describe_machine, usual_memory
-from models import (
+from models.synthetic import (
     SIZES,
     VOCABULARY,
     SizeName,
@@ -143,7 +143,7 @@ def public_step(model: PeftModel, weights: torch.Tensor, inputs: dict[str, Any])
 
 
 def our_step(model: HiggsAudioModel, weights: torch.Tensor, batch: Batch, *, compiled: bool) -> torch.Tensor:
-    states = label_states(model, batch, Running(compiled=compiled))
+    states = label_states(model, batch, ExecOptions(compiled=compiled))
     loss = pack_loss(model, states, batch, weights, LOSS, at_labels=True).total
     loss.backward()
     return loss.detach()

@@ -11,8 +11,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from ..shards.errors import UserError
-from ..shards.sequence import SpecialIds
+from higgs_tune.shards.errors import UserError
+from higgs_tune.shards.sequence import SpecialIds
 
 REPLACEMENT = "\ufffd"  # what decoding gives for bytes that are no whole character
 
@@ -59,7 +59,7 @@ class Checkpoints:
     @cached_property
     def tokenizer(self) -> Any:
         """The text tokenizer."""
-        from ..preprocess.checkpoint import load_tokenizer
+        from higgs_tune.preprocess.checkpoints.checkpoint import load_tokenizer
 
         return load_tokenizer(self.model_folder(), SpecialIds(**self.provenance["model"]["special_ids"]))
 
@@ -67,8 +67,7 @@ class Checkpoints:
     def codec(self) -> Any:
         """The audio tokenizer."""
         import torch
-
-        from ..preprocess.codec_checkpoint import load_codec
+        from higgs_tune.preprocess.codec.checkpoint import load_codec
 
         device = self.device
         if device == "auto":

@@ -22,14 +22,13 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
+from higgs_tune.inspect.checkpoints import Checkpoints
+from higgs_tune.inspect.console import print_diff, print_statistics, print_verdict
+from higgs_tune.inspect.packing import Packed, Packing, find_pack, packing_of_run
+from higgs_tune.inspect.stats import scan, statistics
+from higgs_tune.shards.errors import UserError, run_command
+from higgs_tune.shards.reader import ShardSet
 from tyro.conf import Positional, arg
-
-from ..shards.errors import UserError, run_command
-from ..shards.reader import ShardSet
-from .checkpoints import Checkpoints
-from .packing import Packed, Packing, find_pack, packing_of_run
-from .stats import scan, statistics
-from .tables import print_diff, print_statistics, print_verdict
 
 Output = Annotated[Path, arg(aliases=["-o"])]
 
@@ -91,7 +90,7 @@ class Show:
     """Show tracebacks of user errors."""
 
     def run(self) -> None:
-        from . import show
+        from higgs_tune.inspect import show
 
         if self.raw and self.as_trained:
             raise UserError("--raw and --as_trained exclude each other")
@@ -141,7 +140,7 @@ class Decode:
     """Show tracebacks of user errors."""
 
     def run(self) -> None:
-        from .decode import decode_to_files
+        from higgs_tune.inspect.decode import decode_to_files
 
         shards = ShardSet(self.shards)
         checkpoints = Checkpoints(shards.provenance, None, self.audio_tokenizer_path, self.device)
@@ -152,7 +151,7 @@ class Decode:
         options = {"kind": kind, "delayed": self.delayed, "single": self.compare is not None}
         paths = decode_to_files(shards, checkpoints, self.keys, self.output, **options)
         if self.compare is not None:
-            from .compare import compare_files
+            from higgs_tune.inspect.compare import compare_files
 
             compare_files(self.compare, paths[0])
 
@@ -179,8 +178,8 @@ class Verify:
     """Show tracebacks of user errors."""
 
     def run(self) -> None:
-        from .repair import repair_index
-        from .verify import VerifyOptions, verify
+        from higgs_tune.inspect.verify.repair import repair_index
+        from higgs_tune.inspect.verify.verify import VerifyOptions, verify
 
         _at_least("jobs", self.jobs)
         jobs = self.jobs or os.cpu_count() or 1
@@ -209,7 +208,7 @@ class Diff:
     """Show tracebacks of user errors."""
 
     def run(self) -> None:
-        from .diff import diff
+        from higgs_tune.inspect.diff import diff
 
         found = diff(ShardSet(self.a), ShardSet(self.b))
         if self.json:
@@ -243,8 +242,8 @@ class Report:
     """Show tracebacks of user errors."""
 
     def run(self) -> None:
-        from .report import write_report
-        from .run import read_run
+        from higgs_tune.inspect.web.report import write_report
+        from higgs_tune.inspect.web.run import read_run
 
         _at_least("max_samples", self.max_samples)
         shards = ShardSet(self.shards)
@@ -277,8 +276,8 @@ class Serve:
     """Show tracebacks of user errors."""
 
     def run(self) -> None:
-        from .run import read_run
-        from .serve import HOST, open_server
+        from higgs_tune.inspect.web.run import read_run
+        from higgs_tune.inspect.web.serve import HOST, open_server
 
         shards = ShardSet(self.shards)
         checkpoints = Checkpoints(shards.provenance, self.model_path, self.audio_tokenizer_path, self.device)

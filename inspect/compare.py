@@ -18,11 +18,10 @@ from pathlib import Path
 import librosa
 import numpy as np
 import soundfile
+from higgs_tune.shards.durable import atomic_file
+from higgs_tune.shards.errors import UserError
 from PIL import Image, ImageDraw
 from scipy.signal import correlate, correlation_lags
-
-from ..shards.durable import atomic_file
-from ..shards.errors import UserError
 
 WINDOW, HOP = 1024, 256  # samples
 FLOOR_DB = 80.0

@@ -10,14 +10,13 @@ from pathlib import Path
 
 import numpy as np
 import soundfile
-
-from ..shards.durable import atomic_file
-from ..shards.errors import ShardError, UserError
-from ..shards.format import Sample
-from ..shards.reader import ShardSet
-from ..shards.sequence import SpecialIds, expand, undelay
-from .checkpoints import Checkpoints
-from .view import Segment, segments_of
+from higgs_tune.inspect.checkpoints import Checkpoints
+from higgs_tune.inspect.view import Segment, segments_of
+from higgs_tune.shards.durable import atomic_file
+from higgs_tune.shards.errors import ShardError, UserError
+from higgs_tune.shards.format import Sample
+from higgs_tune.shards.reader import ShardSet
+from higgs_tune.shards.sequence import SpecialIds, expand, undelay
 
 
 def chosen_segments(shards: ShardSet, keys: tuple[str, ...], kind: str) -> Iterator[tuple[Sample, Segment]]:

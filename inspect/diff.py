@@ -10,11 +10,10 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
-
-from ..preprocess.progress import Progress
-from ..shards.format import Sample
-from ..shards.reader import ShardSet
-from .view import turns_of
+from higgs_tune.inspect.view import turns_of
+from higgs_tune.preprocess.progress import Progress
+from higgs_tune.shards.format import Sample
+from higgs_tune.shards.reader import ShardSet
 
 PROVENANCE = ("model", "codec", "features")
 

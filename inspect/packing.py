@@ -10,12 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-
-from ..shards.errors import UserError
-from ..shards.plan import PlanInput, plan_epoch
-from ..shards.reader import ShardSet
-from .run import read_run
-from .stats import packed_lengths
+from higgs_tune.inspect.stats import packed_lengths
+from higgs_tune.inspect.web.run import read_run
+from higgs_tune.shards.errors import UserError
+from higgs_tune.shards.plan import PlanInput, plan_epoch
+from higgs_tune.shards.reader import ShardSet
 
 
 @dataclass(frozen=True)

@@ -10,16 +10,15 @@ import json
 import sys
 from collections.abc import Iterable
 
+from higgs_tune.inspect.checkpoints import Checkpoints
+from higgs_tune.inspect.packing import Packed
+from higgs_tune.inspect.view import Position, facts, positions, printable, segments_of, turns_of, visible
+from higgs_tune.shards.format import Sample
+from higgs_tune.shards.reader import ShardSet
+from higgs_tune.shards.sequence import SpecialIds
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
-
-from ..shards.format import Sample
-from ..shards.reader import ShardSet
-from ..shards.sequence import SpecialIds
-from .checkpoints import Checkpoints
-from .packing import Packed
-from .view import Position, facts, positions, printable, segments_of, turns_of, visible
 
 ISOLATE, END_ISOLATE = "\u2068", "\u2069"  # first strong isolate: the text's own direction decides
 STYLES = {"text": "", "whisper": "magenta", "audio_in": "cyan", "audio_out": "green"}

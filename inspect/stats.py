@@ -16,14 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-
-from ..preprocess.progress import Progress
-from ..shards.errors import ShardError
-from ..shards.format import FRAME_RATE_HZ, Sample
-from ..shards.plan import make_plan
-from ..shards.reader import ShardSet
-from ..shards.sequence import SpecialIds, segment_positions
-from .view import segments_of, target_text
+from higgs_tune.inspect.view import segments_of, target_text
+from higgs_tune.preprocess.progress import Progress
+from higgs_tune.shards.errors import ShardError
+from higgs_tune.shards.format import FRAME_RATE_HZ, Sample
+from higgs_tune.shards.plan import make_plan
+from higgs_tune.shards.reader import ShardSet
+from higgs_tune.shards.sequence import SpecialIds, segment_positions
 
 PERCENTILES = (0, 5, 25, 50, 75, 95, 99, 100)
 PROGRESS_EVERY = 256  # samples

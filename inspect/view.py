@@ -14,9 +14,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-
-from ..shards.format import FRAME_RATE_HZ, Sample
-from ..shards.sequence import IGNORE, SpecialIds, expand, mel_positions
+from higgs_tune.shards.format import FRAME_RATE_HZ, Sample
+from higgs_tune.shards.sequence import IGNORE, SpecialIds, expand, mel_positions
 
 MODALITIES = ("text", "whisper", "audio_in", "audio_out")
 DOTTED_CIRCLE = "\u25cc"  # carries a combining mark that stands alone

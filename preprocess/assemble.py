@@ -12,17 +12,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from higgs_tune.preprocess.checkpoints.checkpoint import load_tokenizer, read_config, special_ids
+from higgs_tune.preprocess.config import Job
+from higgs_tune.preprocess.input.chatml import ChatSample, parse_entry, stored_messages, tokenize
+from higgs_tune.preprocess.input.manifest import DISTINCT
+from higgs_tune.preprocess.reject import Reject
+from higgs_tune.preprocess.workdir import Encoded, Features, Work
+from higgs_tune.shards.format import FRAME_RATE_HZ, Sample
+from higgs_tune.shards.sequence import SpecialIds
+from higgs_tune.shards.writer import SetWriter, ValidationSplit
 from transformers import PreTrainedTokenizerBase
-
-from ..shards.format import FRAME_RATE_HZ, Sample
-from ..shards.sequence import SpecialIds
-from ..shards.writer import SetWriter, ValidationSplit
-from .chatml import ChatSample, parse_entry, stored_messages, tokenize
-from .checkpoint import load_tokenizer, read_config, special_ids
-from .config import Job
-from .manifest import DISTINCT
-from .reject import Reject
-from .work import Encoded, Features, Work
 
 CHUNK_FRAMES = 30 * FRAME_RATE_HZ  # codes of the 30 s that a Whisper window covers
 

@@ -17,24 +17,23 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from higgs_tune.preprocess.assemble import cached_tokenizer, make_sample, set_writer
+from higgs_tune.preprocess.audio.audio import Clip
+from higgs_tune.preprocess.audio.resample import resampled_length
+from higgs_tune.preprocess.audio.whisper import HOP, RATE_HZ, channels_of
+from higgs_tune.preprocess.check_stats import dominant_script, language_table, percentiles, rate_outliers
+from higgs_tune.preprocess.codec.checkpoint import CODEC_RATE_HZ
+from higgs_tune.preprocess.config import Job, PreprocessConfig
+from higgs_tune.preprocess.encode import UnitReport, codec_for, load_for_codec, one_thread
+from higgs_tune.preprocess.engine import Stop, auto_processes, run_tasks
+from higgs_tune.preprocess.listing import list_work
+from higgs_tune.preprocess.pipeline import make_job
+from higgs_tune.preprocess.progress import Progress
+from higgs_tune.preprocess.reject import Reject
+from higgs_tune.preprocess.workdir import Encoded, Features, Work
+from higgs_tune.shards.format import FRAME_RATE_HZ, Sample, encode_sample
+from higgs_tune.shards.sequence import mel_positions, packed_length
 from transformers import PreTrainedTokenizerBase
-
-from ..shards.format import FRAME_RATE_HZ, Sample, encode_sample
-from ..shards.sequence import mel_positions, packed_length
-from .assemble import cached_tokenizer, make_sample, set_writer
-from .audio import Clip
-from .codec_checkpoint import CODEC_RATE_HZ
-from .config import Job, PreprocessConfig
-from .encode import UnitReport, codec_for, load_for_codec, one_thread
-from .engine import Stop, auto_processes, run_tasks
-from .figures import dominant_script, language_table, percentiles, rate_outliers
-from .listing import list_work
-from .pipeline import make_job
-from .progress import Progress
-from .reject import Reject
-from .resample import resampled_length
-from .whisper import HOP, RATE_HZ, channels_of
-from .work import Encoded, Features, Work
 
 DURATION_BINS_S = (0, 1, 2, 3, 5, 10, 15, 20, 30, 60)
 TOKEN_BINS = (0, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)

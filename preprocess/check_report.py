@@ -5,10 +5,9 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from higgs_tune.shards.errors import few
 from rich.console import Console
 from rich.table import Table
-
-from ..shards.errors import few
 
 SHOWN = 5
 POOR_COVERAGE = 1.0  # tokens a character, from where a text falls apart into bytes

@@ -11,9 +11,8 @@ import time
 from typing import Any
 
 import tyro
-
-from ..shards.errors import run_command
-from .config import PreprocessConfig
+from higgs_tune.preprocess.config import PreprocessConfig
+from higgs_tune.shards.errors import run_command
 
 
 def main() -> None:
@@ -22,7 +21,7 @@ def main() -> None:
 
 def _main() -> None:
     config = tyro.cli(PreprocessConfig, prog="higgs-preprocess")
-    from .engine import Stopped  # after the flags are checked: torch takes seconds to import
+    from higgs_tune.preprocess.engine import Stopped  # after the flags are checked: torch takes seconds to import
 
     try:
         _check(config) if config.check else _build(config)
@@ -33,8 +32,8 @@ def _main() -> None:
 
 
 def _check(config: PreprocessConfig) -> None:
-    from .check import check
-    from .check_report import print_report
+    from higgs_tune.preprocess.check import check
+    from higgs_tune.preprocess.check_report import print_report
 
     report = check(config)
     print_report(report, as_json=config.json)
@@ -42,7 +41,7 @@ def _check(config: PreprocessConfig) -> None:
 
 
 def _build(config: PreprocessConfig) -> None:
-    from .pipeline import build
+    from higgs_tune.preprocess.pipeline import build
 
     began = time.monotonic()
     _print_summary(build(config), config, time.monotonic() - began)

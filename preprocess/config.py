@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from ..shards.errors import UserError
-from ..shards.remote import is_url
-from .audio import AudioOptions, Flag
+from higgs_tune.preprocess.audio.audio import AudioOptions, Flag
+from higgs_tune.shards.errors import UserError
+from higgs_tune.shards.remote import is_url
 
 
 @dataclass(frozen=True)

@@ -17,17 +17,16 @@ from functools import lru_cache
 from pathlib import Path
 
 import torch
-
-from ..shards.errors import UserError
-from ..shards.format import FRAME_RATE_HZ
-from ..shards.memory import keep_memory
-from .audio import Clip, Waveform, load_clip
-from .codec import HiggsCodec
-from .codec_checkpoint import load_codec
-from .config import Job
-from .reject import Reject
-from .whisper import Tower, log_mel, mel_bins_of
-from .work import Encoded, Features, Work
+from higgs_tune.preprocess.audio.audio import Clip, Waveform, load_clip
+from higgs_tune.preprocess.audio.whisper import Tower, log_mel, mel_bins_of
+from higgs_tune.preprocess.codec.checkpoint import load_codec
+from higgs_tune.preprocess.codec.codec import HiggsCodec
+from higgs_tune.preprocess.config import Job
+from higgs_tune.preprocess.reject import Reject
+from higgs_tune.preprocess.workdir import Encoded, Features, Work
+from higgs_tune.shards.errors import UserError
+from higgs_tune.shards.format import FRAME_RATE_HZ
+from higgs_tune.shards.memory import keep_memory
 
 SHORTEST_FRAMES = 2  # of a clip that the codec takes
 

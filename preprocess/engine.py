@@ -19,9 +19,8 @@ from types import FrameType, TracebackType
 from typing import Any
 
 import torch
-
-from ..shards.errors import UserError
-from .config import PreprocessConfig
+from higgs_tune.preprocess.config import PreprocessConfig
+from higgs_tune.shards.errors import UserError
 
 Task = Callable[[int], Any]
 MAX_AUTO_PROCESSES = 8

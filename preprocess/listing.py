@@ -16,14 +16,14 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from ..shards.errors import UserError
-from .arrow import arrow_cell
-from .audio import Clip
-from .chatml import key_of, parse_entry, storable
-from .config import Job
-from .entries import read_entries
-from .reject import Reject
-from .work import Work, batches
+from higgs_tune.preprocess.audio.audio import Clip
+from higgs_tune.preprocess.config import Job
+from higgs_tune.preprocess.input.arrow import arrow_cell
+from higgs_tune.preprocess.input.chatml import key_of, parse_entry, storable
+from higgs_tune.preprocess.input.entries import read_entries
+from higgs_tune.preprocess.reject import Reject
+from higgs_tune.preprocess.workdir import Work, batches
+from higgs_tune.shards.errors import UserError
 
 
 class ClipNumbers:

@@ -22,22 +22,22 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ..shards import durable
-from ..shards.errors import UserError
-from ..shards.remote import Cache, Source, is_url
-from ..shards.writer import MANIFEST, REJECTS, count_reasons, file_sha256
-from . import arrow
-from .assemble import assemble_shard, cached_tokenizer, set_writer
-from .checkpoint import describe_checkpoint, read_config, special_ids
-from .codec_checkpoint import load_codec, weights_sha256
-from .config import Job, PreprocessConfig
-from .encode import device_of, encode_unit
-from .engine import Stop, run_tasks
-from .hub import MODEL_FILES, local_checkpoint, name_of
-from .listing import list_work
-from .progress import Progress
-from .whisper import extractor_settings, mel_bins_of, require_tower, tower_sha256
-from .work import Work, refuse_other
+from higgs_tune.preprocess.assemble import assemble_shard, cached_tokenizer, set_writer
+from higgs_tune.preprocess.audio.whisper import extractor_settings, mel_bins_of, require_tower, tower_sha256
+from higgs_tune.preprocess.checkpoints.checkpoint import describe_checkpoint, read_config, special_ids
+from higgs_tune.preprocess.checkpoints.hub import MODEL_FILES, local_checkpoint, name_of
+from higgs_tune.preprocess.codec.checkpoint import load_codec, weights_sha256
+from higgs_tune.preprocess.config import Job, PreprocessConfig
+from higgs_tune.preprocess.encode import device_of, encode_unit
+from higgs_tune.preprocess.engine import Stop, run_tasks
+from higgs_tune.preprocess.input import arrow
+from higgs_tune.preprocess.listing import list_work
+from higgs_tune.preprocess.progress import Progress
+from higgs_tune.preprocess.workdir import Work, refuse_other
+from higgs_tune.shards import durable
+from higgs_tune.shards.errors import UserError
+from higgs_tune.shards.remote import Cache, Source, is_url
+from higgs_tune.shards.writer import MANIFEST, REJECTS, count_reasons, file_sha256
 
 
 def build(config: PreprocessConfig) -> dict[str, Any]:

@@ -7,11 +7,10 @@ import time
 from collections import Counter
 from types import TracebackType
 
+from higgs_tune.preprocess.encode import UnitReport
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
 from rich.progress import Progress as RichProgress
-
-from .encode import UnitReport
 
 PLAIN_EVERY_S = 15.0
 

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from .errors import UserError
+from higgs_tune.shards.errors import UserError
 
 TEMP_PREFIX = ".tmp-"
 

@@ -19,9 +19,8 @@ from typing import Any
 import numpy as np
 import xxhash
 import zstandard
-
-from .durable import to_json
-from .errors import ShardError
+from higgs_tune.shards.durable import to_json
+from higgs_tune.shards.errors import ShardError
 
 FORMAT_VERSION = 1
 FRAME_RATE_HZ = 25  # of the Higgs audio tokenizer: 24 kHz / (8*5*4*2*3)

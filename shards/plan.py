@@ -26,8 +26,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
-
-from .errors import UserError
+from higgs_tune.shards.errors import UserError
 
 PLAN_VERSION = 2
 GROUP, WINDOW = 64, 1024  # packs

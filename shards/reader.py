@@ -17,9 +17,8 @@ from typing import Any
 
 import numpy as np
 import xxhash
-
-from .errors import ShardError, UserError
-from .format import (
+from higgs_tune.shards.errors import ShardError, UserError
+from higgs_tune.shards.format import (
     FORMAT_VERSION,
     SPLIT_VAL,
     Arrays,
@@ -31,9 +30,9 @@ from .format import (
     index_dtype,
     mels_fit,
 )
-from .remote import Cache, Source
-from .sequence import SpecialIds
-from .writer import MANIFEST
+from higgs_tune.shards.remote import Cache, Source
+from higgs_tune.shards.sequence import SpecialIds
+from higgs_tune.shards.writer import MANIFEST
 
 OPEN_FILES = 128  # shard files that a process keeps open
 

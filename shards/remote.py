@@ -16,9 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import fsspec
-
-from . import durable
-from .errors import ShardError, UserError
+from higgs_tune.shards import durable
+from higgs_tune.shards.errors import ShardError, UserError
 
 CHUNK = 1 << 20
 

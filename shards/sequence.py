@@ -17,8 +17,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Protocol, overload
 
 import numpy as np
-
-from .errors import ShardError
+from higgs_tune.shards.errors import ShardError
 
 IGNORE = -100
 MEL_WINDOW = 3000  # mel frames of the 30 s that Whisper's tower takes

@@ -19,12 +19,11 @@ from types import ModuleType
 from typing import Any
 
 import numpy as np
+from higgs_tune.shards.reader import ShardSet
+from higgs_tune.shards.remote import Cache
 from webdataset.filters import shuffle as shuffle_buffer
 from webdataset.pipeline import DataPipeline
 from webdataset.utils import pytorch_worker_info
-
-from .reader import ShardSet
-from .remote import Cache
 
 
 def stream(

@@ -24,10 +24,9 @@ from typing import Any, BinaryIO
 
 import numpy as np
 import xxhash
-
-from . import durable
-from .errors import ShardError
-from .format import (
+from higgs_tune.shards import durable
+from higgs_tune.shards.errors import ShardError
+from higgs_tune.shards.format import (
     FORMAT_VERSION,
     MAX_KEY_CHARS,
     SPLIT_TRAIN,
@@ -39,8 +38,8 @@ from .format import (
     index_dtype,
     tar_end,
 )
-from .remote import Target
-from .sequence import SpecialIds, label_counts, mel_positions, packed_length
+from higgs_tune.shards.remote import Target
+from higgs_tune.shards.sequence import SpecialIds, label_counts, mel_positions, packed_length
 
 MANIFEST, INDEX, REJECTS = "manifest.json", "index.npy", "rejects.jsonl"
 WORK = ".work"

@@ -39,14 +39,14 @@ def toy(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def toy_ids(toy: Path) -> SpecialIds:
-    from higgs_tune.preprocess.checkpoint import read_config, special_ids
+    from higgs_tune.preprocess.checkpoints.checkpoint import read_config, special_ids
 
     return special_ids(read_config(toy / "model"), toy)
 
 
 @pytest.fixture(scope="session")
 def toy_tokenizer(toy: Path, toy_ids: SpecialIds) -> PreTrainedTokenizerBase:
-    from higgs_tune.preprocess.checkpoint import load_tokenizer
+    from higgs_tune.preprocess.checkpoints.checkpoint import load_tokenizer
 
     return load_tokenizer(toy / "model", toy_ids)
 

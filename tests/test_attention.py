@@ -6,7 +6,7 @@ import itertools
 
 import pytest
 import torch
-from higgs_tune.train.attention import BLOCK, causal_attention, place
+from higgs_tune.train.model.attention import BLOCK, causal_attention, rope_and_reorder
 
 LENGTHS = [[1], [BLOCK - 1, BLOCK, BLOCK + 1], [1, 2 * BLOCK + 5, 7], [300]]
 
@@ -71,7 +71,7 @@ def test_rows_are_turned_and_put_in_order(ordered: bool, turned: bool) -> None:
     angles = (angles_ND.cos(), angles_ND.sin()) if turned else ()
     expected = rotated(x_NhD, *angles) if turned else x_NhD * 1
     assert_same(
-        place(x_NhD, to_sequence, to_sorted, *angles),
+        rope_and_reorder(x_NhD, to_sequence, to_sorted, *angles),
         expected if to_sequence is None else expected[to_sequence],
         [x_NhD],
     )

@@ -14,11 +14,11 @@ import pyloudnorm
 import pytest
 import soundfile
 import torch
-from boson_codec import boson_tokenizer, naive_resample, save_boson
-from higgs_tune.preprocess.audio import AudioOptions, Clip, load_clip
-from higgs_tune.preprocess.codec import HiggsCodec
-from higgs_tune.preprocess.codec_checkpoint import load_codec
-from higgs_tune.preprocess.resample import resample_sinc, resample_soxr
+from helpers.boson_codec import boson_tokenizer, naive_resample, save_boson
+from higgs_tune.preprocess.audio.audio import AudioOptions, Clip, load_clip
+from higgs_tune.preprocess.audio.resample import resample_sinc, resample_soxr
+from higgs_tune.preprocess.codec.checkpoint import load_codec
+from higgs_tune.preprocess.codec.codec import HiggsCodec
 from higgs_tune.shards.errors import UserError
 from safetensors.torch import save_file
 from transformers import HubertConfig

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import zstandard
-from build_set import IDS, build_set, synthetic_sample
+from helpers.build_set import IDS, build_set, synthetic_sample
 from higgs_tune.shards.errors import ShardError
 from higgs_tune.shards.format import TAR_BLOCK, decode_mels, encode_mels, tar_member
 from higgs_tune.shards.reader import ShardSet

@@ -10,9 +10,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from helpers.samples import random_sample
+from helpers.tiny import ids_of, overfit, run_train, tiny_config, write_checkpoint, write_set
 from higgs_tune.shards.errors import UserError
-from higgs_tune.train.batch import collate
-from higgs_tune.train.diagnostics import (
+from higgs_tune.train.data.batch import collate
+from higgs_tune.train.model.loss import LossOptions
+from higgs_tune.train.model.reference import boson_inputs
+from higgs_tune.train.monitor.diagnostics import (
     UpdateWatch,
     as_text,
     assert_frozen,
@@ -22,11 +26,7 @@ from higgs_tune.train.diagnostics import (
     look_at_predictions,
     norms_by_group,
 )
-from higgs_tune.train.loss import LossOptions
-from higgs_tune.train.reference import boson_inputs
 from higgs_tune.train.toy import make_model
-from samples import random_sample
-from tiny import ids_of, overfit, run_train, tiny_config, write_checkpoint, write_set
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 

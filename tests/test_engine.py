@@ -51,7 +51,7 @@ def files_of(folder: Path) -> dict[str, bytes]:
 def test_killed_builds_end_byte_identical(toy: Path, tmp_path: Path) -> None:
     """Builds with 2 processes, each hit at a random moment: kill -9 of all, of the parent, of a worker; SIGTERM."""
     data = make_data(tmp_path, 14)
-    script = Path(__file__).parent / "killed_builds.py"
+    script = Path(__file__).parent / "helpers" / "killed_builds.py"
     command = [sys.executable, str(script), str(toy), str(data), str(tmp_path), str(KILLED), "0"]
     result = subprocess.run(command, capture_output=True, text=True, check=True, timeout=600)
     whole, *builds = [json.loads(line) for line in result.stdout.splitlines()]

@@ -14,10 +14,10 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.ranks import ask
 from higgs_tune.shards.reader import ShardSet
-from higgs_tune.train.checkpoint import list_checkpoints, verify
-from higgs_tune.train.setup import DIST_TIMEOUT
-from ranks import ask
+from higgs_tune.train.checkpoint.folder import list_checkpoints, verify_checkpoint
+from higgs_tune.train.dist.context import DIST_TIMEOUT
 from safetensors.torch import load_file
 
 KILLS, KILLS_IN_SAVES = 20, 5
@@ -88,16 +88,16 @@ def test_sigusr1_to_the_whole_group_with_loader_processes(options: Options, tmp_
     out = tmp_path / "out"
     flags = flags_of(options | {"output_dir": out, "max_steps": 2000, "dataloader_num_workers": 1})
     command = [sys.executable, "-m", "higgs_tune.train", *flags]
-    running = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    exec_options = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
     deadline = time.monotonic() + 300
     while not list_checkpoints(out) and time.monotonic() < deadline:
         time.sleep(0.05)
-    os.killpg(running.pid, signal.SIGUSR1)
-    _, said = running.communicate(timeout=300)
-    assert running.returncode == 75, said
+    os.killpg(exec_options.pid, signal.SIGUSR1)
+    _, said = exec_options.communicate(timeout=300)
+    assert exec_options.returncode == 75, said
     step = int(list_checkpoints(out)[0].name.rpartition("-")[2])
     assert f"stopped by SIGUSR1 at step {step}" in said
-    verify(list_checkpoints(out)[0])
+    verify_checkpoint(list_checkpoints(out)[0])
 
 
 def test_a_killed_rank_stops_the_others(options: Options, tmp_path: Path) -> None:
@@ -204,7 +204,7 @@ def test_a_disk_that_fills_up_in_a_run(options: Options, small_disk: Path) -> No
     kept = list_checkpoints(out)
     assert kept
     for path in kept:
-        verify(path)
+        verify_checkpoint(path)
     assert not list(out.glob(".tmp-*"))
 
 
@@ -220,16 +220,16 @@ def test_a_killed_loader_process_is_named(options: Options, tmp_path: Path) -> N
     out = tmp_path / "out"
     flags = flags_of(options | {"output_dir": out, "max_steps": 2000, "dataloader_num_workers": 1})
     command = [sys.executable, "-m", "higgs_tune.train", *flags]
-    running = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    exec_options = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 300
     while not list_checkpoints(out) and time.monotonic() < deadline:
         time.sleep(0.05)
-    children = Path(f"/proc/{running.pid}/task/{running.pid}/children").read_text().split()
+    children = Path(f"/proc/{exec_options.pid}/task/{exec_options.pid}/children").read_text().split()
     names = {pid: Path(f"/proc/{pid}/cmdline").read_text() for pid in children}
     worker = next(int(pid) for pid, name in names.items() if "higgs_tune.train" in name)
     os.kill(worker, signal.SIGKILL)
-    _, said = running.communicate(timeout=300)
-    assert running.returncode == 2, said
+    _, said = exec_options.communicate(timeout=300)
+    assert exec_options.returncode == 2, said
     assert "a loader process died" in said
     assert str(worker) in said
 
@@ -241,13 +241,13 @@ def test_torchrun_restarts_a_dead_rank(options: Options, tmp_path: Path) -> None
     out = tmp_path / "out"
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--max_restarts=2"]
     launch += ["-m", "higgs_tune.train", *flags_of(options | {"output_dir": out, "max_steps": 30})]
-    running = subprocess.Popen(launch, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    exec_options = subprocess.Popen(launch, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     deadline = time.monotonic() + 120
     while not list_checkpoints(out) and time.monotonic() < deadline:
         time.sleep(0.05)
-    ranks = Path(f"/proc/{running.pid}/task/{running.pid}/children").read_text().split()
+    ranks = Path(f"/proc/{exec_options.pid}/task/{exec_options.pid}/children").read_text().split()
     os.kill(int(ranks[-1]), signal.SIGKILL)
-    said, _ = running.communicate(timeout=180)
-    assert running.returncode == 0, said
+    said, _ = exec_options.communicate(timeout=180)
+    assert exec_options.returncode == 0, said
     assert "from step" in said
     assert same_weights(tmp_path / "alone", out)

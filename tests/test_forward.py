@@ -11,18 +11,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from higgs_tune.preprocess.checkpoint import special_ids
+from helpers.samples import random_sample
+from higgs_tune.preprocess.checkpoints.checkpoint import special_ids
 from higgs_tune.shards.format import Sample
 from higgs_tune.shards.sequence import Expanded, SpecialIds, expand, mel_positions
-from higgs_tune.train.batch import Batch, collate
-from higgs_tune.train.forward import hidden_states, label_states
-from higgs_tune.train.loss import LossOptions, LossParts, pack_loss
-from higgs_tune.train.model import HiggsAudioModel
-from higgs_tune.train.reference import boson_inputs, reference_loss
+from higgs_tune.train.data.batch import Batch, collate
+from higgs_tune.train.model.forward import hidden_states, label_states
+from higgs_tune.train.model.load import HiggsAudioModel
+from higgs_tune.train.model.loss import LossOptions, LossParts, pack_loss
+from higgs_tune.train.model.reference import boson_inputs, reference_loss
 from higgs_tune.train.toy import make_model, model_config
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from samples import random_sample
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 MEL_BINS = 8
@@ -128,8 +128,8 @@ def test_gradients_equal_boson(case: Case) -> None:
         found.append((parts, gradients))
     case.model.requires_grad_(False)
     (boson, expected), (packed, gradients) = found
-    for name in ("total", "sums", "hits", "counts", "eos"):
-        torch.testing.assert_close(getattr(packed, name), getattr(boson, name), atol=1e-4, rtol=1e-5)
+    torch.testing.assert_close(packed.total, boson.total, atol=1e-4, rtol=1e-5)
+    torch.testing.assert_close(vars(packed.sums), vars(boson.sums), atol=1e-4, rtol=1e-5)
     compared = 0
     for name, wanted in expected.items():
         got = gradients[name]
@@ -193,10 +193,10 @@ def test_loss_is_a_naive_loop_over_unpacked_samples(plain: Case) -> None:
     for k in range(plain.ids.codebooks + 1):
         wanted = ("text", 0) if k == 0 else ("audio", k - 1)
         naive = [loss for found in losses for (what, _, book), loss in found.items() if (what, book) == wanted]
-        assert len(naive) == int(parts.counts[k])
-        assert float(parts.sums[k]) == pytest.approx(sum(naive), rel=1e-5)
+        assert len(naive) == int(parts.sums.labels[k])
+        assert float(parts.sums.cross_entropy[k]) == pytest.approx(sum(naive), rel=1e-5)
     segments = sum(len(case_segments(plain, sample)) for sample in plain.samples)
-    assert parts.eos[1].tolist() == [segments] * plain.ids.codebooks
+    assert parts.sums.eos_labels.tolist() == [segments] * plain.ids.codebooks
 
 
 def case_segments(case: Case, sample: Sample) -> list[int]:
@@ -227,7 +227,7 @@ def test_reference_audio_is_trained_on_only_when_asked(plain: Case) -> None:
 def test_near_uniform_at_random_init(plain: Case) -> None:
     """A loss near zero on random weights would mean that the model sees its targets."""
     parts = plain.loss(plain.batch(), LossOptions())
-    means = parts.sums / parts.counts
+    means = parts.sums.cross_entropy / parts.sums.labels
     uniform = torch.tensor([float(plain.model.vocab_size), *[1026.0] * plain.ids.codebooks]).log()
     assert (means > 0.95 * uniform).all(), means
     assert (means < 1.15 * uniform).all(), means
@@ -280,9 +280,9 @@ def test_zero_weight_pack_has_zero_gradients(plain: Case) -> None:
 def test_contrastive_loss(plain: Case) -> None:
     """Finite and 0 for one sample; falls when target states move towards their own speaker's references."""
     one = plain.loss(plain.batch(plain.samples[:1], speakers=[3]), LossOptions(contrastive=1.0))
-    assert one.contrastive.tolist() == [0.0, 1.0]
+    assert [*one.sums.contrastive, *one.sums.pairs] == [0.0, 1.0]
     assert torch.isfinite(one.total)
-    from higgs_tune.train.loss import contrastive_loss
+    from higgs_tune.train.model.loss import contrastive_loss
 
     batch = plain.batch(plain.samples[:3], speakers=[0, 1, 2])
     target = torch.eye(3)[batch["owners"] // 2] * 4
@@ -299,7 +299,7 @@ def test_contrastive_loss(plain: Case) -> None:
 
 def test_cuda_attention_is_called_as_torch_wants_it(plain: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     """The variable-length kernel runs on a GPU only; here a naive stand-in checks how it is called."""
-    from higgs_tune.train import attention, forward
+    from higgs_tune.train.model import attention, forward
 
     def stand_in(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *args: Any, **options: Any) -> torch.Tensor:
         cu_q, cu_k, longest_q, longest_k = args

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import numpy as np
 import torch
+from helpers.samples import random_sample
 from higgs_tune.shards.sequence import SpecialIds
-from higgs_tune.train.batch import collate
-from higgs_tune.train.forward import hidden_states
-from higgs_tune.train.generate import Sampling, generate
-from higgs_tune.train.loss import LossOptions, pack_loss
+from higgs_tune.train.data.batch import collate
+from higgs_tune.train.model.forward import hidden_states
+from higgs_tune.train.model.generate import Sampling, generate
+from higgs_tune.train.model.loss import LossOptions, pack_loss
 from higgs_tune.train.toy import make_model, model_config
-from samples import random_sample
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 
@@ -34,7 +34,7 @@ def test_overfitted_model_says_its_targets(toy_tokenizer: PreTrainedTokenizerBas
         parts.total.backward()
         optimizer.step()
     assert parts is not None
-    assert torch.equal(parts.hits, parts.counts)  # every prediction is right, teacher-forced
+    assert torch.equal(parts.sums.correct, parts.sums.labels)  # every prediction is right, teacher-forced
 
     model.eval()
     for sample in samples:

@@ -10,18 +10,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from helpers.samples import random_sample
+from helpers.tiny import ids_of, run_train, write_checkpoint, write_set
 from higgs_tune.shards.errors import UserError
 from higgs_tune.shards.format import Sample
 from higgs_tune.shards.sequence import SpecialIds
-from higgs_tune.train.batch import collate
-from higgs_tune.train.export import ExportConfig, export, load_adapter
-from higgs_tune.train.forward import hidden_states
-from higgs_tune.train.model import HiggsAudioConfig, HiggsAudioModel, load_model
-from higgs_tune.train.reference import boson_inputs
+from higgs_tune.train.data.batch import collate
+from higgs_tune.train.export.merge import ExportConfig, export, load_adapter
+from higgs_tune.train.model.forward import hidden_states
+from higgs_tune.train.model.load import HiggsAudioConfig, HiggsAudioModel, load_model
+from higgs_tune.train.model.reference import boson_inputs
 from peft import PeftModel
 from safetensors.torch import load_file
-from samples import random_sample
-from tiny import ids_of, run_train, write_checkpoint, write_set
 from transformers import PreTrainedTokenizerBase
 
 # what stage 1 is given, and what stage 2 is given on top

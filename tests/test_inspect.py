@@ -11,17 +11,18 @@ import numpy as np
 import pytest
 import scipy.stats
 import soundfile
+from helpers.inspect_sets import HOSTILE, SampleMaker, write_set
 from higgs_tune.inspect import cli
 from higgs_tune.inspect.compare import compare, power_db
 from higgs_tune.inspect.stats import main_script
 from higgs_tune.inspect.view import printable, segments_of, target_text, visible
-from higgs_tune.preprocess.codec_checkpoint import load_codec
+from higgs_tune.preprocess.codec.checkpoint import load_codec
 from higgs_tune.preprocess.reject import Reject
 from higgs_tune.shards.errors import UserError
 from higgs_tune.shards.reader import ShardSet
-from higgs_tune.train.reference import boson_inputs
-from higgs_tune.train.schedule import Schedule, World
-from inspect_sets import HOSTILE, SampleMaker, write_set
+from higgs_tune.train.data.sampler import Schedule
+from higgs_tune.train.dist.context import World
+from higgs_tune.train.model.reference import boson_inputs
 from PIL import Image
 
 Captured = pytest.CaptureFixture[str]

@@ -1,4 +1,4 @@
-"""The shape of the repository: folders, imports, packaging."""
+"""The shape of the repository: folders, direction of imports, packaging."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import ast
 import subprocess
 import sys
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -17,35 +18,65 @@ MAY_IMPORT = {
     "train": {"shards", "preprocess"},
     "inspect": {"shards", "preprocess"},
 }
-SOURCES = [path for folder in MAY_IMPORT for path in sorted((ROOT / folder).glob("*.py"))]
+SOURCES = [path for folder in MAY_IMPORT for path in sorted((ROOT / folder).rglob("*.py"))]
+# train's rooms from the ground floor up; a room imports from its own floor and those below
+FLOORS = (
+    ("config", "dist"),
+    ("data",),
+    ("model",),
+    ("optim", "metrics"),
+    ("state",),
+    ("checkpoint", "monitor"),
+    ("resolve", "build", "step", "run_io"),
+    ("loop", "export", "toy"),
+    ("__main__",),
+)
+
+
+def imports_of(path: Path) -> Iterator[tuple[str, list[str]]]:
+    """Every module that a file imports from, with the names it takes."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, []) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: imports within our code are absolute"
+            yield node.module or "", [alias.name for alias in node.names]
+
+
+def name_of(path: Path) -> str:
+    return str(path.relative_to(ROOT))
 
 
 def test_no_folder_is_a_regular_package() -> None:
     assert not [folder for folder in MAY_IMPORT if (ROOT / folder / "__init__.py").exists()]
 
 
-@pytest.mark.parametrize("path", SOURCES, ids=lambda path: f"{path.parent.name}/{path.name}")
+@pytest.mark.parametrize("path", SOURCES, ids=name_of)
 def test_imports_follow_the_rules(path: Path) -> None:
-    folder = path.parent.name
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.Import):
-            names = [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom) and node.level == 0:
-            names = [node.module or ""]
-        elif isinstance(node, ast.ImportFrom):
-            assert node.level <= 2
-            target = (node.module or "").split(".")[0]
-            assert node.level == 1 or target in MAY_IMPORT[folder], f"{folder} imports {target}"
-            continue
-        else:
-            continue
-        tops = {name.split(".")[0] for name in names}
-        assert not tops & {"higgs_tune", *MAY_IMPORT.keys() - {"inspect"}}, "imports within our code are relative"
-        assert not tops & {"torchaudio", "torchvision"}
-        if "pickle" in tops:
-            assert [alias.name for alias in node.names] == ["UnpicklingError"]
+    folder = path.relative_to(ROOT).parts[0]
+    for module, names in imports_of(path):
+        top, *rest = module.split(".")
+        assert top not in MAY_IMPORT.keys() - {"inspect"}, "our code is imported as higgs_tune"
+        assert top not in ("torchaudio", "torchvision")
+        if top == "higgs_tune":
+            assert rest and rest[0] in {folder} | MAY_IMPORT[folder], f"{folder} imports {module}"
+        if top == "pickle":
+            assert names == ["UnpicklingError"]
         if folder == "shards":
-            assert not tops & {"torch", "transformers", "peft", "boson_multimodal"}
+            assert top not in ("torch", "transformers", "peft", "boson_multimodal")
+
+
+@pytest.mark.parametrize("path", [path for path in SOURCES if path.is_relative_to(ROOT / "train")], ids=name_of)
+def test_imports_within_train_point_down(path: Path) -> None:
+    floor = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
+    own = path.relative_to(ROOT / "train").with_suffix("").parts[0]
+    for module, names in imports_of(path):
+        if module.startswith("higgs_tune.train"):
+            rooms = [module.split(".")[2]] if module.count(".") > 1 else names
+            for room in rooms:
+                assert floor[room] <= floor[own], f"{own} imports {room}"
+            if own == "model" and "data" in rooms:
+                assert module == "higgs_tune.train.data.batch"
 
 
 def test_standard_library_wins_at_the_root() -> None:
@@ -53,24 +84,14 @@ def test_standard_library_wins_at_the_root() -> None:
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=300)
 
 
-def test_wheel_holds_every_module(tmp_path: Path) -> None:
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "wheel",
-        "--quiet",
-        "--no-deps",
-        "--no-build-isolation",
-        "-w",
-        str(tmp_path),
-    ]
-    subprocess.run([*command, str(ROOT)], check=True, timeout=300, cwd=tmp_path)
+def test_wheel_holds_every_module_and_the_page(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "-w"]
+    subprocess.run([*command, str(tmp_path), str(ROOT)], check=True, timeout=300, cwd=tmp_path)
     (wheel,) = tmp_path.glob("*.whl")
     names = set(zipfile.ZipFile(wheel).namelist())
-    expected = {f"higgs_tune/{path.parent.name}/{path.name}" for path in SOURCES}
-    expected |= {f"higgs_tune/inspect/{path.name}" for path in (ROOT / "inspect").glob("*.html")}
-    assert expected <= names
+    assets = [path for path in (ROOT / "inspect" / "web" / "page").iterdir() if path.is_file()]
+    assert {path.suffix for path in assets} == {".html", ".css", ".js"}
+    assert {f"higgs_tune/{name_of(path)}" for path in [*SOURCES, *assets]} <= names
 
 
 def test_nothing_installed_needs_torchaudio_or_torchvision() -> None:

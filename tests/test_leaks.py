@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from higgs_tune.shards.format import Sample
-from higgs_tune.train import forward
+from higgs_tune.train.model import forward
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_forward import SWITCHES, Case, make_case, packed_logits

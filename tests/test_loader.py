@@ -14,14 +14,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from build_set import build_set, synthetic_sample
+from helpers.build_set import build_set, synthetic_sample
 from higgs_tune.shards import stream
 from higgs_tune.shards.errors import ShardError, UserError
 from higgs_tune.shards.plan import PlanInput, plan_epoch
 from higgs_tune.shards.reader import ShardSet
-from higgs_tune.train.batch import Batch
-from higgs_tune.train.data import Loader, LoaderOptions
-from higgs_tune.train.schedule import Cursor, PackRequest, Schedule, World
+from higgs_tune.train.data.batch import Batch
+from higgs_tune.train.data.loader import Loader, LoaderOptions
+from higgs_tune.train.data.sampler import Cursor, PackRequest, Schedule
+from higgs_tune.train.dist.context import World
 from hypothesis import given, settings
 from hypothesis import strategies as st
 

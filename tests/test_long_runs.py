@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 import types
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,20 +15,20 @@ import pytest
 import soundfile
 import torch
 import yaml
+from helpers.ranks import ask
 from higgs_tune.shards.errors import UserError
 from higgs_tune.shards.reader import ShardSet
-from higgs_tune.train import step as step_module
 from higgs_tune.train.__main__ import parse_arguments
-from higgs_tune.train.checkpoint import list_checkpoints
+from higgs_tune.train.checkpoint.folder import list_checkpoints
 from higgs_tune.train.config import TrainConfig
 from higgs_tune.train.loop import train
-from higgs_tune.train.loss import pack_loss
-from higgs_tune.train.model import HiggsAudioModel
+from higgs_tune.train.model import pack_model
+from higgs_tune.train.model.load import HiggsAudioModel
+from higgs_tune.train.model.loss import pack_loss
+from higgs_tune.train.model.reference import boson_inputs
+from higgs_tune.train.monitor.samples import silence_ratio
 from higgs_tune.train.optim import learning_rates
-from higgs_tune.train.reference import boson_inputs
-from higgs_tune.train.samples import silence_ratio
 from peft import PeftModel
-from ranks import ask
 from safetensors.torch import load_file
 
 Options = dict[str, Any]
@@ -137,10 +138,13 @@ def test_a_validation_loss_that_is_not_finite_is_never_the_best(
 
     def broken(*args: Any, **named: Any) -> Any:
         parts = pack_loss(*args, **named)
-        bad = {"total": parts.total * torch.nan, "sums": parts.sums * torch.nan}
+        bad = {
+            "total": parts.total * torch.nan,
+            "sums": replace(parts.sums, cross_entropy=parts.sums.cross_entropy * torch.nan),
+        }
         return parts if torch.is_grad_enabled() else parts._replace(**bad)
 
-    monkeypatch.setattr(step_module, "pack_loss", broken)
+    monkeypatch.setattr(pack_model, "pack_loss", broken)
     out = run(options, tmp_path / "out", early_stopping_patience=2, eval_steps=1, max_steps=50)
     assert [line["loss"] for line in lines(out, "eval")] == ["nan"] * 3
     assert [line["step"] for line in lines(out, "train")] == [1, 2]
@@ -211,9 +215,9 @@ def test_the_moving_average_is_what_is_saved(options: Options, tmp_path: Path) -
     """Against a loop over the checkpoints' weights."""
     out = run(options, tmp_path / "out", ema_decay=0.75, save_steps=1, save_total_limit=None, eval_steps=0)
     weights = [load_file(path / "adapter_model.safetensors") for path in reversed(list_checkpoints(out))]
-    from higgs_tune.train.lora import add_lora
-    from higgs_tune.train.model import load_model
-    from higgs_tune.train.setup import trainable_options
+    from higgs_tune.train.model.load import load_model
+    from higgs_tune.train.model.lora import add_lora
+    from higgs_tune.train.resolve import trainable_options
     from peft import get_peft_model_state_dict
 
     config = TrainConfig(output_dir=out, **options)
@@ -252,7 +256,7 @@ def test_full_fine_tuning_sharded_equals_one_process(options: Options, toy: Path
 
 
 def test_stage1_full_fine_tuning_leaves_audio_parameters(options: Options, toy: Path, tmp_path: Path) -> None:
-    from higgs_tune.train.lora import AUDIO_PARAMETER
+    from higgs_tune.train.model.lora import AUDIO_PARAMETER
 
     out = run(options, tmp_path / "out", full_finetune=True, training_stage="stage1", eval_steps=0, learning_rate=1e-3)
     before, after = (load_file(folder / "model.safetensors") for folder in (toy / "model", out))
@@ -350,7 +354,7 @@ def test_the_live_display_shows_the_last_numbers(
     options: Options, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """On a terminal: a table of what was reported last, under it the bar."""
-    from higgs_tune.train import report
+    from higgs_tune.train.monitor import logger as report
     from rich.console import Console
 
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)

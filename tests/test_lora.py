@@ -7,12 +7,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers.samples import random_sample
+from helpers.tiny import ids_of, run_train, tiny_config, write_checkpoint, write_set
 from higgs_tune.shards.errors import UserError
-from higgs_tune.train.lora import PRESETS, TrainableOptions, target_modules
-from higgs_tune.train.model import HiggsAudioModel
+from higgs_tune.train.model.load import HiggsAudioModel
+from higgs_tune.train.model.lora import PRESETS, TrainableOptions, target_modules
 from higgs_tune.train.toy import make_model
-from samples import random_sample
-from tiny import ids_of, run_train, tiny_config, write_checkpoint, write_set
 from transformers import PreTrainedTokenizerBase
 
 ATTENTION = {f"self_attn.{name}_proj" for name in "qkvo"}

@@ -8,16 +8,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from helpers.samples import random_sample
+from helpers.tiny import loss_of, tiny_config
 from higgs_tune.shards.sequence import SpecialIds
-from higgs_tune.train import loss
-from higgs_tune.train.batch import Batch, collate
-from higgs_tune.train.loss import TEMPERATURE, LossOptions, contrastive_loss, head_cross_entropy
-from higgs_tune.train.model import HiggsAudioModel
+from higgs_tune.train.data.batch import Batch, collate
+from higgs_tune.train.model import loss
+from higgs_tune.train.model.load import HiggsAudioModel
+from higgs_tune.train.model.loss import TEMPERATURE, LossOptions, contrastive_loss, head_cross_entropy
 from higgs_tune.train.toy import make_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from samples import random_sample
-from tiny import loss_of, tiny_config
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
@@ -98,9 +98,9 @@ def test_parts_and_weights_add_up(
     """total = text weight * text + audio weight * weighted mean over codebooks + contrastive weight * contrastive."""
     batch, books = make_batch(toy_tokenizer, toy_ids, [0, 1, 2]), (0.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 5.0)
     parts = loss_of(model, batch, LossOptions(text=0.5, audio=2.0, contrastive=0.3, codebooks=books))
-    means = (parts.sums / parts.counts).tolist()
+    means = (parts.sums.cross_entropy / parts.sums.labels).tolist()
     audio = sum(weight * mean for weight, mean in zip(books, means[1:], strict=True)) / sum(books)
-    contrastive = float(parts.contrastive[0] / parts.contrastive[1])
+    contrastive = float(parts.sums.contrastive / parts.sums.pairs)
     assert float(parts.total) == pytest.approx(0.5 * means[0] + 2.0 * audio + 0.3 * contrastive, rel=1e-5)
     assert contrastive > 0.01
 
@@ -112,14 +112,15 @@ def test_end_of_stream_is_counted_apart(
     whole = loss_of(model, batch)
     segments = batch.trained_segments
     assert segments == 3
-    assert whole.eos[1].tolist() == [segments] * 8
+    assert whole.sums.eos_labels.tolist() == [segments] * 8
     labels = batch["audio_labels_KL"]
     is_end = labels == toy_ids.stream_eos
     labels[is_end] = -100  # a view: the batch has lost its ends
     batch["label_counts"][1:] -= segments
     without = loss_of(model, batch)
-    torch.testing.assert_close(whole.sums[1:] - without.sums[1:], whole.eos[0], atol=1e-3, rtol=1e-4)
-    assert without.eos.tolist() == [[0.0] * 8, [0.0] * 8]
+    lost = whole.sums.cross_entropy[1:] - without.sums.cross_entropy[1:]
+    torch.testing.assert_close(lost, whole.sums.eos_cross_entropy, atol=1e-3, rtol=1e-4)
+    assert [*without.sums.eos_cross_entropy, *without.sums.eos_labels] == [0.0] * 16
 
 
 def naive_contrastive(states_AH: torch.Tensor, owners: list[int], speakers: list[int]) -> float:
@@ -164,8 +165,8 @@ def test_contrastive_loss_has_a_gradient_only_where_it_is_wanted(
 ) -> None:
     batch = make_batch(toy_tokenizer, toy_ids, [0, 1, 2, 1])
     plain, weighted = (loss_of(model, batch, LossOptions(contrastive=weight)) for weight in (0.0, 1.0))
-    assert plain.contrastive.tolist() == [0.0, 0.0]
+    assert [*plain.sums.contrastive, *plain.sums.pairs] == [0.0, 0.0]
     assert float(weighted.total) > float(plain.total)
     one = loss_of(model, make_batch(toy_tokenizer, toy_ids, [7]), LossOptions(contrastive=1.0))
-    assert one.contrastive.tolist() == [0.0, 1.0]
+    assert [*one.sums.contrastive, *one.sums.pairs] == [0.0, 1.0]
     assert torch.isfinite(one.total)

@@ -16,9 +16,9 @@ import pyarrow
 import pytest
 import soundfile
 from conftest import EXAMPLES, preprocess
-from higgs_tune.preprocess import manifest
 from higgs_tune.preprocess.config import Job, PreprocessConfig
-from higgs_tune.preprocess.entries import read_entries
+from higgs_tune.preprocess.input import manifest
+from higgs_tune.preprocess.input.entries import read_entries
 from higgs_tune.preprocess.pipeline import make_job
 from higgs_tune.preprocess.reject import Reject
 from higgs_tune.shards.errors import UserError

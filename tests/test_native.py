@@ -13,17 +13,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from higgs_tune.preprocess.checkpoint import read_config
+from helpers.samples import random_sample
+from helpers.tiny import ids_of, run_train, write_checkpoint, write_set
+from higgs_tune.preprocess.checkpoints.checkpoint import read_config
 from higgs_tune.shards.errors import UserError
 from higgs_tune.shards.format import Sample
 from higgs_tune.shards.sequence import mel_positions, tower_frames
 from higgs_tune.train import optim
-from higgs_tune.train.batch import collate, mel_window
-from higgs_tune.train.forward import hidden_states
-from higgs_tune.train.model import HiggsAudioModel, load_model
+from higgs_tune.train.data.batch import collate, mel_window
+from higgs_tune.train.model.forward import hidden_states
+from higgs_tune.train.model.load import HiggsAudioModel, load_model
 from safetensors.torch import load_file, save_file
-from samples import random_sample
-from tiny import ids_of, run_train, write_checkpoint, write_set
 from torch.optim import AdamW
 from transformers import PreTrainedTokenizerBase
 

@@ -11,16 +11,16 @@ from typing import Any
 
 import numpy as np
 import pytest
-from browser import Chrome, console_errors, open_browser, resize, wait
+from helpers.browser import Chrome, console_errors, open_browser, resize, wait
+from helpers.inspect_runs import write_run
+from helpers.inspect_sets import HOSTILE, SampleMaker, write_set
 from higgs_tune.inspect import cli
 from higgs_tune.inspect.checkpoints import Checkpoints
-from higgs_tune.inspect.pages import folded
-from higgs_tune.inspect.run import read_run
-from higgs_tune.inspect.serve import open_server
 from higgs_tune.inspect.view import positions
+from higgs_tune.inspect.web.pages import folded
+from higgs_tune.inspect.web.run import read_run
+from higgs_tune.inspect.web.serve import open_server
 from higgs_tune.shards.reader import ShardSet
-from inspect_runs import write_run
-from inspect_sets import HOSTILE, SampleMaker, write_set
 from selenium.webdriver.common.action_chains import ActionChains
 from selenium.webdriver.common.keys import Keys
 
@@ -56,13 +56,13 @@ def report(made: ShardSet, run_folder: Path, tmp_path_factory: pytest.TempPathFa
 
 @pytest.fixture(scope="module")
 def server(made: ShardSet, run_folder: Path) -> Iterator[str]:
-    running = open_server(made, Checkpoints(made.provenance), read_run(run_folder), audio=True, port=0)
-    thread = threading.Thread(target=running.serve_forever, daemon=True)
+    exec_options = open_server(made, Checkpoints(made.provenance), read_run(run_folder), audio=True, port=0)
+    thread = threading.Thread(target=exec_options.serve_forever, daemon=True)
     thread.start()
-    yield f"http://127.0.0.1:{running.port}/"
-    running.shutdown()
+    yield f"http://127.0.0.1:{exec_options.port}/"
+    exec_options.shutdown()
     thread.join()
-    running.server_close()
+    exec_options.server_close()
 
 
 @pytest.fixture(scope="module")

@@ -18,11 +18,11 @@ import soundfile
 from boson_multimodal.dataset.chatml_dataset import prepare_chatml_sample
 from conftest import EXAMPLES, preprocess
 from higgs_tune.preprocess import encode, pipeline
-from higgs_tune.preprocess.hub import local_checkpoint
+from higgs_tune.preprocess.checkpoints.hub import local_checkpoint
 from higgs_tune.preprocess.progress import Progress
 from higgs_tune.shards.errors import UserError
 from higgs_tune.shards.reader import ShardSet
-from higgs_tune.train.setup import resolve_model
+from higgs_tune.train.resolve import resolve_model
 from huggingface_hub.errors import LocalEntryNotFoundError
 from transformers import PreTrainedTokenizerBase
 

@@ -9,14 +9,14 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.ranks import ask
 from higgs_tune.shards.errors import UserError
 from higgs_tune.shards.reader import ShardSet
-from higgs_tune.train import checkpoint
-from higgs_tune.train.checkpoint import Snapshot, list_checkpoints, newest_valid, verify, write_folder
+from higgs_tune.train.checkpoint import folder as checkpoint
+from higgs_tune.train.checkpoint.folder import Snapshot, list_checkpoints, newest_valid, verify_checkpoint, write_folder
 from higgs_tune.train.config import TrainConfig
+from higgs_tune.train.dist.context import DistContext
 from higgs_tune.train.loop import train
-from higgs_tune.train.setup import Place
-from ranks import ask
 from safetensors.torch import load_file
 
 STEPS = 9
@@ -73,7 +73,7 @@ def assert_same_weights(one: Path, other: Path, *, atol: float | None = None) ->
 
 def test_a_checkpoint_holds_what_the_contract_says(undisturbed: Path) -> None:
     folder = undisturbed / f"checkpoint-{STEPS}"
-    state = verify(folder)
+    state = verify_checkpoint(folder)
     assert (state["step"], state["identity"]["stage"], state["options"]["seed"]) == (STEPS, "single", 42)
     files = {path.name for path in folder.iterdir()}
     assert files >= {"adapter_model.safetensors", "adapter_config.json", "optimizer.safetensors", "ranks.safetensors"}
@@ -126,7 +126,7 @@ def test_reports_that_come_a_step_late_say_the_same(
     options: Options, undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pauses: Options
 ) -> None:
     """As on a GPU, whose host reads a step's numbers when the next one is queued; with pauses and without."""
-    monkeypatch.setattr(Place, "queues", True)
+    monkeypatch.setattr(DistContext, "queues", True)
     kept = (*LOSSES, "step", "epoch", "text_labels", "audio_labels", "bad_steps")
     late, at_once = (
         [{key: line[key] for key in kept} for line in lines(out)]
@@ -174,7 +174,7 @@ def test_a_damaged_newest_checkpoint_is_passed_over(undisturbed: Path, tmp_path:
     assert len(problems) == 1
     assert "checkpoint-8" in problems[0]
     with pytest.raises(UserError, match="checkpoint"):
-        verify(tmp_path / "checkpoint-8")
+        verify_checkpoint(tmp_path / "checkpoint-8")
 
 
 def test_resume_falls_back_and_says_so(options: Options, undisturbed: Path, tmp_path: Path, capfd: Any) -> None:
@@ -256,4 +256,4 @@ def test_what_reads_back_differently_gets_no_name(tmp_path: Path, monkeypatch: p
     write_folder(tmp_path / "checkpoint-1", taken)
     write_folder(tmp_path / "checkpoint-1", taken)  # again, over the same name
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-1"]
-    verify(tmp_path / "checkpoint-1")
+    verify_checkpoint(tmp_path / "checkpoint-1")

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from higgs_tune.inspect.run import MOST_POINTS, read_run, run_page
+from helpers.inspect_runs import write_run
+from higgs_tune.inspect.web.run import MOST_POINTS, read_run, run_page
 from higgs_tune.shards.errors import UserError
-from inspect_runs import write_run
 
 
 def chart(page: dict[str, Any], name: str) -> dict[str, Any]:

@@ -12,13 +12,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from helpers.samples import random_sample
+from helpers.tiny import ids_of, overfit, run_train, write_checkpoint, write_set
 from higgs_tune.shards import sequence
-from higgs_tune.train import loss
-from higgs_tune.train.batch import collate
-from higgs_tune.train.model import load_model
-from higgs_tune.train.selftest import SHIFTS, Part, Report, shifted_sums
-from samples import random_sample
-from tiny import ids_of, overfit, run_train, write_checkpoint, write_set
+from higgs_tune.train.data.batch import collate
+from higgs_tune.train.model import loss
+from higgs_tune.train.model.load import load_model
+from higgs_tune.train.monitor.selftest import SHIFTS, Part, SelfTestResult, shifted_sums
 from transformers import PreTrainedTokenizerBase
 
 
@@ -72,7 +72,7 @@ def test_trained_checkpoint_passes(trained: Trained, tmp_path: Path, capsys: pyt
 
 def test_losses_at_shifts_are_a_naive_loop(trained: Trained) -> None:
     """Shift s compares the logits s positions before each labelled token with it, by boson's own forward."""
-    from higgs_tune.train.reference import boson_inputs
+    from higgs_tune.train.model.reference import boson_inputs
 
     loaded = load_model(trained.model, device=torch.device("cpu"), dtype=torch.float32).model
     batch = collate(trained.samples, 0.0, trained.ids)
@@ -129,7 +129,7 @@ def unshifted_expand(make: Callable[..., sequence.Expanded]) -> Callable[..., se
 def test_unshifted_labels_are_refused(
     trained: Trained, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from higgs_tune.train import batch
+    from higgs_tune.train.data import batch
 
     monkeypatch.setattr(batch, "expand", unshifted_expand(sequence.expand))
     said = refusal(capsys, "single", trained.model, trained.data, tmp_path)
@@ -149,7 +149,7 @@ def test_unshifted_loss_is_refused(
     untrained: bool,
 ) -> None:
     """The code that trains is compared with shift 1, so an unshifted loss shows even on an untrained model."""
-    from higgs_tune.train import reference, step
+    from higgs_tune.train.model import pack_model, reference
 
     model = trained.model
     if untrained:
@@ -168,9 +168,11 @@ def test_unshifted_loss_is_refused(
         labels = torch.roll(inputs["label_ids"], 1, 1)
         return reference.reference_loss(model, inputs | {"label_ids": labels}, *rest, **options)
 
-    monkeypatch.setattr(step, "label_states", step.hidden_states)  # the wrong rows are none of those with a label
-    monkeypatch.setattr(step, "pack_loss", unshifted_pack_loss)
-    monkeypatch.setattr(step, "reference_loss", unshifted_reference)
+    monkeypatch.setattr(
+        pack_model, "label_states", pack_model.hidden_states
+    )  # the wrong rows are none of those with a label
+    monkeypatch.setattr(pack_model, "pack_loss", unshifted_pack_loss)
+    monkeypatch.setattr(pack_model, "reference_loss", unshifted_reference)
     said = refusal(capsys, "single", model, trained.data, tmp_path / "out", forward=forward)
     assert "text: the training loss is" in said
     assert "codebook 0" not in said
@@ -216,7 +218,7 @@ def test_loss_above_uniform_is_refused(
 def test_lost_end_of_stream_is_refused(
     trained: Trained, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from higgs_tune.train import batch
+    from higgs_tune.train.data import batch
 
     def without_eos(*args: Any, **options: Any) -> sequence.Expanded:
         seen = sequence.expand(*args, **options)
@@ -246,7 +248,7 @@ def test_verdicts_weigh_the_number_of_labels() -> None:
 
 def test_report_names_the_problem() -> None:
     good = Part("text", (9.0, 3.0, 8.0), 11.76, 1000)
-    report = Report([good], {"text": 3.0}, 100, 10, 20, 16, 2, 8, "text")
+    report = SelfTestResult([good], {"text": 3.0}, 100, 10, 20, 16, 2, 8, "text")
     assert report.problems == []
     assert replace(report, eos_labels=15).problems == ["15 end-of-stream labels, expected 2 segments x 8"]
     assert len(replace(report, training_loss={"text": 9.0}).problems) == 1

@@ -14,14 +14,14 @@ from typing import Any
 import numpy as np
 import pytest
 import soundfile
+from helpers.inspect_runs import write_run
 from higgs_tune.inspect import cli
 from higgs_tune.inspect.checkpoints import Checkpoints
-from higgs_tune.inspect.pages import folded
-from higgs_tune.inspect.run import read_run
-from higgs_tune.inspect.serve import HOST, MAX_HEADERS, MAX_TARGET, open_server
+from higgs_tune.inspect.web.pages import folded
+from higgs_tune.inspect.web.run import read_run
+from higgs_tune.inspect.web.serve import HOST, MAX_HEADERS, MAX_TARGET, open_server
 from higgs_tune.shards.errors import UserError
 from higgs_tune.shards.reader import ShardSet
-from inspect_runs import write_run
 
 SECRET = b"nobody may read this"
 
@@ -46,13 +46,13 @@ def run_folder(shards: ShardSet, tmp_path_factory: pytest.TempPathFactory) -> Pa
 
 @pytest.fixture(scope="module")
 def port(shards: ShardSet, run_folder: Path) -> Iterator[int]:
-    running = open_server(shards, Checkpoints(shards.provenance), read_run(run_folder), audio=True, port=0)
-    thread = threading.Thread(target=running.serve_forever, daemon=True)
+    exec_options = open_server(shards, Checkpoints(shards.provenance), read_run(run_folder), audio=True, port=0)
+    thread = threading.Thread(target=exec_options.serve_forever, daemon=True)
     thread.start()
-    yield running.port
-    running.shutdown()
+    yield exec_options.port
+    exec_options.shutdown()
     thread.join()
-    running.server_close()
+    exec_options.server_close()
 
 
 def ask(port: int, target: str, method: str = "GET", body: bytes | None = None, **headers: str) -> tuple[int, bytes]:

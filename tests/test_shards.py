@@ -10,15 +10,15 @@ import numpy as np
 import pytest
 import torch
 from boson_multimodal.model.higgs_audio.utils import build_delay_pattern_mask
+from helpers.samples import random_sample
 from higgs_tune.shards.errors import ShardError, UserError
 from higgs_tune.shards.format import decode_sample, encode_sample
 from higgs_tune.shards.plan import GROUP, WINDOW, make_plan
 from higgs_tune.shards.reader import ShardSet
 from higgs_tune.shards.sequence import SpecialIds, delay, expand, packed_length, undelay
-from higgs_tune.train.reference import boson_inputs
+from higgs_tune.train.model.reference import boson_inputs
 from hypothesis import given
 from hypothesis import strategies as st
-from samples import random_sample
 from transformers import PreTrainedTokenizerBase
 
 IDS = SpecialIds(audio_in=5, audio_out=6, stream_bos=1024, stream_eos=1025, codebooks=8)

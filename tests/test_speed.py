@@ -12,17 +12,17 @@ import pytest
 import torch
 from higgs_tune.shards.reader import ShardSet
 from higgs_tune.train import loop
-from higgs_tune.train.batch import Batch, collate
 from higgs_tune.train.config import TrainConfig
-from higgs_tune.train.cost import Rows, activation_bytes, choose_checkpointing, model_flops, working_bytes
-from higgs_tune.train.forward import Running, hidden_states, label_states
-from higgs_tune.train.fused import product, stack_layer
-from higgs_tune.train.garbage import collected_on_schedule
+from higgs_tune.train.data.batch import Batch, collate
+from higgs_tune.train.dist.gc_schedule import collected_on_schedule
 from higgs_tune.train.loop import train
-from higgs_tune.train.lora import TrainableOptions, add_lora, trainable
-from higgs_tune.train.loss import LossOptions, pack_loss
-from higgs_tune.train.model import HiggsAudioModel, load_model
-from higgs_tune.train.profiling import kind_of, table
+from higgs_tune.train.model.flops import Rows, activation_bytes, choose_checkpointing, model_flops, working_bytes
+from higgs_tune.train.model.forward import ExecOptions, hidden_states, label_states
+from higgs_tune.train.model.fused_linear import product, stack_layer
+from higgs_tune.train.model.load import HiggsAudioModel, load_model
+from higgs_tune.train.model.lora import TrainableOptions, add_lora, trainable
+from higgs_tune.train.model.loss import LossOptions, pack_loss
+from higgs_tune.train.monitor.profiling import kind_of, table
 from higgs_tune.train.step import train_step
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
@@ -49,10 +49,10 @@ def batch_of(shards: ShardSet, rows: range) -> Batch:
     return collate([shards.read(row) for row in rows], 0.0, shards.special_ids)
 
 
-def step(model: HiggsAudioModel, batch: Batch, running: Running = Running()) -> dict[str, torch.Tensor]:  # noqa: B008
+def step(model: HiggsAudioModel, batch: Batch, exec_options: ExecOptions = ExecOptions()) -> dict[str, torch.Tensor]:  # noqa: B008
     """Forward and backward; the loss and every gradient."""
     weights = LOSS.per_label(torch.cat([batch["label_counts"], batch["pairs"]]).float())
-    parts = pack_loss(model, label_states(model, batch, running), batch, weights, LOSS, at_labels=True)
+    parts = pack_loss(model, label_states(model, batch, exec_options), batch, weights, LOSS, at_labels=True)
     parts.total.backward()
     found = {name: p.grad for name, p in trainable(model).items() if p.grad is not None}
     model.zero_grad(set_to_none=True)
@@ -68,7 +68,7 @@ def assert_same(got: dict[str, torch.Tensor], expected: dict[str, torch.Tensor],
 @pytest.mark.parametrize("checkpointing", ["selective", "full"])
 def test_checkpointing_changes_no_number(toy: Path, shards: ShardSet, checkpointing: Any) -> None:
     model, batch = with_lora(toy), batch_of(shards, range(4))
-    assert_same(step(model, batch, Running(checkpointing=checkpointing)), step(model, batch), 1e-6)
+    assert_same(step(model, batch, ExecOptions(checkpointing=checkpointing)), step(model, batch), 1e-6)
 
 
 @pytest.mark.parametrize("dora", [False, True])
@@ -87,12 +87,12 @@ def test_stacked_weights_change_no_number(toy: Path, shards: ShardSet, dora: boo
 @needs_compiler
 def test_compiled_layers_agree_and_are_not_compiled_again(toy: Path, shards: ShardSet) -> None:
     """Two batches warm up; other row and sample counts then find everything compiled."""
-    model, running = with_lora(toy), Running(compiled=True)
+    model, exec_options = with_lora(toy), ExecOptions(compiled=True)
     for rows in (range(3), range(2, 7)):
-        assert_same(step(model, batch_of(shards, rows), running), step(model, batch_of(shards, rows)), 1e-3)
+        assert_same(step(model, batch_of(shards, rows), exec_options), step(model, batch_of(shards, rows)), 1e-3)
     with torch._dynamo.config.patch(error_on_recompile=True):
         for rows in (range(8), range(5, 6), range(1, 12)):
-            assert_same(step(model, batch_of(shards, rows), running), step(model, batch_of(shards, rows)), 1e-3)
+            assert_same(step(model, batch_of(shards, rows), exec_options), step(model, batch_of(shards, rows)), 1e-3)
 
 
 class Operators(TorchDispatchMode):

@@ -13,15 +13,15 @@ import pytest
 import torch
 from higgs_tune.shards.errors import UserError
 from higgs_tune.shards.reader import ShardSet
-from higgs_tune.train.batch import collate
 from higgs_tune.train.config import TrainConfig
-from higgs_tune.train.forward import hidden_states
+from higgs_tune.train.data.batch import collate
 from higgs_tune.train.loop import train
-from higgs_tune.train.lora import AUDIO_PARAMETER, add_lora
-from higgs_tune.train.loss import LossOptions, pack_loss
-from higgs_tune.train.model import HiggsAudioModel, load_model
-from higgs_tune.train.reference import boson_inputs
-from higgs_tune.train.setup import trainable_options
+from higgs_tune.train.model.forward import hidden_states
+from higgs_tune.train.model.load import HiggsAudioModel, load_model
+from higgs_tune.train.model.lora import AUDIO_PARAMETER, add_lora
+from higgs_tune.train.model.loss import LossOptions, pack_loss
+from higgs_tune.train.model.reference import boson_inputs
+from higgs_tune.train.resolve import trainable_options
 from peft import PeftModel
 from safetensors.torch import load_file
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
@@ -118,7 +118,8 @@ def test_stage2_begins_with_stage1s_loss(shards: ShardSet, toy: Path, stage1: Pa
     """Its first step is on the first pack; stage 1's adapter, loaded by plain PEFT, has the same losses there."""
     tuned = PeftModel.from_pretrained(HiggsAudioModel.from_pretrained(toy / "model"), str(stage1))  # pyright: ignore
     first = metrics_of(stage2)[0]
-    from higgs_tune.train.schedule import Schedule, World
+    from higgs_tune.train.data.sampler import Schedule
+    from higgs_tune.train.dist.context import World
 
     schedule = Schedule([shards], tokens_per_pack=2048, seed=42, accumulation=1, world=World(0, 1, 0, 1))
     samples = [shards.read(row) for row in schedule.plan(0).pack(0)]
@@ -174,7 +175,8 @@ def assert_same_run(one: Path, other: Path) -> None:
 
 def test_packing_does_not_change_the_step(shards: ShardSet, toy: Path, one_process: Path) -> None:
     """One step over all samples of the first two packs equals a loop of single samples with the same weighting."""
-    from higgs_tune.train.schedule import Schedule, World
+    from higgs_tune.train.data.sampler import Schedule
+    from higgs_tune.train.dist.context import World
 
     schedule = Schedule([shards], tokens_per_pack=1024, seed=42, accumulation=2, world=World(0, 1, 0, 1))
     rows = np.concatenate([schedule.plan(0).pack(i) for i in range(2)])

@@ -11,12 +11,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from helpers.inspect_sets import SampleMaker, write_set
 from higgs_tune.inspect import cli
-from higgs_tune.inspect.damage import USTAR_FIELDS, Finding
-from higgs_tune.inspect.verify import Verdict, VerifyOptions, verify
+from higgs_tune.inspect.verify.diagnose import USTAR_FIELDS, Finding
+from higgs_tune.inspect.verify.verify import Verdict, VerifyOptions, verify
 from higgs_tune.shards.errors import UserError
 from higgs_tune.shards.reader import ShardSet
-from inspect_sets import SampleMaker, write_set
 
 QUICK = VerifyOptions()
 FIRST, SECOND = "codes-000000.tar", "codes-000001.tar"

@@ -12,15 +12,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from helpers.samples import random_sample
+from helpers.tiny import ids_of, loss_of, metrics_of, train_flags, write_checkpoint, write_set
 from higgs_tune.shards.format import Sample
 from higgs_tune.shards.sequence import SpecialIds
-from higgs_tune.train.batch import collate
-from higgs_tune.train.forward import hidden_states
-from higgs_tune.train.loss import LossOptions, pack_loss
-from higgs_tune.train.model import HiggsAudioModel
+from higgs_tune.train.data.batch import collate
+from higgs_tune.train.model.forward import hidden_states
+from higgs_tune.train.model.load import HiggsAudioModel
+from higgs_tune.train.model.loss import LossOptions, pack_loss
 from safetensors.torch import load_file
-from samples import random_sample
-from tiny import ids_of, loss_of, metrics_of, train_flags, write_checkpoint, write_set
 from transformers import PreTrainedTokenizerBase
 
 SAMPLES, WHOLE, SINGLE, TWO = 8, 4096, 260, 500  # positions a pack: all samples, one each, about two each
@@ -71,7 +71,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory, toy_tokenizer: PreTrainedToke
         commands.append(
             [size, train_flags("single", folder / "model", data, folder / name, **options, **spread)],
         )
-    script = Path(__file__).parent / "launch.py"
+    script = Path(__file__).parent / "helpers" / "launch.py"
     subprocess.run([sys.executable, str(script), json.dumps(commands)], check=True, timeout=600, capture_output=True)
     return Runs(model, samples, ids, folder)
 

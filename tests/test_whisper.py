@@ -17,8 +17,8 @@ from boson_multimodal.dataset.chatml_dataset import ChatMLDatasetSample, prepare
 from boson_multimodal.model.higgs_audio import HiggsAudioConfig, HiggsAudioModel
 from boson_multimodal.model.higgs_audio.configuration_higgs_audio import HiggsAudioEncoderConfig
 from conftest import preprocess
-from higgs_tune.preprocess.whisper import Tower, log_mel, tower_sha256
-from higgs_tune.preprocess.work import Features
+from higgs_tune.preprocess.audio.whisper import Tower, log_mel, tower_sha256
+from higgs_tune.preprocess.workdir import Features
 from higgs_tune.shards.errors import UserError
 from higgs_tune.shards.reader import ShardSet
 from higgs_tune.shards.sequence import SpecialIds, mel_window

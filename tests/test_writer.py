@@ -15,7 +15,7 @@ from pathlib import Path
 import fsspec
 import numpy as np
 import pytest
-from build_set import IDS, PER_SHARD, SHARDS, build_set, shard_samples, synthetic_sample
+from helpers.build_set import IDS, PER_SHARD, SHARDS, build_set, shard_samples, synthetic_sample
 from higgs_tune.shards.errors import ShardError, UserError
 from higgs_tune.shards.reader import ShardSet
 from higgs_tune.shards.remote import Cache
@@ -133,7 +133,7 @@ def test_full_disk_is_a_clear_error(tmp_path: Path) -> None:
     code = f"""
 import resource
 from pathlib import Path
-from build_set import build_set
+from helpers.build_set import build_set
 from higgs_tune.shards.errors import run_command
 resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, 40_000))
 run_command(lambda: build_set(Path({str(tmp_path)!r})))

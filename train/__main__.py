@@ -13,9 +13,8 @@ import sys
 from pathlib import Path
 
 import tyro
-
-from ..shards.errors import run_command
-from .config import TrainConfig, arguments_of_file
+from higgs_tune.shards.errors import run_command
+from higgs_tune.train.config import TrainConfig, arguments_of_file
 
 
 def main() -> None:
@@ -37,7 +36,9 @@ def parse_arguments(arguments: list[str]) -> TrainConfig:
 
 def _main() -> None:
     config = parse_arguments(sys.argv[1:])
-    from .loop import train  # after the flags are checked: torch and transformers take seconds to import
+    from higgs_tune.train.loop import (
+        train,  # after the flags are checked: torch and transformers take seconds to import
+    )
 
     train(config)
 

@@ -9,9 +9,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-
-from ..shards.errors import UserError
-from ..shards.remote import Cache
+from higgs_tune.shards.errors import UserError
+from higgs_tune.shards.remote import Cache
 
 Stage = Literal["stage1", "stage2", "single"]
 

@@ -1,56 +1,50 @@
-"""The trainer's main path: check, load, prove the signal, step, save.
+"""The trainer's main path: check the inputs, load the model, self-test, take the steps, save the result.
 
 In: a `TrainConfig`. Out: the output folder (config.yaml, metrics.jsonl, checkpoints, samples, the final adapter).
-Never: a step that the ranks do not take together; a loss that depends on how many ranks share the work.
+Guarantees: all ranks take every step, validation and save together (test_faults.py).
 """
 
 from __future__ import annotations
 
 import math
 import time
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import torch.distributed as dist
-
-from ..preprocess.checkpoint import load_tokenizer
-from ..shards.durable import check_writable, to_json, write_bytes
-from ..shards.errors import UserError
-from .assemble import build, check, checkpoint_bytes, describe_run
-from .checkpoint import VERSION, Snapshot
-from .config import TrainConfig
-from .data import naming_dead_workers
-from .diagnostics import UpdateWatch, fingerprint, look_at_predictions
-from .faults import EXIT_REQUEUE, Stopped, together
-from .garbage import collected_on_schedule
-from .metrics import max_memory_gb
-from .output import (
-    SELFTEST,
-    STOPPED,
-    save_config,
-    save_trainable,
-)
-from .profiling import StepProfiler
-from .readback import Mark
-from .report import Reporter
-from .resume import changed_options
-from .samples import Speaker
-from .saver import Saver
-from .selftest import refuse_if_wrong, run_selftest
-from .setup import Place, join_world
-from .step import Run, Window, take_batches, train_step
-from .tools import (
-    Tools,
+from higgs_tune.preprocess.checkpoints.checkpoint import load_tokenizer
+from higgs_tune.shards.durable import check_writable, to_json, write_bytes
+from higgs_tune.shards.errors import UserError
+from higgs_tune.train.build import build_run, checkpoint_bytes, describe_run
+from higgs_tune.train.checkpoint.folder import VERSION, Saver, Snapshot
+from higgs_tune.train.checkpoint.output import SELFTEST, STOPPED, save_config, save_trainable
+from higgs_tune.train.checkpoint.resume import changed_options
+from higgs_tune.train.config import TrainConfig
+from higgs_tune.train.data.loader import naming_dead_workers
+from higgs_tune.train.dist.context import DistContext, join_world
+from higgs_tune.train.dist.device_timing import Mark
+from higgs_tune.train.dist.faults import EXIT_REQUEUE, Stopped, together
+from higgs_tune.train.dist.gc_schedule import collected_on_schedule
+from higgs_tune.train.metrics import max_memory_gb
+from higgs_tune.train.monitor.diagnostics import UpdateWatch, fingerprint, look_at_predictions
+from higgs_tune.train.monitor.logger import Reporter
+from higgs_tune.train.monitor.profiling import StepProfiler
+from higgs_tune.train.monitor.samples import SampleGenerator
+from higgs_tune.train.monitor.selftest import refuse_if_wrong, run_selftest
+from higgs_tune.train.resolve import resolve_inputs
+from higgs_tune.train.run_io import (
+    RunIO,
     final_weights,
     finish_saves,
-    note,
-    report,
-    report_noted,
+    queue_metrics,
+    report_pending,
     save,
     save_error,
     save_result,
-    say,
 )
+from higgs_tune.train.state import Run, StepStats
+from higgs_tune.train.step import take_batches, train_step
 
 DRY_STEPS = 2
 
@@ -63,210 +57,236 @@ def train(config: TrainConfig) -> None:
         Stopped: by a signal, after a checkpoint.
     """
     config.validate()
-    place = join_world()
-    together(place.world.rank, lambda: _train(config, place))
+    context = join_world()
+    together(context.world.rank, lambda: _train(config, context))
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
-def _train(config: TrainConfig, place: Place) -> None:
-    checked = check(config, place)
-    run, window, state = build(config, place, checked)
-    if place.is_main:
-        print(describe_run(run, checked.checkpoint), flush=True)
+def _train(config: TrainConfig, context: DistContext) -> None:
+    # 1. check everything that needs no weights
+    inputs = resolve_inputs(config, context)
+    # 2. load the model, or restore a checkpoint
+    run, stats, state = build_run(config, context, inputs)
+    if context.is_main:
+        print(describe_run(run, inputs.checkpoint), flush=True)
         for change in changed_options(state, config) if state else ():
             print(f"  changed since the checkpoint: {change}", flush=True)
-    if place.is_main and not config.dry_run:
+    if context.is_main and not config.dry_run:
         check_writable(config.output_dir, 3 * checkpoint_bytes(run))
-        resolved = {"base_model": str(checked.base), "total_steps": run.total_steps}
-        save_config(config, resolved | {"whisper_features": checked.features})
+        resolved = {"base_model": str(inputs.base), "total_steps": run.total_steps}
+        save_config(config, resolved | {"whisper_features": inputs.features})
         save_trainable(config.output_dir, run.parameters)
-    if not checked.checkpoint:
-        prove_signal(run, checked.base)
+    # 3. prove that the training signal is right
+    if not inputs.checkpoint:
+        self_test(run, inputs.base)
     if config.dry_run:
         dry_run(run)
         return
-    tokenizer = load_tokenizer(checked.base, run.special_ids)
-    tools = Tools(tokenizer, fingerprint(run.peft_model.named_parameters()), checked.validation)
-    tools.saved_step = run.progress.step
-    if place.is_main:
-        tools.reporter = Reporter(config, run.total_steps, run.progress.step, state.get("written"))
-        tools.saver = Saver(config.output_dir, config.save_total_limit)
+    # 4. take the steps
+    tokenizer = load_tokenizer(inputs.base, run.special_ids)
+    run_io = RunIO(tokenizer, fingerprint(run.peft_model.named_parameters()), inputs.validation)
+    run_io.saved_step = run.progress.step
+    if context.is_main:
+        run_io.reporter = Reporter(config, run.total_steps, run.progress.step, state.get("written"))
+        run_io.saver = Saver(config.output_dir, config.save_total_limit)
     if config.sample_steps:
-        tools.speaker = Speaker(run, tokenizer, checked.features)
-    if config.profile and place.is_main:
-        tools.profiler = StepProfiler(config.output_dir / "profile", place.device)
-    with tools.stop.listening(), naming_dead_workers(), collected_on_schedule() as tools.collect:
-        run_steps(run, tools, window)
-    if tools.profiler:
-        tools.profiler.close()
-    save_result(run, tools, checked.base)
+        run_io.sample_generator = SampleGenerator(run, tokenizer, inputs.features)
+    if config.profile and context.is_main:
+        run_io.profiler = StepProfiler(config.output_dir / "profile", context.device)
+    with run_io.stop.listening(), naming_dead_workers(), collected_on_schedule() as run_io.collect_garbage:
+        run_steps(run, run_io, stats)
+    if run_io.profiler:
+        run_io.profiler.close()
+    # 5. save the result
+    save_result(run, run_io, inputs.base)
 
 
-def prove_signal(run: Run, base: Path) -> None:
-    """Print and keep the self-test.
+def self_test(run: Run, base: Path) -> None:
+    """Run the self-test before the first step, print it and keep it.
 
     Raises:
-        UserError: the training signal is wrong on some rank, and that is not to be passed over.
+        UserError: the training signal is wrong on some rank, and --skip_alignment_check is not given.
     """
-    found = run_selftest(run, base)
-    if run.place.is_main:
-        print("\n".join(found.lines()), flush=True)
+    result = run_selftest(run, base)
+    if run.context.is_main:
+        print("\n".join(result.lines()), flush=True)
         if not run.config.dry_run:
-            write_bytes(run.config.output_dir / SELFTEST, to_json(found.to_dict(), indent=1) + b"\n")
-    wrong_ranks = run.place.agree([float(bool(found.problems))])[0]
+            write_bytes(run.config.output_dir / SELFTEST, to_json(result.to_dict(), indent=1) + b"\n")
+    wrong_ranks = run.context.all_sum([float(bool(result.problems))])[0]
     if wrong_ranks and not run.config.skip_alignment_check:
-        refuse_if_wrong(found)
+        refuse_if_wrong(result)
         raise UserError("the training signal looks wrong on another rank; see its message")
 
 
-def run_steps(run: Run, tools: Tools, window: Window) -> None:
+def run_steps(run: Run, run_io: RunIO, stats: StepStats) -> None:
     """Take every step that is left, with its reports, validations, samples and checkpoints."""
     config, progress = run.config, run.progress
-    if progress.step == 0 and tools.validation.every:
-        report(tools, tools.validation.run(run, base=True))
-    if tools.speaker:
-        tools.speaker.begin()
-    window.began = Mark(run.place.device)
+    if progress.step == 0 and run_io.validation.every:
+        run_io.report(run_io.validation.run(run, base=True))
+    if run_io.sample_generator:
+        run_io.sample_generator.begin()
+    stats.began = Mark(run.context.device)
     while progress.step < run.total_steps:
-        batches, counts = take_batches(run, window)
-        counts = obey(run, tools, window, counts)
-        looks = config.diagnostics_steps and (progress.step + 1) % config.diagnostics_steps == 0
-        watch = UpdateWatch(run.parameters) if looks else None
-        predictions: dict[str, object] = {}
-        if watch:
-            look = partial(look_at_predictions, tokenizer=tools.tokenizer, options=run.loss)
-            predictions = run.look(batches[0], look)
-        norm = train_step(run, batches, counts, window, watch)
-        report_noted(run, tools)
-        step, last = progress.step, progress.step == run.total_steps
-        tools.collect(step)
-        if tools.profiler and (table := tools.profiler.step()):
-            say(tools, table)
-        predictions |= watch.norms() if watch else {}
-        if tools.reporter:
-            tools.reporter.step(step)
-            if watch:
-                tools.reporter.diagnose(predictions, step)
-        if step % config.logging_steps == 0 or step == 1 or last:
-            tools.noted = note(run, window, norm)
-            window = run.window(tools.noted.ended)
-            if not run.place.queues:
-                report_noted(run, tools)
-        if pause(run, tools, window):
+        batches, own_counts = take_batches(run, stats)
+        agreement = sync_ranks(run, run_io, own_counts)
+        act_on(agreement, run, run_io, stats)
+        watch = predictions = None
+        if config.diagnostics_steps and (progress.step + 1) % config.diagnostics_steps == 0:
+            watch = UpdateWatch(run.parameters)
+            probe = partial(look_at_predictions, tokenizer=run_io.tokenizer, options=run.loss)
+            predictions = run.probe(batches[0], probe)
+        norm = train_step(run, batches, agreement.label_counts, stats, watch)
+        report_pending(run, run_io)
+        run_io.collect_garbage(progress.step)
+        if run_io.profiler and (table := run_io.profiler.step()):
+            run_io.say(table)
+        update_norms = watch.norms() if watch else {}
+        if run_io.reporter:
+            run_io.reporter.step(progress.step)
+            if predictions:
+                run_io.reporter.diagnose(predictions | update_norms, progress.step)
+        if progress.step % config.logging_steps == 0 or progress.step in (1, run.total_steps):
+            run_io.pending = queue_metrics(run, stats, norm)
+            stats = run.new_stats(run_io.pending.ended)
+            if not run.context.queues:
+                report_pending(run, run_io)
+        if pause(run, run_io, stats):
             return
 
 
-def pause(run: Run, tools: Tools, window: Window) -> bool:
-    """Validate, speak and save where that is due, which is no training time; returns whether to stop early."""
+def pause(run: Run, run_io: RunIO, stats: StepStats) -> bool:
+    """Validate, generate samples and save where that is due; returns whether to stop early.
+
+    The time is not counted as training time.
+    """
     config, progress = run.config, run.progress
-    step, last = progress.step, progress.step == run.total_steps
-    validates = tools.validation.due(step, run.total_steps)
-    speaks = bool(tools.speaker) and (step % config.sample_steps == 0 or last)
-    saves = config.save_steps > 0 and (step % config.save_steps == 0 or last)
-    if not (validates or speaks or saves or last):
+    step, is_last = progress.step, progress.step == run.total_steps
+    validates = run_io.validation.due(step, run.total_steps)
+    samples = bool(run_io.sample_generator) and (step % config.sample_steps == 0 or is_last)
+    saves = config.save_steps > 0 and (step % config.save_steps == 0 or is_last)
+    if not (validates or samples or saves or is_last):
         return False
-    report_noted(run, tools)
-    with window.pauses.counted():
-        stale = validates and validate(run, tools)
-        if tools.speaker and (speaks or stale):
-            speak(run, tools, tools.speaker)
-    if saves or (stale and config.save_steps):
-        save(run, tools, window)
-    if stale:
+    report_pending(run, run_io)
+    with stats.pauses.counted():
+        stops = validates and validate(run, run_io)
+        if run_io.sample_generator and (samples or stops):
+            generate_samples(run, run_io, run_io.sample_generator)
+    if saves or (stops and config.save_steps):
+        save(run, run_io, stats)
+    if stops:
         best, at = progress.best_loss, progress.best_step
-        found = "no finite loss" if best is None else f"best loss {best:.4f} at {at}"
-        say(tools, f"stopped early at step {step}: {found}")
-    return stale
+        outcome = "no finite loss" if best is None else f"best loss {best:.4f} at {at}"
+        run_io.say(f"stopped early at step {step}: {outcome}")
+    return stops
 
 
-def obey(run: Run, tools: Tools, window: Window, counts: list[float]) -> list[float]:
-    """What all ranks agree on before a step: label counts, a signal to stop, a checkpoint that is due, failures.
+@dataclass(frozen=True)
+class Agreement:
+    """What all ranks know before a step.
 
-    Returns:
-        The label counts of all ranks.
+    label_counts: [2 + K], summed over ranks. stop: a rank got a signal. save_due: a checkpoint is due by time.
+    save_failed: a save failed, and that ends the run. too_many_bad_steps: more than --max_bad_steps.
+    failures: messages of failed saves, on rank 0 only.
+    """
+
+    label_counts: list[float]
+    stop: bool
+    save_due: bool
+    save_failed: bool
+    too_many_bad_steps: bool
+    failures: list[str]
+
+
+def sync_ranks(run: Run, run_io: RunIO, own_counts: list[float]) -> Agreement:
+    """Exchange label counts and flags between all ranks, once a step, on the host."""
+    config, saver = run.config, run_io.saver
+    run.bad_steps.read()
+    failures = saver.failures() if saver else []
+    unsaved = run.progress.step != run_io.saved_step
+    minutes = (time.monotonic() - run_io.saved_at) / 60
+    save_due = bool(saver) and unsaved and 0 < config.save_every_minutes <= minutes
+    save_failed = bool(failures) and not config.allow_failed_saves
+    own_flags = [bool(run_io.stop), save_due, save_failed, run.bad_steps.too_many]
+    sums = run.context.all_sum([*own_counts, *map(float, own_flags)])
+    stop, save_due, save_failed, too_many = (total > 0 for total in sums[len(own_counts) :])
+    return Agreement(sums[: len(own_counts)], stop, save_due, save_failed, too_many, failures)
+
+
+def act_on(agreement: Agreement, run: Run, run_io: RunIO, stats: StepStats) -> None:
+    """Save, stop or fail, as all ranks have agreed.
 
     Raises:
-        Stopped: a rank got a signal; there is a checkpoint of the last step.
+        Stopped: a rank got a signal; a checkpoint of the last step is on disk.
         UserError: a save failed, or too many steps were not finite.
     """
-    config, saver = run.config, tools.saver
-    run.bad.read()
-    failures = saver.failures() if saver else []
-    minutes = (time.monotonic() - tools.saved_at) / 60
-    unsaved = run.progress.step != tools.saved_step
-    save_due = bool(saver) and unsaved and 0 < config.save_every_minutes <= minutes
-    orders = [bool(tools.stop), save_due, bool(failures) and not config.allow_failed_saves, run.bad.too_many]
-    agreed = run.place.agree([*counts, *map(float, orders)])
-    stop, save_due, failed, bad = (value > 0 for value in agreed[len(counts) :])
-    if stop or save_due or failed or bad:
-        report_noted(run, tools)
-    for failure in failures:
-        say(tools, f"error: {failure}")
-    if failed:
-        _ = saver and saver.finish()
-        raise save_error(failures)
-    if bad:
-        run.bad.refuse()
-    if (stop and unsaved) or save_due:
-        save(run, tools, window)
-    if stop:
-        finish_saves(run, tools)
-        say(tools, f"stopped by {tools.stop.name or 'a signal to another rank'} at step {run.progress.step}; "
-                   "--resume_from_checkpoint auto goes on")  # fmt: skip
-        if tools.reporter:
-            tools.reporter.close()
-            write_bytes(config.output_dir / STOPPED, to_json({"exit_code": EXIT_REQUEUE, "step": run.progress.step}))
+    if agreement.stop or agreement.save_due or agreement.save_failed or agreement.too_many_bad_steps:
+        report_pending(run, run_io)
+    for failure in agreement.failures:
+        run_io.say(f"error: {failure}")
+    if agreement.save_failed:
+        _ = run_io.saver and run_io.saver.finish()
+        raise save_error(agreement.failures)
+    if agreement.too_many_bad_steps:
+        run.bad_steps.refuse()
+    if agreement.save_due or (agreement.stop and run.progress.step != run_io.saved_step):
+        save(run, run_io, stats)
+    if agreement.stop:
+        finish_saves(run, run_io)
+        step, signal_name = run.progress.step, run_io.stop.name or "a signal to another rank"
+        run_io.say(f"stopped by {signal_name} at step {step}; --resume_from_checkpoint auto goes on")
+        if run_io.reporter:
+            run_io.reporter.close()
+            write_bytes(run.config.output_dir / STOPPED, to_json({"exit_code": EXIT_REQUEUE, "step": step}))
         raise Stopped
-    return agreed[: len(counts)]
 
 
-def validate(run: Run, tools: Tools) -> bool:
-    """Validate, and keep the best; returns whether to stop early. All ranks find the same."""
+def validate(run: Run, run_io: RunIO) -> bool:
+    """Validate, and save the best weights; returns whether to stop early. All ranks return the same."""
     config, progress = run.config, run.progress
-    metrics = tools.validation.run(run)
-    report(tools, metrics)
+    metrics = run_io.validation.run(run)
+    run_io.report(metrics)
     loss = float(metrics["loss"])
     if not math.isfinite(loss):
-        say(tools, f"warning: the validation loss at step {progress.step} is not finite")
+        run_io.say(f"warning: the validation loss at step {progress.step} is not finite")
         progress.stale += 1
     elif progress.best_loss is None or loss < progress.best_loss - config.early_stopping_threshold:
         progress.best_loss, progress.best_step, progress.stale = loss, progress.step, 0
         tensors, texts = final_weights(run)
-        if tools.saver:
+        if run_io.saver:
             state = {"version": VERSION, "step": progress.step, "metrics": metrics}
-            tools.saver.best(Snapshot(progress.step, state, tensors, texts))
+            run_io.saver.best(Snapshot(progress.step, state, tensors, texts))
     else:
         progress.stale += 1
     return 0 < config.early_stopping_patience <= progress.stale
 
 
-def speak(run: Run, tools: Tools, speaker: Speaker) -> None:
+def generate_samples(run: Run, run_io: RunIO, generator: SampleGenerator) -> None:
     """Generate samples, and report how they compare with the base model's."""
     name = f"step-{run.progress.step:06d}"
-    metrics = speaker.speak(name)
-    if metrics and tools.reporter:
-        tools.reporter.report(metrics)
-        tools.reporter.sounds(speaker.sounds(name), run.progress.step)
+    metrics = generator.generate(name)
+    if metrics and run_io.reporter:
+        run_io.reporter.report(metrics)
+        run_io.reporter.sounds(generator.sounds(name), run.progress.step)
 
 
 def dry_run(run: Run) -> None:
     """Take two steps and print what the run will need."""
     check_writable(run.config.output_dir.parent, 3 * checkpoint_bytes(run))
-    window = run.window()
+    stats = run.new_stats()
     step_s = 0.0
     for _ in range(DRY_STEPS):
-        batches, counts = take_batches(run, window)
+        batches, own_counts = take_batches(run, stats)
         began = time.perf_counter()
-        norm = train_step(run, batches, run.place.agree(counts), window)
+        norm = train_step(run, batches, run.context.all_sum(own_counts), stats)
         float(norm)  # wait for the device
         step_s = time.perf_counter() - began
-    run.bad.read(until=run.progress.step)
+    run.bad_steps.read(until=run.progress.step)
     kept = run.config.save_total_limit or run.total_steps // max(1, run.config.save_steps)
-    if run.place.is_main:
+    if run.context.is_main:
         print(
             f"dry run: {run.total_steps} steps of {step_s:.2f} s, about {run.total_steps * step_s / 3600:.2f} h; "
-            f"{max_memory_gb(run.place.device):.1f} GB of memory so far; "
+            f"{max_memory_gb(run.context.device):.1f} GB of memory so far; "
             f"about {(kept + 2) * checkpoint_bytes(run) / 1e9:.2f} GB of disk for {kept} checkpoints, the best and one "
             "being written. Nothing was saved.",
             flush=True,

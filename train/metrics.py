@@ -10,34 +10,30 @@ import resource
 from typing import Any
 
 import torch
+from higgs_tune.train.model.loss import LossOptions, LossSums
 
-from .loss import LossOptions
 
-
-def loss_metrics(stats: list[float], options: LossOptions) -> dict[str, Any]:
-    """Losses and accuracies from `Window.stats`, summed over all ranks; None where there is no label."""
-    width = (len(stats) - 2 + 2) // 5  # 3 * (1 + K) + 2 * K + 2 values
-    sums, hits, counts = (stats[i * width : (i + 1) * width] for i in range(3))
-    eos, (pair_sum, pairs) = stats[3 * width : -2], stats[-2:]
-    codebooks = width - 1
-    means, shares = _ratios(sums, counts), options.codebook_shares(codebooks)
-    right = _ratios(hits, counts)
-    audio = _weighted(means[1:], shares) if options.with_audio else None
-    contrastive = pair_sum / pairs if pairs else None
+def loss_metrics(sums: LossSums, options: LossOptions) -> dict[str, Any]:
+    """Losses and accuracies from sums over all ranks, on the host; None where there is no label."""
+    codebooks = len(sums.eos_labels)
+    labels, correct = sums.labels.tolist(), sums.correct.tolist()
+    means, accuracies = _ratios(sums.cross_entropy.tolist(), labels), _ratios(correct, labels)
+    audio = _weighted(means[1:], options.codebook_shares(codebooks)) if options.with_audio else None
+    contrastive = _ratios(sums.contrastive.tolist(), sums.pairs.tolist())[0]
     parts = ((options.text, means[0]), (options.audio, audio), (options.contrastive, contrastive))
-    found = {
+    metrics = {
         "loss": sum(weight * value for weight, value in parts if value is not None),
         "text_loss": means[0],
         "audio_loss": audio,
         "audio_loss_per_codebook": means[1:] if options.with_audio else None,
-        "eos_loss": _ratios([sum(eos[:codebooks])], [sum(eos[codebooks:])])[0],
-        "text_accuracy": right[0],
-        "audio_accuracy": _ratios([sum(hits[1:])], [sum(counts[1:])])[0],
-        "audio_accuracy_per_codebook": right[1:] if options.with_audio else None,
-        "text_labels": int(counts[0]),
-        "audio_labels": int(sum(counts[1:])),
+        "eos_loss": _ratios([float(sums.eos_cross_entropy.sum())], [float(sums.eos_labels.sum())])[0],
+        "text_accuracy": accuracies[0],
+        "audio_accuracy": _ratios([sum(correct[1:])], [sum(labels[1:])])[0],
+        "audio_accuracy_per_codebook": accuracies[1:] if options.with_audio else None,
+        "text_labels": int(labels[0]),
+        "audio_labels": int(sum(labels[1:])),
     }
-    return found | ({"contrastive_loss": contrastive} if options.contrastive else {})
+    return metrics | ({"contrastive_loss": contrastive} if options.contrastive else {})
 
 
 def _ratios(sums: list[float], counts: list[float]) -> list[float | None]:

@@ -13,11 +13,10 @@ from contextlib import contextmanager
 from functools import partial
 
 import torch
+from higgs_tune.train.config import TrainConfig
+from higgs_tune.train.model.lora import parameter_group
 from torch import nn
 from torch.optim import AdamW
-
-from .config import TrainConfig
-from .lora import parameter_group
 
 
 def make_optimizer(parameters: dict[str, nn.Parameter], config: TrainConfig) -> AdamW:

@@ -17,15 +17,14 @@ from typing import Any
 
 import torch
 import tyro
+from higgs_tune.preprocess.codec.checkpoint import boson_name, fold_position_conv
+from higgs_tune.preprocess.codec.codec import CodecConfig, HiggsCodec
+from higgs_tune.shards.durable import write_bytes
+from higgs_tune.shards.errors import run_command
+from higgs_tune.train.model.load import HiggsAudioConfig, HiggsAudioModel
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import nn
 from transformers import DacConfig, HubertConfig, PreTrainedTokenizerFast
-
-from ..preprocess.codec import CodecConfig, HiggsCodec
-from ..preprocess.codec_checkpoint import boson_name, fold_position_conv
-from ..shards.durable import write_bytes
-from ..shards.errors import run_command
-from .model import HiggsAudioConfig, HiggsAudioModel
 
 # the 256 special tokens of the released tokenizer, in its order (ids 128000 to 128255 there)
 _NAMED_SPECIALS = {

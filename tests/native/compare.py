@@ -19,14 +19,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from higgs_tune.preprocess.checkpoint import load_tokenizer, read_config, special_ids
-from higgs_tune.preprocess.native import boson_weight_name
+from higgs_tune.preprocess.checkpoints.checkpoint import load_tokenizer, read_config, special_ids
+from higgs_tune.preprocess.checkpoints.native import boson_weight_name
 from higgs_tune.shards.errors import UserError
 from higgs_tune.shards.format import Sample
 from higgs_tune.shards.sequence import expand
-from higgs_tune.train.batch import Batch, collate
-from higgs_tune.train.forward import hidden_states
-from higgs_tune.train.model import load_model
+from higgs_tune.train.data.batch import Batch, collate
+from higgs_tune.train.model.forward import hidden_states
+from higgs_tune.train.model.load import load_model
 from higgs_tune.train.toy import make_tokenizer, texts_of
 from safetensors.torch import load_file
 

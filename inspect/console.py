@@ -1,0 +1,111 @@
+"""Results as tables on the terminal.
+
+In: plain values. Out: text on stdout. Never: control characters from the data.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from higgs_tune.inspect.diff import SetDiff
+from higgs_tune.inspect.show import isolated, open_console
+from higgs_tune.inspect.verify.verify import Verdict
+from higgs_tune.inspect.view import printable
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+MOST_ROWS = 50
+SIZES = ("B", "kB", "MB", "GB", "TB")
+
+
+def _cell(value: Any) -> Text:
+    return Text(isolated(printable(value)) if isinstance(value, str) else str(value))
+
+
+def print_statistics(found: dict[str, Any]) -> None:
+    """Everything that `stats` tells."""
+    console = open_console()
+    facts = Table(show_header=False, box=None, pad_edge=False)
+    for name, value in found.items():
+        if not isinstance(value, dict):
+            facts.add_row(_title(name), Text(_readable(name, value)))
+        elif not name.endswith("percentiles") and name != "code_usage":
+            items = [f"{_name(name, key)} {_readable(name, item)}" for key, item in list(value.items())[:MOST_ROWS]]
+            more = f", and {len(value) - MOST_ROWS} more (--json lists all)" if len(value) > MOST_ROWS else ""
+            facts.add_row(_title(name), Text(", ".join(items) + more if items else "none"))
+    console.print(facts)
+    rows = {name: value for name, value in found.items() if name.endswith("percentiles") and value}
+    lengths = Table("percentile", *next(iter(rows.values()), {}), box=None, pad_edge=False)
+    for name, value in rows.items():
+        lengths.add_row(_title(name.removesuffix("_percentiles")), *(f"{item:,.6g}" for item in value.values()))
+    console.print(lengths)
+    usage = found["code_usage"]
+    books = Table("codebook", *(str(k) for k in range(len(usage["dead_codes"]))), box=None, pad_edge=False)
+    books.add_row("entropy, bits", *(f"{bits:.3f}" for bits in usage["entropy_bits"]))
+    books.add_row(f"dead codes of {usage['codebook_size']}", *map(str, usage["dead_codes"]))
+    console.print(books)
+
+
+def _title(name: str) -> Text:
+    return Text(name.replace("_", " "))
+
+
+def _name(group: str, name: str) -> str:
+    return isolated(printable(name)) if group in ("speakers", "rejects") else name.replace("_", " ")
+
+
+def _readable(name: str, value: Any) -> str:
+    if name.endswith("bytes"):
+        return _bytes(value)
+    if isinstance(value, float):
+        return f"{value:.1%}" if name in ("label_shares", "pack_fill") else f"{value:,.3f}"
+    return f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def _bytes(count: int) -> str:
+    size, power = float(count), 0
+    while size >= 1000 and power < len(SIZES) - 1:
+        size, power = size / 1000, power + 1
+    return f"{size:.4g} {SIZES[power]}"
+
+
+def print_verdict(verdict: Verdict) -> None:
+    """What `verify` found, one line each, then the sum."""
+    console = open_console()
+    if verdict.findings:
+        table = Table("what", "file", "key", "offset", "detail", box=None)
+        for one in verdict.findings[:MOST_ROWS]:
+            offset = "" if one.offset is None else str(one.offset)
+            table.add_row(_cell(one.kind), _cell(one.file), _cell(one.key), Text(offset), _cell(one.detail))
+        console.print(table)
+        if len(verdict.findings) > MOST_ROWS:
+            console.print(Text(f"and {len(verdict.findings) - MOST_ROWS} more: --json lists all"))
+    for note in verdict.notes:
+        console.print(Text(f"note: {printable(note)}"), soft_wrap=True)
+    size = f"{verdict.samples:,} samples in {len(verdict.checked)} shards"
+    kinds = ", ".join(f"{count} {kind}" for kind, count in verdict.kinds.items())
+    total = f"{len(verdict.findings)} findings: {kinds}" if verdict.findings else "nothing is wrong"
+    console.print(Text(f"{size} ({verdict.seconds:.1f} s): {total}", "bold"), soft_wrap=True)
+
+
+def print_diff(found: SetDiff) -> None:
+    """What `diff` found."""
+    console = open_console()
+    for name, text in found.provenance.items():
+        console.print(Text(f"{name}: {printable(text)}"), soft_wrap=True)
+    for mark, keys in (("added", found.added), ("removed", found.removed)):
+        for key in keys[:MOST_ROWS]:
+            console.print(Text(f"{mark}  {key}"))
+        _more(console, len(keys))
+    for change in found.changed[:MOST_ROWS]:
+        parts = "; ".join(f"{name}: {isolated(printable(text))}" for name, text in change.parts.items())
+        console.print(Text(f"changed  {change.key}  {parts}"), soft_wrap=True)
+    _more(console, len(found.changed))
+    counts = (len(found.added), len(found.removed), len(found.changed), found.same)
+    console.print(Text("{:,} added, {:,} removed, {:,} changed, {:,} the same".format(*counts), "bold"))
+
+
+def _more(console: Console, count: int) -> None:
+    if count > MOST_ROWS:
+        console.print(Text(f"and {count - MOST_ROWS} more: --json lists all"))

@@ -1,0 +1,85 @@
+"""The page around the data: one HTML document with its styles and scripts inside, for the report and the server.
+
+In: values, and blobs that the page reads when it needs them. Out: the document, piece by piece. Never: text from the
+data as markup. Values and blobs stand in script elements of type application/json, with every `<` escaped; the page
+makes text nodes of them; a content security policy lets only the scripts run whose hashes it names.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from higgs_tune.shards.durable import to_json
+
+PAGE = Path(__file__).parent / "page"
+SCRIPTS = ("dom", "source", "sound", "codes", "charts", "detail", "samples", "run", "main")
+
+
+@dataclass(frozen=True)
+class Blob:
+    """Something that the page reads on demand, by its id; `text` holds no markup (JSON of `for_html`, or base64)."""
+
+    name: str
+    text: str
+
+
+def for_html(value: Any) -> str:
+    """JSON that no HTML parser sees an end of a script or a comment in."""
+    text = to_json(value).decode()
+    return text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")
+
+
+def plotly_script() -> str:
+    """plotly.js, minified, from the Python package."""
+    return (resources.files("plotly") / "package_data" / "plotly.min.js").read_text(encoding="utf-8")
+
+
+def page_script() -> str:
+    """The page's own scripts, in order, as one."""
+    return '"use strict";\n' + "\n".join((PAGE / f"{name}.js").read_text(encoding="utf-8") for name in SCRIPTS)
+
+
+def policy(scripts: Iterable[str], connect: str) -> str:
+    """A content security policy under which only these scripts run, and nothing is loaded but from `connect`."""
+    hashes = " ".join(f"'sha256-{base64.b64encode(hashlib.sha256(s.encode()).digest()).decode()}'" for s in scripts)
+    rules = {
+        "default-src": "'none'",
+        "script-src": hashes,
+        "style-src": "'unsafe-inline'",
+        "img-src": "data: blob:",
+        "media-src": "data: blob:",
+        "connect-src": connect,
+        "base-uri": "'none'",
+        "form-action": "'none'",
+    }
+    return "; ".join(f"{name} {value}" for name, value in rules.items())
+
+
+def render(title: str, info: dict[str, Any], blobs: Iterable[Blob] = (), *, connect: str = "'none'") -> Iterator[str]:
+    """The document, in pieces.
+
+    Args:
+        title: of the page.
+        info: what the page needs at once.
+        blobs: what it reads on demand; drawn from while the page is written.
+        connect: where it may fetch from: `'none'`, or `'self'` for the server's.
+    """
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(PAGE), autoescape=True, undefined=jinja2.StrictUndefined
+    )
+    scripts = [plotly_script(), page_script()]
+    yield from environment.get_template("page.html").generate(
+        title=title,
+        policy=policy(scripts, connect),
+        style=(PAGE / "style.css").read_text(encoding="utf-8"),
+        scripts=scripts,
+        info=for_html(info),
+        blobs=blobs,
+    )

@@ -1,0 +1,160 @@
+"""Whisper features of a clip: log-mel as `WhisperFeatureExtractor` gives it, or the output of a frozen audio tower.
+
+In: mono float32 at the codec's rate. Out: one float16 array for each chunk of at most 30 s, as boson's collator splits
+long audio, and its number of true frames. Never: what the padding to 30 s holds (`shards.sequence.mel_window` puts
+it back), weights other than the tower's.
+
+A chunk of F true frames keeps up to two more: the extractor's windows are 400 samples wide at a hop of 160, so the
+first two frames of the padding still hear the end of the signal, and so does the tower.
+
+Shapes: S samples, C mel bins or tower channels, F frames (100 a second; after the tower 25).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from higgs_tune.preprocess.audio.resample import resample_soxr
+from higgs_tune.preprocess.workdir import Features
+from higgs_tune.shards import durable
+from higgs_tune.shards.errors import UserError, few
+from higgs_tune.shards.format import MEL_TAIL
+from higgs_tune.shards.sequence import MEL_WINDOW, mel_window, tower_frames
+from safetensors import safe_open
+from transformers import WhisperFeatureExtractor
+
+RATE_HZ = 16_000
+HOP = 160
+CHUNK_SAMPLES = MEL_WINDOW * HOP
+PREFIXES = ("audio_tower.", "model.encoder.", "encoder.")  # of the tower in a Higgs model, a Whisper model, its base
+
+
+def log_mel(wave_S: np.ndarray, rate_hz: int, mel_bins: int) -> list[Features]:
+    """Log-mel of each chunk, float32, before it is stored.
+
+    Args:
+        wave_S: float32 [S], mono.
+    """
+    wave_S = resample_soxr(wave_S, rate_hz, RATE_HZ)
+    return [_chunk(wave_S[at : at + CHUNK_SAMPLES], mel_bins) for at in range(0, len(wave_S), CHUNK_SAMPLES)]
+
+
+def _chunk(wave_S: np.ndarray, mel_bins: int) -> Features:
+    frames = -(-len(wave_S) // HOP)
+    kept = min(frames + MEL_TAIL, MEL_WINDOW)
+    # silence beyond the kept frames cannot change them, or their maximum: it is left out
+    samples = min((kept + 2) * HOP, CHUNK_SAMPLES)
+    values = _extractor(mel_bins)(
+        [wave_S], sampling_rate=RATE_HZ, padding="max_length", max_length=samples, return_tensors="np"
+    )["input_features"]
+    return Features(values[0, :, :kept], frames)
+
+
+@lru_cache(maxsize=2)
+def _extractor(mel_bins: int) -> WhisperFeatureExtractor:
+    return WhisperFeatureExtractor(feature_size=mel_bins)
+
+
+def extractor_settings(mel_bins: int) -> dict[str, Any]:
+    """What the provenance says of the log-mel."""
+    names = ("feature_size", "sampling_rate", "hop_length", "n_fft", "chunk_length", "padding_value")
+    return {name: getattr(_extractor(mel_bins), name) for name in names}
+
+
+def mel_bins_of(model: Path) -> int:
+    """Mel bins of the checkpoint's audio tower, or of the one that its config describes."""
+    return _tower_config(model).get("num_mel_bins", 128)
+
+
+def channels_of(folder: Path, kind: str) -> int:
+    """Channels of the stored features: mel bins, or the tower's width."""
+    return mel_bins_of(folder) if kind == "mel" else _tower_config(folder).get("d_model", 1280)
+
+
+# the tower
+
+
+def _tower_config(folder: Path) -> dict[str, Any]:
+    """The tower's settings: of a Higgs model under `audio_encoder_config`, of a Whisper model at the top."""
+    file = folder / "config.json"
+    if not file.is_file():
+        raise UserError("no checkpoint here", where=folder, expected=file.name)
+    config = durable.from_json(file.read_bytes(), "the checkpoint's config", file)
+    return config if config.get("model_type") == "whisper" else config.get("audio_encoder_config") or {}
+
+
+class Tower:
+    """A frozen audio tower: boson's `HiggsAudioEncoder` with the weights of a checkpoint."""
+
+    def __init__(self, folder: Path, device: str) -> None:
+        from boson_multimodal.model.higgs_audio.configuration_higgs_audio import HiggsAudioEncoderConfig
+        from boson_multimodal.model.higgs_audio.modeling_higgs_audio import HiggsAudioEncoder
+
+        weights = _tower_weights(folder)
+        fields = ("num_mel_bins", "encoder_layers", "encoder_attention_heads", "encoder_ffn_dim", "d_model")
+        fields += ("max_source_positions", "scale_embedding", "activation_function")
+        given = _tower_config(folder)
+        config = HiggsAudioEncoderConfig(**{name: given[name] for name in fields if name in given})
+        config._attn_implementation = "sdpa"
+        with torch.device("meta"):
+            encoder = HiggsAudioEncoder(config)
+        own = encoder.state_dict()
+        wrong = sorted(own.keys() ^ weights.keys())
+        wrong += [name for name in own.keys() & weights.keys() if own[name].shape != weights[name].shape]
+        if wrong:
+            raise UserError("the audio tower's weights do not fit its config", where=folder, got=few(wrong))
+        placed = {name: value.to(device, torch.float32) for name, value in weights.items()}
+        encoder.load_state_dict(placed, assign=True)
+        self.encoder = encoder.requires_grad_(False).eval()
+        self.device = device
+
+    @torch.inference_mode()
+    def __call__(self, mel: Features) -> Features:
+        """The tower's output for one chunk: float32 [d_model, F], with the attention mask that boson's model makes."""
+        features_1CF = torch.from_numpy(mel_window(mel.values_CF))[None].to(self.device)
+        length = (mel.frames - 1) // 2 + 1
+        mask = torch.arange(MEL_WINDOW // 2, device=self.device) < length
+        out_1FC = self.encoder(features_1CF, attention_mask=mask.expand(1, 1, len(mask), len(mask))).last_hidden_state
+        frames = tower_frames(mel.frames)
+        return Features(out_1FC[0, :frames].T.float().cpu().numpy(), frames)
+
+
+def _tower_weights(folder: Path) -> dict[str, torch.Tensor]:
+    """The tower's tensors by the names of `HiggsAudioEncoder`."""
+    require_tower(folder)
+    weights: dict[str, torch.Tensor] = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, framework="pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118  (safe_open is no mapping)
+                prefix = next((p for p in PREFIXES if name.startswith(p)), None)
+                if prefix:
+                    weights[name.removeprefix(prefix)] = tensors.get_tensor(name)
+    return weights
+
+
+def require_tower(folder: Path) -> None:
+    """Make sure that a checkpoint has a tower.
+
+    Raises:
+        UserError: it has no safetensors, or no tower in them.
+    """
+    for file in folder.glob("*.safetensors"):
+        with safe_open(file, framework="pt") as tensors:
+            if any(name.startswith(PREFIXES) for name in tensors.keys()):  # noqa: SIM118
+                return
+    hint = "Name one that has it with --whisper_path, or use --whisper_features mel."
+    raise UserError("the checkpoint has no audio tower", where=folder, expected=f"weights {PREFIXES[0]}*", hint=hint)
+
+
+def tower_sha256(folder: Path) -> str:
+    """SHA-256 over the tower's tensors, by name: what the provenance of its features names."""
+    digest = hashlib.sha256()
+    for name, value in sorted(_tower_weights(folder).items()):
+        digest.update(f"{name} {value.dtype} {list(value.shape)}\n".encode())
+        digest.update(value.contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,92 @@
+"""What preprocessing and training need of a language-model checkpoint besides its weights: config and tokenizer.
+
+In: a checkpoint folder. Out: its config as a dict, its special ids, its tokenizer, and hashes that name them in the
+provenance. Never: weights, remote code, constants for ids.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from higgs_tune.preprocess.checkpoints.native import NATIVE_TYPE, boson_config
+from higgs_tune.shards import durable
+from higgs_tune.shards.errors import UserError, first_line
+from higgs_tune.shards.sequence import SpecialIds
+from higgs_tune.shards.writer import file_sha256
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+_ID_FIELDS = {
+    "audio_in": "audio_in_token_idx",
+    "audio_out": "audio_out_token_idx",
+    "stream_bos": "audio_stream_bos_id",
+    "stream_eos": "audio_stream_eos_id",
+    "codebooks": "audio_num_codebooks",
+}
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """A checkpoint's config, in Boson's terms, whichever layout it has.
+
+    Raises:
+        UserError: it is missing, no JSON, or another model's.
+    """
+    file = path / "config.json"
+    if not file.is_file():
+        raise UserError("no checkpoint here", where=path, expected="config.json")
+    config = durable.from_json(file.read_bytes(), "the checkpoint's config", file)
+    if config.get("model_type") == NATIVE_TYPE:
+        return boson_config(config, path)
+    for name, good, expected in (
+        ("model_type", config.get("model_type") == "higgs_audio", "higgs_audio or higgs_audio_v2"),
+        ("text_config", isinstance(config.get("text_config"), dict), "an object"),
+    ):
+        if not good:
+            got = f"{config.get(name)!r:.40}"
+            raise UserError("not a Higgs Audio v2 checkpoint", where=file, expected=f"{name}: {expected}", got=got)
+    return config
+
+
+def special_ids(config: dict[str, Any], where: Path) -> SpecialIds:
+    """The ids that expansion and loss need.
+
+    Raises:
+        UserError: the config does not name one of them.
+    """
+    missing = [field for field in _ID_FIELDS.values() if not isinstance(config.get(field), int)]
+    if missing:
+        raise UserError("the checkpoint's config lacks ids", where=where, expected=", ".join(missing))
+    return SpecialIds(**{name: config[field] for name, field in _ID_FIELDS.items()})
+
+
+def load_tokenizer(path: Path, ids: SpecialIds) -> PreTrainedTokenizerBase:
+    """The text tokenizer of a checkpoint folder.
+
+    Raises:
+        UserError: no tokenizer files, or not a tokenizer's; or its audio placeholders are not the config's.
+    """
+    missing = [name for name in ("tokenizer.json", "tokenizer_config.json") if not (path / name).is_file()]
+    if missing:
+        raise UserError("the checkpoint has no tokenizer", where=path, expected=" and ".join(missing))
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # the tokenizers package raises plain ones
+        raise UserError(f"cannot read the checkpoint's tokenizer: {first_line(error)}", where=path) from error
+    for token, expected in (("<|AUDIO|>", ids.audio_in), ("<|AUDIO_OUT|>", ids.audio_out)):
+        got = tokenizer.convert_tokens_to_ids(token)
+        if got != expected:
+            raise UserError(f"tokenizer and config disagree on {token}", where=path, expected=expected, got=got)
+    return tokenizer
+
+
+def describe_checkpoint(path: Path) -> dict[str, Any]:
+    """What the provenance says of a language model: equal for a base model and what was fine-tuned from it."""
+    config = read_config(path)
+    tokenizer = path / "tokenizer.json"
+    return {
+        "name": path.resolve().name,
+        "special_ids": special_ids(config, path / "config.json").to_dict(),
+        "tokenizer_sha256": file_sha256(tokenizer) if tokenizer.is_file() else "",
+        "codebook_size": config.get("audio_codebook_size"),
+        "text_vocabulary": config.get("text_config", {}).get("vocab_size"),
+    }

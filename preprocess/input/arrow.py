@@ -1,0 +1,115 @@
+"""A Hugging Face `datasets` folder on disk (`save_to_disk`): its rows, and the audio bytes inside its Arrow files.
+
+In: a folder with `state.json` and Arrow stream files. Out: rows as dicts whose audio is a path: `FILE.arrow#ROW` where
+the bytes are in the Arrow file itself, so that they are read where they are encoded, not copied.
+Never: a column decoded that nothing asks for, or a whole table in memory (files are mapped).
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from higgs_tune.preprocess.reject import Reject
+from higgs_tune.shards.errors import UserError
+
+_CELL = re.compile(r"(?<=\.arrow)#([\w.-]+):(\d+)$")  # column and row
+
+
+def arrow_cell(path: str) -> tuple[str, str, int] | None:
+    """(Arrow file, column, row) of a path into an Arrow file; None for other paths."""
+    match = _CELL.search(path)
+    return (path[: match.start()], match[1], int(match[2])) if match else None
+
+
+def arrow_audio(file: Path, column: str, row: int, source: str) -> bytes:
+    """The bytes of one audio cell.
+
+    Raises:
+        Reject: no such row or column, or no bytes in it.
+    """
+    try:
+        cell = _table(file, column)[row].as_py()
+    except (KeyError, IndexError, OSError, ValueError) as error:
+        raise Reject("missing_audio", f"no such cell: {error}", source) from error
+    if not isinstance(cell, dict) or not isinstance(cell.get("bytes"), bytes):
+        raise Reject("missing_audio", "no bytes in this cell", source)
+    return cell["bytes"]
+
+
+def _pyarrow() -> Any:
+    try:
+        import pyarrow
+    except ImportError as error:
+        hint = "Install it with: pip install higgs-tune[datasets]"
+        raise UserError("reading a datasets folder needs pyarrow", hint=hint) from error
+    return pyarrow
+
+
+@lru_cache(maxsize=8)
+def _table(file: Path, column: str) -> Any:
+    """One column of an Arrow stream file, mapped."""
+    arrow = _pyarrow()
+    with arrow.memory_map(str(file)) as source, arrow.ipc.open_stream(source) as stream:
+        return stream.read_all().column(column)
+
+
+def data_files(folder: Path) -> list[Path]:
+    """The Arrow files of a dataset folder, in order.
+
+    Raises:
+        UserError: not such a folder, or a `DatasetDict` of several splits.
+    """
+    state = folder / "state.json"
+    if (folder / "dataset_dict.json").is_file():
+        splits = json.loads((folder / "dataset_dict.json").read_text()).get("splits", [])
+        raise UserError("this folder holds several splits", where=folder, hint=f"Give one of: {', '.join(splits)}.")
+    if not state.is_file():
+        raise UserError("not a datasets folder", where=folder, expected="state.json, as save_to_disk writes it")
+    try:
+        names = [entry["filename"] for entry in json.loads(state.read_text())["_data_files"]]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"cannot read the dataset's state: {error!r}", where=state) from error
+    missing = [name for name in names if not (folder / name).is_file()]
+    if missing:
+        raise UserError("files of the dataset are missing", where=folder, got=", ".join(missing))
+    return [folder / name for name in names]
+
+
+def read_rows(folder: Path) -> Iterator[dict[str, Any]]:
+    """The rows as dicts; an audio cell becomes a path.
+
+    Raises:
+        UserError: no such folder, pyarrow is not installed, or a file is damaged.
+    """
+    arrow = _pyarrow()
+    for file in data_files(folder):
+        first = 0
+        try:
+            with arrow.memory_map(str(file)) as source, arrow.ipc.open_stream(source) as stream:
+                for part in stream:
+                    yield from _batch(part, file, first)
+                    first += part.num_rows
+        except (OSError, arrow.ArrowInvalid) as error:
+            raise UserError(f"cannot read the dataset: {error}", where=file) from error
+
+
+def _batch(part: Any, file: Path, first: int) -> Iterator[dict[str, Any]]:
+    arrow = _pyarrow()
+    columns: dict[str, list[Any]] = {}
+    for name in part.schema.names:
+        column = part.column(name)
+        if arrow.types.is_struct(column.type) and {"bytes", "path"} <= {field.name for field in column.type}:
+            paths, inside = column.field("path").to_pylist(), column.field("bytes").is_valid().to_pylist()
+            columns[name] = [
+                f"{file.name}#{name}:{first + i}" if has else path
+                for i, (path, has) in enumerate(zip(paths, inside, strict=True))
+            ]
+        else:
+            columns[name] = column.to_pylist()
+    for i in range(part.num_rows):
+        yield {name: values[i] for name, values in columns.items()}

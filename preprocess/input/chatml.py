@@ -1,0 +1,270 @@
+"""ChatML samples: checking each, and the text tokens with their labels.
+
+In: one entry, `{"messages": [...], "speaker", "misc", "start_index", "id"}`, as `entries` reads it. Out: a
+`ChatSample` (boson's own dataclass, its clips, its key) or a `Reject`; tokens and labels as boson's
+`prepare_chatml_sample` makes them. Never: a guess at what a malformed sample meant.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import re
+import unicodedata
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xxhash
+from boson_multimodal.data_types import AudioContent, ChatMLSample, Message, TextContent
+from boson_multimodal.dataset.chatml_dataset import prepare_chatml_sample
+from higgs_tune.preprocess.audio.audio import Clip
+from higgs_tune.preprocess.input.jsonable import plain
+from higgs_tune.preprocess.reject import Reject
+from higgs_tune.shards.durable import to_json
+from higgs_tune.shards.sequence import SpecialIds
+from transformers import PreTrainedTokenizerBase
+
+ROLES = ("system", "user", "assistant")
+# tokens that the template itself sets; in a text they would forge turns or audio
+TEMPLATE_TOKENS = (
+    "<|begin_of_text|>",
+    "<|end_of_text|>",
+    "<|start_header_id|>",
+    "<|end_header_id|>",
+    "<|eot_id|>",
+    "<|eom_id|>",
+    "<|audio_bos|>",
+    "<|audio_out_bos|>",
+    "<|audio_eos|>",
+    "<|AUDIO|>",
+    "<|AUDIO_OUT|>",
+)
+MAX_TEXT_CHARS = 20_000
+_UNSAFE = re.compile(r"[^A-Za-z0-9_-]")
+_CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")  # all control characters but tab and line ends
+_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
+
+
+@dataclass(frozen=True)
+class ChatSample:
+    """One checked sample.
+
+    Attributes:
+        key: unique, fit for a tar member's name.
+        chat: boson's dataclass, audio contents included.
+        clips: one for each audio content, in order of appearance; roles: the role of the message of each.
+    """
+
+    key: str
+    chat: ChatMLSample
+    clips: tuple[Clip, ...]
+    roles: tuple[str, ...]
+
+
+def key_of(entry: Any, position: int) -> str:
+    """The sample's key: its `id` (or misc.id) where it has one, made fit for a file name, else its position."""
+    misc = entry.get("misc") if isinstance(entry, dict) else None
+    given = entry.get("id") if isinstance(entry, dict) else None
+    given = given if given is not None else (misc.get("id") if isinstance(misc, dict) else None)
+    given = None if isinstance(given, dict | list | bool) else plain(given)
+    if given is None or not str(given):
+        return f"{position:09d}"
+    name = str(given)
+    safe = _UNSAFE.sub("_", name)[:47]
+    return safe if safe == name else f"{safe}-{xxhash.xxh3_64_hexdigest(name.encode('utf-8', 'replace'))}"
+
+
+def parse_entry(entry: Any, position: int, folder: Path, max_text_chars: int = MAX_TEXT_CHARS) -> ChatSample:
+    """Check one raw entry.
+
+    Args:
+        entry: what `read_entries` gave.
+        position: its place in the file, from 0.
+        folder: what relative audio paths are relative to.
+        max_text_chars: longest single text that is taken, in characters.
+
+    Raises:
+        Reject: malformed, unknown role, a text that is empty, too long, or holds control characters or a template
+            token.
+    """
+    if isinstance(entry, Reject):
+        raise entry
+    if not isinstance(entry, dict) or not isinstance(entry.get("messages"), list) or not entry["messages"]:
+        raise Reject("malformed_chatml", "expected an object with a non-empty list of messages")
+    check_storable(entry)
+    messages = [_message(m, f"message {i}", max_text_chars) for i, m in enumerate(entry["messages"])]
+    start_index = entry.get("start_index")
+    if start_index is not None and (not _is(start_index, int) or start_index < 0):
+        raise Reject("malformed_chatml", f"start_index: expected an integer of at least 0, got {start_index!r:.60}")
+    misc = entry.get("misc")
+    if misc is not None and not isinstance(misc, dict):
+        raise Reject("malformed_chatml", f"misc: expected an object, got {misc!r:.60}")
+    speaker = entry.get("speaker") if entry.get("speaker") is not None else (misc or {}).get("speaker")
+    if speaker is not None and not _is(speaker, str | int):
+        raise Reject("malformed_chatml", f"speaker: expected a string, got {speaker!r:.60}")
+    name = None if speaker is None else str(speaker)
+    chat = ChatMLSample(messages=messages, start_index=start_index, misc=misc, speaker=name)
+    found = [
+        (_clip(content, folder), message.role)
+        for message in messages
+        for content in _parts(message)
+        if isinstance(content, AudioContent)
+    ]
+    clips, roles = tuple(clip for clip, _ in found), tuple(role for _, role in found)
+    return ChatSample(key_of(entry, position), chat, clips, roles)
+
+
+def check_storable(entry: dict[str, Any]) -> None:
+    """Make sure that a raw entry or row can be stored, as `plain` makes it.
+
+    Raises:
+        Reject: it holds what is not Unicode, or cannot be written as JSON.
+    """
+    try:
+        to_json(plain(entry))
+    except UnicodeEncodeError as error:  # undecodable bytes of the file, or half of a surrogate pair
+        raise Reject("invalid_unicode", f"{error}") from error
+    except (ValueError, RecursionError) as error:  # an integer of thousands of digits, nesting without end
+        raise Reject("malformed_chatml", f"cannot be stored as JSON: {error}") from error
+
+
+def _is(value: Any, kind: Any) -> bool:
+    """isinstance, where True and False are no integers."""
+    return isinstance(value, kind) and not isinstance(value, bool)
+
+
+def _parts(message: Message) -> list[Any]:
+    """The contents of a message that `_message` made."""
+    assert isinstance(message.content, list)
+    return message.content
+
+
+def _message(message: Any, where: str, max_chars: int) -> Message:
+    if not isinstance(message, dict):
+        raise Reject("malformed_chatml", f"{where}: expected an object, got {message!r:.40}")
+    role = message.get("role")
+    if role not in ROLES:
+        raise Reject("unknown_role", f"{where}: expected one of {', '.join(ROLES)}, got {role!r:.40}")
+    raw = message.get("content")
+    parts = raw if isinstance(raw, list) else [raw]
+    if not parts:
+        raise Reject("empty_text", f"{where}: no content")
+    recipient = message.get("recipient")
+    if recipient is not None and (not isinstance(recipient, str) or role != "assistant"):
+        raise Reject("malformed_chatml", f"{where}: recipient: expected a string, of an assistant message")
+    if recipient:
+        check_text(recipient, where, max_chars)
+    return Message(role=role, content=[_content(part, where, max_chars) for part in parts], recipient=recipient)
+
+
+def _content(part: Any, where: str, max_chars: int) -> TextContent | AudioContent:
+    if isinstance(part, str):
+        part = {"type": "text", "text": part}
+    kind = part.get("type") if isinstance(part, dict) else None
+    if kind == "text":
+        return TextContent(text=check_text(part.get("text"), where, max_chars))
+    if kind != "audio":
+        raise Reject("malformed_chatml", f"{where}: expected content of type text or audio, got {part!r:.60}")
+    url, inline = part.get("audio_url"), part.get("raw_audio")
+    if not isinstance(url, str | None) or not isinstance(inline, str | None) or not (url or inline):
+        raise Reject("malformed_chatml", f"{where}: audio without audio_url or raw_audio")
+    if url and not inline and _URL.match(url):
+        raise Reject("remote_audio", f"{where}: audio is not fetched from a network: {url:.200}", url)
+    cut = {name: part.get(name) for name in ("offset", "duration")}
+    for name, value in cut.items():
+        least = 0 if name == "offset" else 1e-9
+        if value is not None and not (_is(value, int | float) and least <= value < math.inf):
+            raise Reject("malformed_chatml", f"{where}: {name}: expected seconds, got {value!r:.60}")
+    return AudioContent(audio_url=url or "", raw_audio=inline, offset=cut["offset"], duration=cut["duration"])
+
+
+def check_text(text: Any, where: str, max_chars: int = MAX_TEXT_CHARS) -> str:
+    """The text, if it can be used.
+
+    Args:
+        where: what the text is, for the message.
+
+    Raises:
+        Reject: it is no string, shows nothing, is too long, or holds a control character or a template token.
+    """
+    if not isinstance(text, str):
+        raise Reject("malformed_chatml", f"{where}: text: expected a string, got {text!r:.40}")
+    if all(character.isspace() or unicodedata.category(character) == "Cf" for character in text):
+        raise Reject("empty_text", f"{where}: text is empty")
+    if len(text) > max_chars:
+        raise Reject("text_too_long", f"{where}: expected at most {max_chars} characters, got {len(text)}")
+    control = _CONTROL.search(text)
+    if control:
+        raise Reject("control_character", f"{where}: text holds {control[0]!r} at character {control.start()}")
+    found = [token for token in TEMPLATE_TOKENS if token in text]
+    if found:
+        raise Reject("template_token_in_text", f"{where}: text holds {found[0]}")
+    return text
+
+
+def _clip(content: AudioContent, folder: Path) -> Clip:
+    source, path, inline = content.audio_url, str(folder / content.audio_url), content.raw_audio or ""
+    if inline:
+        source, path = f"inline:{hashlib.sha256(inline.encode()).hexdigest()}", ""
+    return Clip(source, path, inline, content.offset, content.duration)
+
+
+def tokenize(sample: ChatSample, tokenizer: PreTrainedTokenizerBase, ids: SpecialIds) -> np.ndarray:
+    """Text tokens and labels by boson's `prepare_chatml_sample`: int32 [2, L].
+
+    Raises:
+        Reject: boson refuses the sample, nothing in it has a label, or a text smuggles in an audio placeholder.
+    """
+    bare = [replace(m, content=[_without_audio_data(c) for c in _parts(m)]) for m in sample.chat.messages]
+    input_ids, label_ids, contents, _ = prepare_chatml_sample(replace(sample.chat, messages=bare), tokenizer)
+    if input_ids is None or label_ids is None:
+        raise Reject("malformed_chatml", "prepare_chatml_sample refused it")
+    tokens_2L = np.array([input_ids, label_ids], np.int32)
+    placeholders = np.isin(tokens_2L[0], (ids.audio_in, ids.audio_out)).sum()
+    if placeholders != len(sample.clips) or len(contents or ()) != len(sample.clips):
+        raise Reject("template_token_in_text", f"{len(sample.clips)} audios, but {placeholders} placeholders")
+    if (tokens_2L[1] < 0).all():
+        raise Reject("nothing_to_train", "no assistant content at or after start_index")
+    return tokens_2L
+
+
+def storable(entry: dict[str, Any], sample: ChatSample) -> dict[str, Any]:
+    """The entry as it is stored: each `raw_audio` taken out, and named in `audio_url` where that was empty."""
+    clips = iter(sample.clips)
+
+    def part(given: Any) -> Any:
+        if not isinstance(given, dict) or given.get("type") != "audio":
+            return given
+        clip = next(clips)
+        return {**given, "raw_audio": None, "audio_url": given.get("audio_url") or clip.source}
+
+    messages = []
+    for message in entry["messages"]:
+        content = message["content"]
+        content = [part(given) for given in content] if isinstance(content, list) else part(content)
+        messages.append({**message, "content": content})
+    return plain({**entry, "messages": messages})
+
+
+def _without_audio_data(content: Any) -> Any:
+    return replace(content, raw_audio=None) if isinstance(content, AudioContent) else content
+
+
+def stored_messages(sample: ChatSample) -> list[dict[str, Any]]:
+    """The messages as KEY.json holds them: inline audio left out, everything else as given."""
+    stored = []
+    for message in sample.chat.messages:
+        content: list[dict[str, Any]] = []
+        for part in _parts(message):
+            if isinstance(part, TextContent):
+                content.append({"type": "text", "text": part.text})
+            elif isinstance(part, AudioContent):
+                cut = {k: v for k, v in (("offset", part.offset), ("duration", part.duration)) if v is not None}
+                content.append({"type": "audio", "audio_url": part.audio_url, **cut})
+        entry: dict[str, Any] = {"role": message.role, "content": content}
+        if message.recipient:
+            entry["recipient"] = message.recipient
+        stored.append(entry)
+    return stored

@@ -1,0 +1,134 @@
+"""From resolved inputs to a run: load the model, add LoRA, wrap it for several ranks, restore a checkpoint."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from higgs_tune.train.checkpoint.resume import restore
+from higgs_tune.train.config import TrainConfig
+from higgs_tune.train.data.loader import Loader
+from higgs_tune.train.dist.context import DistContext
+from higgs_tune.train.dist.faults import BadSteps
+from higgs_tune.train.model.flops import choose_checkpointing, free_bytes
+from higgs_tune.train.model.forward import Checkpointing, ExecOptions
+from higgs_tune.train.model.fsdp import shard, train_in_full
+from higgs_tune.train.model.fused_linear import stack_layer
+from higgs_tune.train.model.load import HiggsAudioModel, load_model
+from higgs_tune.train.model.lora import add_lora, describe_trainable, trainable
+from higgs_tune.train.model.loss import LossOptions
+from higgs_tune.train.model.pack_model import PackModel
+from higgs_tune.train.optim import Ema, make_optimizer
+from higgs_tune.train.resolve import Inputs, loss_options, wants_audio_attention
+from higgs_tune.train.state import Progress, Run, StepStats
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+
+def build_run(config: TrainConfig, context: DistContext, inputs: Inputs) -> tuple[Run, StepStats, dict[str, Any]]:
+    """The run, sums of an unfinished logging stats, and the checkpoint's state (empty for a fresh start).
+
+    Raises:
+        UserError: weights do not fit, or the checkpoint is of another run.
+    """
+    torch.manual_seed(config.seed)  # the same new weights on every rank
+    half = context.device.type == "cuda" and not config.full_finetune
+    dtype = torch.bfloat16 if half else torch.float32
+    attention = wants_audio_attention(config, inputs.adapter)
+    loaded = load_model(inputs.base, device=context.device, dtype=dtype, audio_attention=attention)
+    loss = loss_options(config, loaded)
+    model: nn.Module = loaded.model
+    if config.full_finetune:
+        train_in_full(
+            loaded.model,
+            config.training_stage,
+            tower=config.train_audio_tower,
+            projector=config.train_audio_encoder_proj,
+        )
+    else:
+        model = add_lora(loaded.model, inputs.options, config.training_stage, inputs.base, inputs.adapter)
+    module = wrap(config, context, loaded.model, model, loss)
+    parameters = trainable(model)
+    schedule = inputs.schedule
+    run = Run(
+        config=config,
+        context=context,
+        model=loaded.model,
+        peft_model=model,
+        module=module,
+        parameters=parameters,
+        optimizer=make_optimizer(parameters, config),
+        loss=loss,
+        loader=Loader(schedule, inputs.loading),
+        schedule=schedule,
+        total_steps=0,
+        progress=Progress(),
+        bad_steps=BadSteps(config.max_bad_steps, context.world.rank),
+        ema=Ema(parameters, config.ema_decay) if config.ema_decay else None,
+    )
+    stats = run.new_stats()
+    state = restore(run, inputs.checkpoint, stats) if inputs.checkpoint else {}
+    run.total_steps = count_steps(run, state)
+    run.loader.start_at(run.progress.cursor)
+    return run, stats, state
+
+
+def wrap(
+    config: TrainConfig, context: DistContext, model: HiggsAudioModel, peft_model: nn.Module, loss: LossOptions
+) -> nn.Module:
+    """The module that a step calls: DDP around what trains, or FSDP around everything."""
+    several = context.world.size > 1
+    if config.full_finetune and several:
+        module = PackModel(model, None, loss, ExecOptions(config.compile, "none"))
+        compute = torch.bfloat16 if context.device.type == "cuda" else torch.float32
+        shard(model, module, context.device, compute)
+        return module
+    for layer in model.layers if not config.full_finetune else ():
+        stack_layer(layer)
+    module = PackModel(model, trainable(peft_model).values(), loss, way_to_run(config, context, model))
+    return DistributedDataParallel(module, gradient_as_bucket_view=True) if several else module
+
+
+def way_to_run(config: TrainConfig, context: DistContext, model: HiggsAudioModel) -> ExecOptions:
+    """Compiled or not, and the checkpointing that is asked for or that fits; the same on every rank."""
+    if config.activation_checkpointing != "auto":
+        return ExecOptions(config.compile, config.activation_checkpointing)
+    modes: list[Checkpointing] = ["none", "selective", "full"]
+    free = free_bytes(context.device) / (1 if context.device.type == "cuda" else context.world.local_size)
+    mine = modes.index(choose_checkpointing(model, config.tokens_per_pack, free, compiled=config.compile))
+    worst = int(context.gather(torch.tensor([mine])).max())
+    if worst and context.is_main:
+        print(f"--activation_checkpointing {modes[worst]}: {free / 1e9:.1f} GB are free", flush=True)
+    return ExecOptions(config.compile, modes[worst])
+
+
+def count_steps(run: Run, state: dict[str, Any]) -> int:
+    """Optimizer steps of the whole run, those of earlier starts included."""
+    config = run.config
+    if config.max_steps > 0:
+        return config.max_steps
+    first_epoch = run.schedule.steps(run.schedule.plan(run.progress.cursor.epoch))
+    if not state or state["packs_per_step"] == run.schedule.packs_per_step:
+        return math.ceil(config.num_train_epochs * first_epoch)
+    rest = max(0.0, config.num_train_epochs - run.epochs_done)
+    return run.progress.step + math.ceil(rest * first_epoch)
+
+
+def checkpoint_bytes(run: Run) -> int:
+    """About what a checkpoint takes on disk: float32 weights, two moments, perhaps an average."""
+    count = sum(parameter.numel() for parameter in run.parameters.values())
+    return 4 * count * (4 if run.ema else 3)
+
+
+def describe_run(run: Run, checkpoint: Path | None) -> str:
+    """What the run is about to do: a line, then what trains."""
+    count = sum(parameter.numel() for parameter in run.parameters.values())
+    begun = f", from step {run.progress.step} ({checkpoint})" if checkpoint else ""
+    line = (
+        f"{run.config.training_stage}: {count / 1e6:.2f} M trainable parameters in {len(run.parameters)} tensors, "
+        f"{run.total_steps} steps ({run.steps_per_epoch} an epoch) on {run.context.world.size} x "
+        f"{run.context.device.type}{begun}"
+    )
+    return "\n".join([line, *describe_trainable(run.parameters)])

@@ -1,0 +1,227 @@
+"""Checkpoint folders: `checkpoint-STEP` is whole and verified, or it is not there; `Saver` writes them in a thread.
+
+In: tensors and JSON. Out: a folder of safetensors and JSON files with `checksums.json`. Never: a half-written folder
+under its final name, pickles, a damaged file that is loaded.
+
+A save writes to a temporary folder, fsyncs, reads everything back and compares it bit by bit, then renames.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import xxhash
+from higgs_tune.shards import durable
+from higgs_tune.shards.errors import UserError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+VERSION = 1
+STATE, CHECKSUMS = "state.json", "checksums.json"
+_NAME = re.compile(r"checkpoint-(\d+)")
+_BLOCK = 1 << 24
+RETRY_AFTER_S = 1.0
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """What a checkpoint holds, in host memory.
+
+    step: optimizer steps done. state: JSON. tensors: by file, by name. texts: other files.
+    """
+
+    step: int
+    state: dict[str, Any]
+    tensors: dict[str, dict[str, torch.Tensor]]
+    texts: dict[str, bytes] = field(default_factory=dict)
+
+
+def checkpoint_path(folder: Path, step: int) -> Path:
+    """Where the checkpoint of a step stands in an output folder."""
+    return folder / f"checkpoint-{step}"
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """The checkpoints of an output folder, newest first."""
+    found = [(int(match[1]), path) for path in folder.glob("checkpoint-*") if (match := _NAME.fullmatch(path.name))]
+    return [path for _, path in sorted(found, reverse=True)]
+
+
+def write_folder(folder: Path, snapshot: Snapshot) -> None:
+    """Write a snapshot under a final name, verified.
+
+    Raises:
+        UserError: it cannot be written, or reads back differently; nothing is left behind.
+    """
+    temp = folder.with_name(f"{durable.TEMP_PREFIX}{folder.name}")
+    old = folder.with_name(f"{durable.TEMP_PREFIX}old-{folder.name}")
+    try:
+        for leftover in (temp, old):
+            shutil.rmtree(leftover, ignore_errors=True)
+        temp.mkdir(parents=True)
+        for name, tensors in snapshot.tensors.items():
+            save_file(tensors, temp / name, metadata={"format": "pt"})
+        for name, text in (snapshot.texts | {STATE: durable.to_json(snapshot.state, indent=1)}).items():
+            (temp / name).write_bytes(text)
+        for path in sorted(temp.iterdir()):
+            durable.fsync_file(path)
+        for name, tensors in snapshot.tensors.items():
+            _compare(temp / name, tensors)
+        sums = {path.name: _checksum(path) for path in sorted(temp.iterdir())}
+        (temp / CHECKSUMS).write_bytes(durable.to_json(sums, indent=1))
+        durable.fsync_file(temp / CHECKSUMS)
+        durable.fsync_folder(temp)
+        if folder.exists():
+            folder.rename(old)
+        temp.rename(folder)
+        durable.fsync_folder(folder.parent)
+        shutil.rmtree(old, ignore_errors=True)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(temp, ignore_errors=True)
+        raise UserError(f"cannot save the checkpoint: {error}", where=folder) from error
+    except BaseException:
+        shutil.rmtree(temp, ignore_errors=True)
+        raise
+
+
+def _compare(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Raise UserError where a file does not hold exactly these tensors."""
+    with safe_open(path, framework="pt") as stored:
+        names = set(stored.keys())
+        if names != tensors.keys():
+            raise UserError("a saved file reads back with other keys", where=path, got=sorted(names ^ tensors.keys()))
+        for name, value in tensors.items():
+            back = stored.get_tensor(name)
+            same = back.shape == value.shape and back.dtype == value.dtype
+            if not same or not torch.equal(_bytes_of(back), _bytes_of(value)):
+                raise UserError(f"a saved tensor reads back differently: {name}", where=path)
+
+
+def _bytes_of(value: torch.Tensor) -> torch.Tensor:
+    return value.contiguous().flatten().view(torch.uint8)
+
+
+def _checksum(path: Path) -> dict[str, Any]:
+    digest = xxhash.xxh3_128()
+    with path.open("rb") as file:
+        while block := file.read(_BLOCK):
+            digest.update(block)
+    return {"bytes": path.stat().st_size, "xxh3_128": digest.hexdigest()}
+
+
+def verify_checkpoint(folder: Path) -> dict[str, Any]:
+    """Check every file of a checkpoint; returns its state.
+
+    Raises:
+        UserError: it is no checkpoint, of another version, or damaged; names the file.
+    """
+    try:
+        sums = json.loads((folder / CHECKSUMS).read_bytes())
+        for name, expected in sums.items():
+            if (got := _checksum(folder / name)) != expected:
+                raise UserError("the checkpoint is damaged", where=folder / name, expected=expected, got=got)
+        state = json.loads((folder / STATE).read_bytes())
+    except FileNotFoundError as error:
+        raise UserError("not a whole checkpoint", where=error.filename, expected="a file") from error
+    except (OSError, ValueError, AttributeError) as error:
+        raise UserError(f"the checkpoint is damaged: {error}", where=folder) from error
+    if state.get("version") != VERSION:
+        raise UserError("a checkpoint of another version", where=folder, expected=VERSION, got=state.get("version"))
+    return state
+
+
+def newest_valid(folder: Path) -> tuple[Path | None, list[str]]:
+    """The newest checkpoint that is whole, if there is any, and what is wrong with newer ones."""
+    problems = []
+    for path in list_checkpoints(folder):
+        try:
+            verify_checkpoint(path)
+        except UserError as error:
+            problems.append(str(error))
+        else:
+            return path, problems
+    return None, problems
+
+
+def read_tensors(path: Path) -> Iterator[tuple[str, torch.Tensor]]:
+    """The tensors of a file, one at a time."""
+    with safe_open(path, framework="pt") as stored:
+        for name in stored.keys():  # noqa: SIM118  (safe_open is no mapping)
+            yield name, stored.get_tensor(name)
+
+
+def prune(folder: Path, keep: int | None) -> None:
+    """Remove all but the newest `keep` checkpoints; a removed one loses its name first."""
+    for path in list_checkpoints(folder)[keep:] if keep else []:
+        remove(path)
+
+
+def remove(folder: Path) -> None:
+    """Remove a folder so that no half of it is ever seen under its name."""
+    doomed = folder.with_name(f"{durable.TEMP_PREFIX}removed-{folder.name}")
+    shutil.rmtree(doomed, ignore_errors=True)
+    folder.rename(doomed)
+    shutil.rmtree(doomed, ignore_errors=True)
+
+
+class Saver:
+    """Writes snapshots one after the other.
+
+    Args:
+        folder: the run's output folder.
+        keep: checkpoints that stay; None: all.
+    """
+
+    def __init__(self, folder: Path, keep: int | None) -> None:
+        self.folder, self.keep = folder, keep
+        self._writer = ThreadPoolExecutor(1, thread_name_prefix="save")
+        self._pending: list[Future[None]] = []
+
+    def checkpoint(self, snapshot: Snapshot) -> None:
+        """Save a checkpoint. Waits only if the one before it is still being written."""
+        self._join()
+        self._pending.append(self._writer.submit(self._write, checkpoint_path(self.folder, snapshot.step), snapshot))
+
+    def best(self, snapshot: Snapshot) -> None:
+        """Save the best adapter so far, and remove the best before it."""
+        self._join()
+        self._pending.append(self._writer.submit(self._write, self.folder / f"best-{snapshot.step}", snapshot))
+
+    def failures(self) -> list[str]:
+        """What has gone wrong since the last call."""
+        done = [save for save in self._pending if save.done()]
+        self._pending = [save for save in self._pending if not save.done()]
+        return [str(error) for save in done if (error := save.exception())]
+
+    def finish(self) -> list[str]:
+        """Wait for every save; returns what went wrong."""
+        self._join()
+        return self.failures()
+
+    def _join(self) -> None:
+        for save in self._pending:
+            save.exception()
+
+    def _write(self, path: Path, snapshot: Snapshot) -> None:
+        try:
+            write_folder(path, snapshot)
+        except UserError as error:
+            print(f"warning: {error}; trying once more", file=sys.stderr, flush=True)
+            time.sleep(RETRY_AFTER_S)
+            write_folder(path, snapshot)
+        if path.name.startswith("best-"):
+            for older in self.folder.glob("best-*"):
+                if older != path:
+                    remove(older)
+        else:
+            prune(self.folder, self.keep)

@@ -1,0 +1,147 @@
+"""What a run leaves behind: its resolved options, and the adapter in PEFT's format."""
+
+from __future__ import annotations
+
+import contextlib
+import platform
+import shutil
+import subprocess
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from higgs_tune.shards import durable
+from higgs_tune.shards.errors import UserError
+from higgs_tune.train.checkpoint.folder import list_checkpoints
+from higgs_tune.train.config import TrainConfig
+from higgs_tune.train.model.fsdp import whole
+from higgs_tune.train.model.load import HiggsAudioModel
+from peft import PeftModel, get_peft_model_state_dict
+from safetensors.torch import save, save_file
+from torch import nn
+from transformers import PretrainedConfig
+
+ADAPTER, ADAPTER_CONFIG, FULL = "adapter_model.safetensors", "adapter_config.json", "model.safetensors"
+STOPPED = "stopped.json"  # a signal stopped the run; torchrun hides the exit code, so scripts look for this
+SELFTEST = "selftest.json"
+METRICS, DIAGNOSTICS = "metrics.jsonl", "diagnostics.jsonl"
+RESULTS = (METRICS, DIAGNOSTICS, ADAPTER, ADAPTER_CONFIG, FULL, "config.json", "samples")  # what a run has worked for
+OTHERS = ("config.yaml", "trainable.json", SELFTEST)
+
+
+def prepare_folder(folder: Path, *, overwrite: bool, resuming: str | None, checkpoint: Path | None) -> None:
+    """Make the output folder; clear what killed saves left, and an earlier run's files where that is wanted.
+
+    Args:
+        resuming: `auto` or a path, as the user gave it.
+        checkpoint: what the run goes on from; the folder's files then stay.
+
+    Raises:
+        UserError: it holds a run already, or cannot be made.
+    """
+    durable.remove_leftovers(folder)
+    with contextlib.suppress(OSError):
+        (folder / STOPPED).unlink(missing_ok=True)
+    if checkpoint and checkpoint.parent.resolve() == folder.resolve():
+        return
+    found = [name for name in RESULTS if (folder / name).exists()]
+    found += [path.name for path in [*list_checkpoints(folder), *folder.glob("best-*")]]
+    unfinished = resuming == "auto" and not any((folder / name).exists() for name in (ADAPTER, FULL))
+    if found and not (overwrite or unfinished):
+        hint = "Choose another --output_dir, or give --overwrite_output_dir; --resume_from_checkpoint auto goes on."
+        raise UserError("the output folder holds a run already", where=folder, got=", ".join(found), hint=hint)
+    if not overwrite:  # an unfinished run without a valid checkpoint; damaged ones may still be of use to someone
+        found = [name for name in found if name in RESULTS]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in (*found, *OTHERS):
+            shutil.rmtree(folder / name) if (folder / name).is_dir() else (folder / name).unlink(missing_ok=True)
+        shutil.rmtree(folder / "tensorboard", ignore_errors=True)
+    except OSError as error:
+        raise UserError(f"cannot prepare the output folder: {error.strerror}", where=folder) from error
+
+
+def save_config(config: TrainConfig, resolved: dict[str, Any]) -> None:
+    """Write config.yaml: every option, what was worked out from them, versions, git revision."""
+    content = {
+        "options": config.plain(),
+        "resolved": resolved,
+        "versions": versions(),
+        "git_revision": git_revision(),
+    }
+    durable.write_bytes(config.output_dir / "config.yaml", yaml.safe_dump(content, sort_keys=False).encode())
+
+
+def versions() -> dict[str, str]:
+    """Of what a run's numbers depend on; this package may run from a checkout, without being installed."""
+    found = {"python": platform.python_version()}
+    for name in ("torch", "transformers", "peft", "numpy", "higgs-tune"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+def git_revision() -> str | None:
+    """The commit that this code stands at, with `+` for local changes; None where it is no checkout."""
+    folder = Path(__file__).parent
+    try:
+        command = ["git", "-C", str(folder), "describe", "--always", "--abbrev=40", "--dirty=+", "--exclude=*"]
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def save_trainable(folder: Path, parameters: dict[str, nn.Parameter]) -> None:
+    """Write trainable.json: module, shape and number of values of everything that trains."""
+    listed = [
+        {"module": name.removeprefix("base_model.model."), "shape": list(value.shape), "count": value.numel()}
+        for name, value in parameters.items()
+    ]
+    durable.write_bytes(folder / "trainable.json", durable.to_json(listed, indent=1) + b"\n")
+
+
+def adapter_tensors(run_model: nn.Module, parameters: dict[str, nn.Parameter]) -> dict[str, torch.Tensor]:
+    """What is saved of a model, as host copies: the adapter under PEFT's names; without PEFT, everything that trains.
+
+    All ranks call this together where the weights are spread over them.
+    """
+    found = get_peft_model_state_dict(run_model) if isinstance(run_model, PeftModel) else parameters
+    return {name: whole(value).detach().cpu().contiguous().clone() for name, value in found.items()}
+
+
+def adapter_config_json(peft_model: PeftModel) -> bytes:
+    """adapter_config.json as PEFT's `save_pretrained` would write it."""
+    config: dict[str, Any] = peft_model.peft_config["default"].to_dict() | {"inference_mode": True}
+    config = {name: sorted(value) if isinstance(value, set) else value for name, value in config.items()}
+    return durable.to_json(config, indent=2)
+
+
+def save_adapter(peft_model: PeftModel, tensors: dict[str, torch.Tensor], folder: Path) -> None:
+    """Write the final adapter, each file atomically."""
+    durable.write_bytes(folder / ADAPTER, save(tensors, metadata={"format": "pt"}))
+    durable.write_bytes(folder / ADAPTER_CONFIG, adapter_config_json(peft_model))
+
+
+def whole_weights(model: HiggsAudioModel, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """Every weight of a model, as host copies; all ranks call this together where they are spread."""
+    return {name: whole(value).detach().to("cpu", dtype).contiguous() for name, value in model.state_dict().items()}
+
+
+def write_model(folder: Path, config: PretrainedConfig, weights: dict[str, torch.Tensor], base: Path) -> None:
+    """Write a checkpoint in Boson's layout, config.json last.
+
+    Args:
+        base: the checkpoint whose tokenizer files are copied.
+    """
+    for file in base.iterdir():
+        if file.name.startswith(("tokenizer", "special_tokens", "generation_config", "chat_template")):
+            durable.write_bytes(folder / file.name, file.read_bytes())
+    temp = folder / f"{durable.TEMP_PREFIX}{FULL}"
+    save_file(weights, temp, metadata={"format": "pt"})
+    durable.fsync_file(temp)
+    temp.rename(folder / FULL)
+    durable.write_bytes(folder / "config.json", config.to_json_string().encode())

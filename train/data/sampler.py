@@ -1,0 +1,165 @@
+"""Which packs each rank takes, and when.
+
+In: shard sets, this rank's place in the world, where to start. Out: an endless run of requests: pack
+`cursor + a * world + r` for rank r at micro-step a. Never: files, batches; a rank that runs out before the others:
+beyond the last pack of an epoch comes a zero-weight pack.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from itertools import pairwise
+
+import numpy as np
+from higgs_tune.shards.errors import UserError
+from higgs_tune.shards.plan import Plan, PlanInput, plan_epoch
+from higgs_tune.shards.reader import ShardSet
+from higgs_tune.train.dist.context import World
+
+
+@dataclass(frozen=True)
+class Cursor:
+    """Where training stands: the next pack of an epoch. Independent of the number of ranks."""
+
+    epoch: int = 0
+    pack: int = 0
+
+
+@dataclass(frozen=True)
+class PackRequest:
+    """What a worker is asked for: rows (over all sets), and whether their labels count."""
+
+    rows: tuple[int, ...]
+    weight: int
+    number: int = 0  # of the batch in this loader; says which slot it goes through
+
+
+class Sets:
+    """Several shard sets under one row number: the rows of the first, then those of the second, and so on."""
+
+    def __init__(self, sets: Sequence[ShardSet]) -> None:
+        self.sets = list(sets)
+        self.starts = np.cumsum([0, *[len(shards) for shards in sets]])
+
+    def speaker(self, shards: ShardSet, row: int) -> int:
+        """A number for a row's speaker, different for speakers of different sets."""
+        number = self.sets.index(shards)
+        before = sum(len(other.manifest["speakers"]) for other in self.sets[:number])
+        return before + int(shards.index["speaker"][row])
+
+    def places(self, rows: Sequence[int]) -> Iterator[tuple[ShardSet, list[int]]]:
+        """Runs of rows that belong to one set, in order: the set, and the rows' numbers in it."""
+        numbers = np.searchsorted(self.starts, rows, side="right") - 1
+        edges = [0, *(np.flatnonzero(np.diff(numbers)) + 1).tolist(), len(rows)]
+        for a, b in pairwise(edges):
+            if a < b:
+                number = int(numbers[a])
+                yield self.sets[number], [row - int(self.starts[number]) for row in rows[a:b]]
+
+
+class Schedule:
+    """Which packs this rank takes, epoch after epoch, from a cursor on.
+
+    Args:
+        sets: shard sets; their training splits are planned.
+        mix_weights: a weight for each set (see `plan_epoch`), or None to pack all samples together.
+        tokens_per_pack, seed: see `make_plan`.
+        accumulation: packs of a rank for each optimizer step.
+        features: Whisper features that the model takes; they count as positions.
+
+    Raises:
+        UserError: a sample is longer than a pack (named), or there is none to train on.
+    """
+
+    def __init__(
+        self,
+        sets: Sequence[ShardSet],
+        *,
+        tokens_per_pack: int,
+        seed: int,
+        accumulation: int,
+        world: World,
+        mix_weights: tuple[float, ...] | None = None,
+        features: str = "none",
+    ) -> None:
+        self.sets, self.seed, self.tokens_per_pack = Sets(sets), seed, tokens_per_pack
+        self.accumulation, self.world, self.weighted = accumulation, world, mix_weights is not None
+        self.features, self.mix_weights = features, mix_weights or (1.0,) * len(sets)
+        self.inputs = self.plan_inputs(validation=False)
+        if not sum(len(given.rows) for given in self.inputs):
+            raise UserError("no training sample", where=", ".join(shards.location for shards in sets))
+        self._plans: dict[int, Future[Plan]] = {}
+        self._planner = ThreadPoolExecutor(1, thread_name_prefix="plan")
+
+    def plan_inputs(self, *, validation: bool) -> list[PlanInput]:
+        """What is planned of each set: its training or its validation split.
+
+        Raises:
+            UserError: a sample is longer than a pack.
+        """
+        return [
+            _plan_input(shards, int(start), weight, self.features, self.tokens_per_pack, validation=validation)
+            for shards, start, weight in zip(self.sets.sets, self.sets.starts[:-1], self.mix_weights, strict=True)
+        ]
+
+    def plan(self, epoch: int) -> Plan:
+        """The packs of an epoch, the same on every rank; the one after it is made meanwhile."""
+        plan = self._planned(epoch).result()
+        self._planned(epoch + 1)
+        for old in [number for number in self._plans if number < epoch]:
+            del self._plans[old]
+        return plan
+
+    def _planned(self, epoch: int) -> Future[Plan]:
+        if epoch not in self._plans:
+            options = {"tokens_per_pack": self.tokens_per_pack, "seed": self.seed, "weighted": self.weighted}
+            self._plans[epoch] = self._planner.submit(partial(plan_epoch, self.inputs, epoch=epoch, **options))
+        return self._plans[epoch]
+
+    @property
+    def packs_per_step(self) -> int:
+        """Packs of all ranks in one optimizer step."""
+        return self.world.size * self.accumulation
+
+    def steps(self, plan: Plan) -> int:
+        """Optimizer steps of a whole epoch: enough for every pack."""
+        return -(-len(plan) // self.packs_per_step)
+
+    def after(self, cursor: Cursor) -> Cursor:
+        """Where training stands after one more optimizer step."""
+        pack = cursor.pack + self.packs_per_step
+        return Cursor(cursor.epoch, pack) if pack < len(self.plan(cursor.epoch)) else Cursor(cursor.epoch + 1, 0)
+
+    def requests(self, cursor: Cursor) -> Iterator[PackRequest]:
+        """This rank's packs from a cursor on, endlessly."""
+        while True:
+            plan = self.plan(cursor.epoch)
+            for micro_step in range(self.accumulation):
+                rows = plan.pack(cursor.pack + micro_step * self.world.size + self.world.rank)
+                if len(rows):
+                    yield PackRequest(tuple(rows.tolist()), 1)
+                else:
+                    yield PackRequest((int(plan.rows[0]),), 0)
+            cursor = self.after(cursor)
+
+
+def _plan_input(
+    shards: ShardSet, start: int, weight: float, features: str, tokens_per_pack: int, *, validation: bool
+) -> PlanInput:
+    rows = shards.rows_of(validation=validation)
+    lengths = np.asarray(shards.index["tokens"][rows], np.int64)
+    if features != "none":
+        lengths = lengths + shards.index["mel_tokens"][rows]
+    long = rows[lengths > tokens_per_pack]
+    if len(long):
+        keys = ", ".join(key.decode() for key in shards.index["key"][long[:10]])
+        raise UserError(
+            f"{len(long)} samples are longer than a pack: {keys}{', …' if len(long) > 10 else ''}",
+            where=shards.location,
+            expected=f"at most --tokens_per_pack {tokens_per_pack}",
+            got=int(lengths.max()),
+        )
+    return PlanInput(rows + start, lengths, shards.manifest_hash, weight)

@@ -1,0 +1,127 @@
+"""What a step costs, by arithmetic: floating-point operations, activations in memory, and what a GPU could do.
+
+In: a model, counts of rows. Out: numbers. Never: a measurement.
+
+Model FLOPs count what the result needs, nothing that is computed again: 2 a weight and row in forward; 2 more for the
+gradient of its input; 2 more for the weight's own gradient where it trains. Attention takes 4 H a pair of positions
+in forward, half of the pairs being masked, and twice that in backward. MFU is model FLOPs a second over the peak of
+the GPU (https://arxiv.org/abs/2204.02311, appendix B, with frozen weights left out of the weight gradients).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from higgs_tune.train.model.forward import Checkpointing
+from higgs_tune.train.model.load import HiggsAudioModel
+from torch import nn
+
+# dense bfloat16 FLOP/s and bytes/s of device memory, from the vendor's data sheets
+PEAKS: dict[str, tuple[float, float]] = {
+    "H200": (989e12, 4.8e12),
+    "H100 PCIe": (756e12, 2.0e12),
+    "H100": (989e12, 3.35e12),
+    "A100": (312e12, 2.0e12),
+    "L40S": (362e12, 0.864e12),
+    "RTX 4090": (165e12, 1.008e12),
+}
+FREE_SHARE = 0.8  # of the free memory that activations may take
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows of one or many packs: positions, those of text and of audio, sums of squared sample lengths, label rows."""
+
+    positions: float
+    text: float
+    audio: float
+    squares: float
+    text_labels: float
+    audio_labels: float
+
+    @staticmethod
+    def typical(length: int = 560, text_share: float = 0.3, labels: float = 0.075, audio_labels: float = 0.35) -> Rows:
+        """One sample of the benchmarks' length distribution; the label shares are of all positions."""
+        return Rows(length, length * text_share, length * (1 - text_share), length**2, length * labels,
+                    length * audio_labels)  # fmt: skip
+
+
+def peak_of(device: torch.device) -> float | None:
+    """Dense bfloat16 FLOP/s of a GPU by its name; None where it is not known."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((flops for known, (flops, _) in PEAKS.items() if known in name), None)
+
+
+def model_flops(model: HiggsAudioModel, rows: Rows) -> float:
+    """Model FLOPs of forward and backward over the rows."""
+    total = 0.0
+    layers: Any = model.layers
+    for layer in layers:
+        for name, count in (("self_attn", rows.positions), ("mlp", rows.text), ("audio_mlp", rows.audio),
+                            ("audio_attn", rows.audio)):  # fmt: skip
+            if hasattr(layer, name):
+                total += count * _flops_a_row(getattr(layer, name))
+        attention: Any = layer.self_attn
+        total += 3 * 4 * attention.num_heads * attention.head_dim * rows.squares / 2
+    heads = model.audio_decoder_proj
+    total += rows.text_labels * _flops_a_row(heads.text_lm_head)
+    return total + rows.audio_labels * _flops_a_row(heads.audio_lm_head)
+
+
+def _flops_a_row(module: nn.Module) -> float:
+    return sum((6 if p.requires_grad else 4) * p.numel() for p in module.parameters() if p.ndim == 2)
+
+
+def activation_bytes(
+    model: HiggsAudioModel, checkpointing: Checkpointing = "none", rank: int = 16, *, compiled: bool = False
+) -> float:
+    """Bytes that backward keeps for a position of the packed forward, over all layers.
+
+    A layer keeps the residual stream before each half, queries, keys, values and output of the attention, gate and
+    up, what LoRA's first factors give, and the attention's normaliser. A compiled one also keeps its norms' outputs
+    and SiLU(gate) * up.
+    """
+    layers: Any = model.layers
+    first = layers[0]
+    attention, config = first.self_attn, first.self_attn.config
+    width, size = config.hidden_size, model.embed_tokens.weight.dtype.itemsize
+    inner = attention.num_heads * attention.head_dim
+    kept = 2 * width + 2 * inner + 2 * attention.num_key_value_heads * attention.head_dim + 5 * rank
+    kept += 2 * config.intermediate_size + 2 * rank if checkpointing == "none" else 0
+    if compiled:
+        kept += 2 * width + config.intermediate_size if checkpointing == "none" else width
+    if checkpointing == "full":
+        kept = width
+    normalisers = 4 * attention.num_heads if checkpointing != "full" else 0
+    return len(layers) * (kept * size + normalisers)
+
+
+def working_bytes(model: HiggsAudioModel, positions: int) -> float:
+    """What one layer and the loss need beside that, for a pack: gradients and remade inputs, and a chunk of logits."""
+    config: Any = model.config.text_config
+    weight: Any = model.embed_tokens.weight
+    return positions * weight.element_size() * (6 * config.hidden_size + 4 * config.intermediate_size) + 4 * (1 << 27)
+
+
+def choose_checkpointing(
+    model: HiggsAudioModel, positions: int, free: float, *, compiled: bool = False
+) -> Checkpointing:
+    """The least checkpointing whose estimate fits into the free memory (bytes)."""
+    room = FREE_SHARE * free - working_bytes(model, positions)
+    modes: tuple[Checkpointing, ...] = ("none", "selective")
+    for mode in modes:
+        if positions * activation_bytes(model, mode, compiled=compiled) <= room:
+            return mode
+    return "full"
+
+
+def free_bytes(device: torch.device) -> float:
+    """Free memory of the device, or of the host where that is the device."""
+    if device.type == "cuda":
+        return float(torch.cuda.mem_get_info(device)[0])
+    with open("/proc/meminfo") as lines:  # noqa: PTH123
+        return next(float(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))

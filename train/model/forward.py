@@ -1,0 +1,262 @@
+"""The packed forward: one flat sequence of many samples through boson's own modules.
+
+In: boson's `HiggsAudioModel` (with or without PEFT adapters inside) and a `Batch`. Out: the residual stream after the
+last layer, in the batch's sorted order. Never: padding, boolean masks, host synchronisation, weights of its own.
+
+What each layer computes is `HiggsAudioDualFFNDecoderLayer.forward` of boson-multimodal 0.1.1, restricted to real
+positions: attention is causal within a sample and blind across samples; text rows use the text norms and FFN, audio
+rows the audio ones; a fast-forward layer changes text rows only; audio self-attention, where it exists, runs over the
+audio rows before the shared attention.
+
+Shapes: N positions (P text rows, then A audio rows), H hidden, D head size, h heads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache, partial
+from typing import Any, Literal
+
+import torch
+from boson_multimodal.model.higgs_audio.modeling_higgs_audio import HiggsAudioDualFFNDecoderLayer
+from higgs_tune.train.data.batch import Batch
+from higgs_tune.train.model.attention import causal_attention, rope_and_reorder
+from higgs_tune.train.model.fused_linear import Gated, Layer, Normed, Rows, layers_of, project
+from higgs_tune.train.model.load import HiggsAudioModel
+from higgs_tune.train.model.lora import linear
+from torch import nn
+from torch.distributed.fsdp import FSDPModule
+from torch.utils.checkpoint import checkpoint
+
+Checkpointing = Literal["none", "selective", "full"]
+
+
+@dataclass(frozen=True)
+class Span:
+    """Rows that attend to each other, and how their order relates to the sequence.
+
+    cos_ND, sin_ND: rotary embedding of each row. lengths: rows of each sample. cu_lengths: where they begin, int32
+    [samples + 1] on the device. to_sequence, to_sorted: row orders, or None where the rows already stand in sequence
+    order.
+    """
+
+    cos_ND: torch.Tensor
+    sin_ND: torch.Tensor
+    lengths: list[int]
+    cu_lengths: torch.Tensor
+    to_sequence: torch.Tensor | None = None
+    to_sorted: torch.Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """The two parts of a layer around the attention, eager or compiled; see `_qkv` and `_ffn`."""
+
+    qkv: Callable[..., tuple[torch.Tensor, ...]]
+    ffn: Callable[..., torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Spans:
+    """The three ways in which rows attend: all of them, text rows only, audio rows only; and what runs the layers."""
+
+    every: Span
+    text: Span
+    audio: Span
+    blocks: Blocks
+
+
+@dataclass(frozen=True)
+class LabelRows:
+    """Rows that go on after an attention: in sorted order, where they stand in the sequence, how many are text."""
+
+    rows: torch.Tensor
+    positions: torch.Tensor
+    text_rows: int
+
+
+@dataclass(frozen=True)
+class ExecOptions:
+    """How layers are run; nothing of it changes a number beyond rounding.
+
+    compiled: through torch.compile, with row counts that may change from batch to batch. checkpointing: what backward
+    makes again instead of keeping it: `none`, `selective` (each FFN) or `full` (each layer).
+    """
+
+    compiled: bool = False
+    checkpointing: Checkpointing = "none"
+
+
+def hidden_states(model: HiggsAudioModel, batch: Batch, exec_options: ExecOptions = ExecOptions()) -> torch.Tensor:
+    """The residual stream [N, H] after the last layer, before the final norm, in sorted order."""
+    hidden_NH, text_rows, spans = _begin(model, batch, exec_options)
+    for layer in model.layers:
+        hidden_NH = _run(layer, exec_options, hidden_NH, text_rows, spans)
+    return hidden_NH
+
+
+def label_states(model: HiggsAudioModel, batch: Batch, exec_options: ExecOptions = ExecOptions()) -> torch.Tensor:
+    """The rows `batch["label_rows"]` of `hidden_states`: [rows, H].
+
+    After the last layer's attention no row meets another, so only these are carried on.
+    """
+    hidden_NH, text_rows, spans = _begin(model, batch, exec_options)
+    for layer in model.layers[:-1]:
+        hidden_NH = _run(layer, exec_options, hidden_NH, text_rows, spans)
+    kept = LabelRows(
+        batch["label_rows"], batch["to_sorted"].index_select(0, batch["label_rows"]), batch.label_text_rows
+    )
+    last: Any = model.layers[-1]
+    if not isinstance(last, HiggsAudioDualFFNDecoderLayer) or last.fast_forward:
+        return _run(last, exec_options, hidden_NH, text_rows, spans).index_select(0, kept.rows)
+    return _run(last, exec_options, hidden_NH, text_rows, spans, kept)
+
+
+def _begin(model: HiggsAudioModel, batch: Batch, exec_options: ExecOptions) -> tuple[torch.Tensor, int, Spans]:
+    """The embeddings in sorted order [N, H], how many of them are text rows, and how rows attend."""
+    hidden_NH = torch.cat([embed_text(model, batch), embed_audio(model, batch["codes_KA"])])
+    text_rows = len(hidden_NH) - batch["codes_KA"].shape[1]
+    return hidden_NH, text_rows, make_spans(model, batch, hidden_NH, text_rows, _blocks(exec_options))
+
+
+def _run(layer: nn.Module, exec_options: ExecOptions, *packed: Any) -> torch.Tensor:
+    """One layer, in the way of `running`; FSDP's hooks run around the layer's own call."""
+    if isinstance(layer, FSDPModule):
+        return layer(packed=packed)
+    if exec_options.checkpointing == "full" and torch.is_grad_enabled():
+        out = checkpoint(decoder_layer, layer, *packed, use_reentrant=False)
+        assert isinstance(out, torch.Tensor)
+        return out
+    return decoder_layer(layer, *packed)
+
+
+def embed_text(model: HiggsAudioModel, batch: Batch) -> torch.Tensor:
+    """The text rows [P, H]: token embeddings, and Whisper features where the model takes them."""
+    tokens_PH = model.embed_tokens(batch["text_ids"])
+    if model.audio_tower is None:
+        return tokens_PH
+    if batch.mels is None:  # DDP waits for a gradient of whatever trains, also where a pack has no use for it
+        parts: tuple[Any, ...] = (model.audio_tower, model.audio_encoder_proj)
+        unused = [p for part in parts for p in part.parameters() if p.requires_grad]
+        return tokens_PH + 0 * sum(p.sum() for p in unused) if unused else tokens_PH
+    features_MH = embed_whisper(model, batch, batch.mels).to(tokens_PH.dtype)
+    order = torch.cat([batch["token_rows"], batch["mel_rows"]])
+    return torch.cat([tokens_PH, features_MH])[torch.argsort(order)]
+
+
+def embed_whisper(model: HiggsAudioModel, batch: Batch, mels: torch.Tensor) -> torch.Tensor:
+    """What stands at the rows of Whisper features: [M, H]. The tower and its projector are boson's.
+
+    Args:
+        mels: see `Batch`.
+    """
+    projector: Any = model.audio_encoder_proj
+    dtype = projector.linear.weight.dtype
+    if mels.ndim == 2:  # the tower's output
+        return projector(mels.to(dtype))
+    mask = torch.arange(mels.shape[-1], device=mels.device) < batch["mel_frames"][:, None]
+    features_SFH, _ = model._apply_audio_tower(mels.to(dtype), mask)
+    assert features_SFH is not None
+    return features_SFH.flatten(0, 1).index_select(0, batch["mel_source"])
+
+
+def embed_audio(model: HiggsAudioModel, codes_KA: torch.Tensor) -> torch.Tensor:
+    """Sum (or mean) of the codebooks' embeddings of each frame: [A, H]."""
+    first_row = torch.arange(len(codes_KA), device=codes_KA.device, dtype=torch.int32) * model.audio_codebook_size
+    embedded_KAH = model.audio_codebook_embeddings(codes_KA + first_row[:, None])
+    embedded_KAH = embedded_KAH.to(model.embed_tokens.weight.dtype)
+    embedded_AH = embedded_KAH.mean(0) if model.config.audio_embed_avg else embedded_KAH.sum(0)
+    return linear(model.audio_out_embed_projector, embedded_AH) if model.use_audio_out_embed_projector else embedded_AH
+
+
+def make_spans(model: HiggsAudioModel, batch: Batch, like: torch.Tensor, text_rows: int, blocks: Blocks) -> Spans:
+    """Rotary embeddings and row orders of a batch."""
+    cos, sin = (table[0] for table in model.rotary_emb(like, batch["positions"][None]))
+    text, audio = slice(None, text_rows), slice(text_rows, None)
+    return Spans(
+        every=Span(cos, sin, batch.lengths, batch["cu_all"], batch["to_sequence"], batch["to_sorted"]),
+        text=Span(cos[text], sin[text], batch.text_lengths, batch["cu_text"]),
+        audio=Span(cos[audio], sin[audio], batch.audio_lengths, batch["cu_audio"]),
+        blocks=blocks,
+    )
+
+
+def decoder_layer(
+    layer: Any, hidden_NH: torch.Tensor, text_rows: int, spans: Spans, kept: LabelRows | None = None
+) -> torch.Tensor:
+    """One layer over the sorted residual stream; with `kept`, what comes after its attention for those rows only."""
+    if not isinstance(layer, HiggsAudioDualFFNDecoderLayer):
+        return _text_layer(layer, hidden_NH, spans.every, spans.blocks)
+    if layer.fast_forward:
+        text_PH, audio_AH = hidden_NH.split([text_rows, len(hidden_NH) - text_rows])
+        return torch.cat([_text_layer(layer, text_PH, spans.text, spans.blocks), audio_AH])
+    audio_norm = layer.audio_input_layernorm
+    if layer.use_audio_attention:
+        text_PH, audio_AH = hidden_NH.split([text_rows, len(hidden_NH) - text_rows])
+        source = norm_of(audio_AH, audio_norm)
+        audio_AH = attention(layer.audio_attn, source, audio_AH, spans.audio, spans.blocks)
+        hidden_NH, audio_norm = torch.cat([text_PH, audio_AH]), layer.audio_post_audio_attn_layer_norm
+    source = norm_of(hidden_NH, layer.input_layernorm, audio_norm, text_rows)
+    hidden_NH = attention(layer.self_attn, source, hidden_NH, spans.every, spans.blocks, kept)
+    text_rows = kept.text_rows if kept else text_rows
+    text_PH, audio_AH = hidden_NH.split([text_rows, len(hidden_NH) - text_rows])
+    text_PH = feed_forward(layer.mlp, layer.post_attention_layernorm, text_PH, spans.blocks)
+    audio_AH = feed_forward(layer.audio_mlp, layer.audio_post_attention_layernorm, audio_AH, spans.blocks)
+    return torch.cat([text_PH, audio_AH])
+
+
+def _text_layer(layer: Any, hidden_NH: torch.Tensor, span: Span, blocks: Blocks) -> torch.Tensor:
+    hidden_NH = attention(layer.self_attn, norm_of(hidden_NH, layer.input_layernorm), hidden_NH, span, blocks)
+    return feed_forward(layer.mlp, layer.post_attention_layernorm, hidden_NH, blocks)
+
+
+def norm_of(x_NH: torch.Tensor, norm: Any, audio_norm: Any = None, text_rows: int | None = None) -> Normed:
+    """The norm of the residual stream; of its audio rows, by a norm of their own where there is one."""
+    rows = len(x_NH) if text_rows is None else text_rows
+    return Normed(x_NH, norm.weight, (audio_norm or norm).weight, rows, norm.variance_epsilon)
+
+
+def feed_forward(mlp: Any, norm: Any, x_NH: torch.Tensor, blocks: Blocks) -> torch.Tensor:
+    """Llama's gated FFN over the norm of the residual stream, added to it."""
+    return blocks.ffn(norm_of(x_NH, norm), layers_of(mlp.gate_proj, mlp.up_proj), layers_of(mlp.down_proj))
+
+
+def _ffn(source: Normed, gate_up: tuple[Layer, ...], down: tuple[Layer, ...]) -> torch.Tensor:
+    return project(Gated(*project(source, gate_up)), down, source.x_NH)[0]
+
+
+def attention(
+    module: Any, source: Normed, residual_NH: torch.Tensor, span: Span, blocks: Blocks, kept: LabelRows | None = None
+) -> torch.Tensor:
+    """Llama's grouped-query attention over the rows of a span, added to the residual stream: [N, H].
+
+    With `kept`, its output at those rows only.
+    """
+    layers = layers_of(module.q_proj, module.k_proj, module.v_proj)
+    q_NhD, k_NhD, v_NhD = blocks.qkv(source, layers, span, module.head_dim)
+    out_NhD = causal_attention(q_NhD, k_NhD, v_NhD, span.lengths, span.cu_lengths)
+    out = Rows(out_NhD.flatten(1), span.to_sorted, span.to_sequence)
+    if kept:
+        out, residual_NH = Rows(out.x_NH, kept.positions), residual_NH.index_select(0, kept.rows)
+    return project(out, layers_of(module.o_proj), residual_NH)[0]
+
+
+def _qkv(source: Normed, layers: tuple[Layer, ...], span: Span, head_dim: int) -> tuple[torch.Tensor, ...]:
+    """Queries, keys and values [N, h, D] in sequence order."""
+    q_NhD, k_NhD, v_NhD = (x_NO.unflatten(1, (x_NO.shape[1] // head_dim, head_dim)) for x_NO in project(source, layers))
+    order, angles = (span.to_sequence, span.to_sorted), (span.cos_ND, span.sin_ND)
+    return (
+        rope_and_reorder(q_NhD, *order, *angles),
+        rope_and_reorder(k_NhD, *order, *angles),
+        rope_and_reorder(v_NhD, *order),
+    )
+
+
+@cache
+def _blocks(exec_options: ExecOptions) -> Blocks:
+    qkv: Callable[..., Any] = torch.compile(_qkv, dynamic=True) if exec_options.compiled else _qkv
+    ffn: Callable[..., Any] = torch.compile(_ffn, dynamic=True) if exec_options.compiled else _ffn
+    if exec_options.checkpointing == "selective":
+        ffn = partial(checkpoint, ffn, use_reentrant=False)
+    return Blocks(qkv, ffn)

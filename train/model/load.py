@@ -1,0 +1,153 @@
+"""The model: boson's classes hold the weights, our functions run them.
+
+In: a checkpoint folder, in Boson's original or the transformers-native layout. Out: `HiggsAudioModel`, frozen, in
+evaluation mode. Never: remote code, pickles, a weight that is silently missing, a second copy of the weights in host
+memory: the model is built on meta and filled tensor by tensor, straight to the device in the wanted dtype.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed.tensor  # peft 0.21 uses it without importing it
+from boson_multimodal.model.higgs_audio import HiggsAudioConfig, HiggsAudioModel
+from higgs_tune.preprocess.checkpoints.checkpoint import read_config
+from higgs_tune.preprocess.checkpoints.native import NOT_WEIGHTS, boson_weight_name
+from higgs_tune.shards.errors import UserError
+from safetensors import SafetensorError, safe_open
+
+__all__ = ["HiggsAudioConfig", "HiggsAudioModel", "Loaded", "load_config", "load_model"]
+
+TEXT_HEAD_WEIGHT = "audio_decoder_proj.text_lm_head.weight"
+_AUDIO_ATTENTION = re.compile(r"layers\.\d+\.(audio_attn|audio_post_audio_attn_layer_norm)\.")
+_SUPPORTED = {
+    "use_delay_pattern": (True,),
+    "audio_decoder_proj_num_layers": (0,),
+    "use_rq_transformer": (False,),
+    "encode_audio_in_tokens": (True,),
+    "audio_adapter_type": ("dual_ffn", "dual_ffn_fast_forward"),
+}
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model, and what its checkpoint did not hold.
+
+    has_text_head: False for a native checkpoint without one; text cannot be trained then.
+    new_audio_attention: audio self-attention was added, in a way that leaves every logit as it was.
+    """
+
+    model: HiggsAudioModel
+    has_text_head: bool
+    new_audio_attention: bool
+
+
+def load_config(path: Path) -> HiggsAudioConfig:
+    """Read and check a checkpoint's config.
+
+    Raises:
+        UserError: no config.json, another model, or a switch that this trainer does not know.
+    """
+    config = HiggsAudioConfig(**read_config(path))
+    for name, values in _SUPPORTED.items():
+        if getattr(config, name) not in values:
+            expected = " or ".join(str(value) for value in values)
+            raise UserError(f"unsupported {name}", where=path, expected=expected, got=getattr(config, name))
+    config.use_audio_out_self_attention = bool(config.use_audio_out_self_attention)
+    config._attn_implementation = "sdpa"
+    config.audio_encoder_config._attn_implementation = "sdpa"
+    return config
+
+
+def load_model(path: Path, *, device: torch.device, dtype: torch.dtype, audio_attention: bool = False) -> Loaded:
+    """Load a checkpoint.
+
+    Args:
+        dtype: of every weight.
+        audio_attention: add audio self-attention to the layers with an audio FFN, if the checkpoint has none.
+
+    Raises:
+        UserError: missing, unexpected or wrong-shaped weights; the message lists them.
+    """
+    config = load_config(path)
+    adding = audio_attention and not config.use_audio_out_self_attention
+    config.use_audio_out_self_attention |= audio_attention
+    with torch.device("meta"):
+        model = HiggsAudioModel(config)
+    own = model.state_dict()
+    filled, problems = _read_weights(path, own, device, dtype)
+    missing = {name for name in own if name not in filled}
+    if adding:
+        missing = {name for name in missing if not _AUDIO_ATTENTION.match(name)}
+    problems += [f"missing {name}" for name in sorted(missing - {TEXT_HEAD_WEIGHT})]
+    if problems:
+        more = f" and {len(problems) - 20} more" if len(problems) > 20 else ""
+        raise UserError(f"the checkpoint does not fit its config: {'; '.join(problems[:20])}{more}", where=path)
+    if TEXT_HEAD_WEIGHT in missing:
+        filled[TEXT_HEAD_WEIGHT] = torch.zeros(own[TEXT_HEAD_WEIGHT].shape, device=device, dtype=dtype)
+    if adding:
+        filled |= _identity_attention(filled, config)
+    model.load_state_dict(filled, assign=True)
+    make_buffers(model, config, device)
+    return Loaded(model.requires_grad_(False).eval(), TEXT_HEAD_WEIGHT not in missing, adding)
+
+
+def _read_weights(
+    path: Path, own: dict[str, torch.Tensor], device: torch.device, dtype: torch.dtype
+) -> tuple[dict[str, torch.Tensor], list[str]]:
+    """The checkpoint's weights under Boson's names, and what does not fit."""
+    files = sorted(path.glob("model*.safetensors"))
+    if not files:
+        raise UserError("the checkpoint has no weights", where=path, expected="model*.safetensors")
+    filled: dict[str, torch.Tensor] = {}
+    problems: list[str] = []
+    for file in files:
+        try:
+            with safe_open(file, framework="pt", device=str(device)) as tensors:
+                for stored in tensors.keys():  # noqa: SIM118  (safe_open is no mapping)
+                    name, shape = boson_weight_name(stored), tensors.get_slice(stored).get_shape()
+                    if NOT_WEIGHTS.search(stored):
+                        continue
+                    if name not in own:
+                        problems.append(f"unexpected {stored}")
+                    elif list(own[name].shape) != shape:
+                        problems.append(f"{stored}: expected {list(own[name].shape)}, got {shape}")
+                        filled[name] = own[name]
+                    else:
+                        filled[name] = tensors.get_tensor(stored).to(dtype)
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"cannot read weights: {error}", where=file) from error
+    return filled, problems
+
+
+def _identity_attention(filled: dict[str, torch.Tensor], config: HiggsAudioConfig) -> dict[str, torch.Tensor]:
+    """Weights of audio self-attention that leaves the model's function as it is.
+
+    The output projection is zero, so it adds nothing to the residual stream; the norm after it is the audio input norm,
+    so the shared attention sees what it saw before. Queries, keys and values begin as those of the shared attention.
+    """
+    new: dict[str, torch.Tensor] = {}
+    for layer in config.audio_dual_ffn_layers or ():
+        prefix = f"layers.{layer}"
+        for name, value in filled.items():
+            if name.startswith(f"{prefix}.self_attn."):
+                start = torch.zeros_like(value) if ".o_proj." in name else value.clone()
+                new[name.replace(".self_attn.", ".audio_attn.")] = start
+        norm = filled[f"{prefix}.audio_input_layernorm.weight"]
+        new[f"{prefix}.audio_post_audio_attn_layer_norm.weight"] = norm.clone()
+    return new
+
+
+def make_buffers(model: HiggsAudioModel, config: HiggsAudioConfig, device: torch.device) -> None:
+    """What no checkpoint holds: rotary frequencies, and boson's codebook weights."""
+    rotary = type(model.rotary_emb)(config=config.text_config, device=device)
+    model.rotary_emb = rotary
+    for layer in model.layers:
+        for name in ("self_attn", "audio_attn"):
+            attention = getattr(layer, name, None)
+            if attention is not None:
+                attention.rotary_emb = rotary
+    model.audio_codebook_weights = torch.ones(config.audio_num_codebooks, device=device) / config.audio_num_codebooks

@@ -1,0 +1,248 @@
+"""The loss: next-token cross entropy over text labels and over each codebook's labels, with global means.
+
+In: the residual stream, the batch, and the label counts of the whole optimizer step. Out: the step's loss share of
+this pack, and the sums that metrics need. Never: a logit where there is no label; a full [N, vocabulary] tensor.
+
+text  = mean CE over all text labels of the step
+audio = weighted mean over codebooks of the mean CE over that codebook's labels of the step
+total = text_loss_weight * text + audio_loss_weight * audio + contrastive_loss_weight * contrastive
+
+"of the step" means over all ranks and accumulation steps: the result does not depend on how samples are spread. The
+contrastive part compares the samples of one pack, so it alone depends on packing.
+
+Shapes: n label rows, K codebooks (1 for text), V classes, H hidden, S samples.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from higgs_tune.train.data.batch import Batch
+from higgs_tune.train.model.fused_linear import product
+from higgs_tune.train.model.load import HiggsAudioModel
+from higgs_tune.train.model.lora import normed
+
+CHUNK_ELEMENTS = 1 << 25  # logits held at a time: 128 MB in float32
+IGNORE = -100
+TEMPERATURE = 0.1  # of the contrastive loss
+
+
+@dataclass(frozen=True)
+class LossOptions:
+    """text, audio, contrastive: weight of each part. codebooks: relative weight of each codebook, or None for equal
+    ones. smoothing: label smoothing, 0 to 1. with_text, with_audio: whether the part is computed at all."""
+
+    text: float = 1.0
+    audio: float = 1.0
+    contrastive: float = 0.0
+    codebooks: tuple[float, ...] | None = None
+    smoothing: float = 0.0
+    with_text: bool = True
+    with_audio: bool = True
+
+    def codebook_shares(self, codebooks: int) -> list[float]:
+        """Each codebook's share of the audio loss; they sum to 1."""
+        weights = self.codebooks or (1.0,) * codebooks
+        return [weight / sum(weights) for weight in weights]
+
+    def per_label(self, counts: torch.Tensor) -> torch.Tensor:
+        """Weight of one label in the total loss: float32 [2 + K], for text, each codebook, and contrastive pairs.
+
+        Args:
+            counts: [2 + K], of the whole optimizer step; where there are none, the weight does not matter.
+        """
+        shares = [self.audio * share for share in self.codebook_shares(len(counts) - 2)]
+        parts = torch.tensor([self.text, *shares, self.contrastive], dtype=torch.float32)
+        return parts.to(counts.device, non_blocking=True) / counts.clamp(min=1)
+
+
+class _HeadCrossEntropy(torch.autograd.Function):
+    """Linear head and cross entropy, a chunk of rows at a time; gradients are made in the forward pass.
+
+    Args of `apply`: hidden [n, H]; head weight [K * V, H]; targets int [n, K], -100 for none; label weights [K];
+    label smoothing; a class whose loss is summed apart (end of stream), or -1.
+    Returns: the weighted sum (differentiable); [4, K]: sums of the cross entropies, right predictions, sums over
+    targets of the marked class, number of such targets.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden_nH: torch.Tensor,
+        head_VH: torch.Tensor,
+        targets_nK: torch.Tensor,
+        weights_K: torch.Tensor,
+        smoothing: float,
+        marked: int,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        codebooks = targets_nK.shape[1]
+        need_hidden, need_head = ctx.needs_input_grad[:2]
+        grad_hidden = torch.empty_like(hidden_nH) if need_hidden else None
+        grad_head = torch.zeros_like(head_VH, dtype=torch.float32) if need_head else None
+        head_used_VH = head_VH.to(hidden_nH.dtype)
+        stats_4K = torch.zeros(4, codebooks, device=hidden_nH.device)
+        step = max(1, CHUNK_ELEMENTS // len(head_VH))
+        for start in range(0, len(hidden_nH), step):
+            rows_nH = hidden_nH[start : start + step]
+            target_nK = targets_nK[start : start + step].long()
+            logits_nV = product(rows_nH, head_used_VH).float()
+            log_share_nKV = logits_nV.view(len(rows_nH), codebooks, -1).log_softmax(-1)
+            labelled_nK, index_nK1 = target_nK >= 0, target_nK.clamp(min=0)[..., None]
+            wanted_nK = log_share_nKV.gather(-1, index_nK1)[..., 0]
+            if smoothing:
+                wanted_nK = (1 - smoothing) * wanted_nK + smoothing * log_share_nKV.mean(-1)
+            losses_nK = -wanted_nK * labelled_nK
+            is_marked_nK = target_nK == marked
+            right_nK = logits_nV.view_as(log_share_nKV).argmax(-1) == target_nK
+            found = (losses_nK, right_nK, losses_nK * is_marked_nK, is_marked_nK)
+            stats_4K += torch.stack([values.float().sum(0) for values in found])
+            if need_hidden or need_head:
+                grad_nKV = log_share_nKV.exp_()
+                if smoothing:
+                    grad_nKV -= smoothing / grad_nKV.shape[-1]
+                grad_nKV.scatter_add_(-1, index_nK1, grad_nKV.new_full(index_nK1.shape, smoothing - 1.0))
+                grad_nV = grad_nKV.mul_((labelled_nK * weights_K)[..., None]).flatten(1).to(hidden_nH.dtype)
+                if grad_hidden is not None:
+                    grad_hidden[start : start + step] = product(grad_nV, head_used_VH.t())
+                if grad_head is not None:
+                    grad_head += (grad_nV.t() @ rows_nH).float()
+        ctx.save_for_backward(*(grad for grad in (grad_hidden, grad_head) if grad is not None))
+        ctx.head_dtype = head_VH.dtype
+        ctx.mark_non_differentiable(stats_4K)
+        return (stats_4K[0] * weights_K).sum(), stats_4K
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        saved = list(ctx.saved_tensors)
+        grad_hidden = saved.pop(0).mul(grads[0]) if ctx.needs_input_grad[0] else None
+        grad_head = (saved.pop(0) * grads[0]).to(ctx.head_dtype) if ctx.needs_input_grad[1] else None
+        return grad_hidden, grad_head, None, None, None, None
+
+
+@dataclass(frozen=True)
+class LossSums:
+    """Sums over labels, not divided by anything, so that they can be added over packs, steps and ranks.
+
+    cross_entropy, correct, labels: [1 + K], of text, then of each codebook.
+    eos_cross_entropy, eos_labels: [K], the part of `cross_entropy` and `labels` whose label ends the stream.
+    contrastive, pairs: [1], the sum of the contrastive loss, and the number of pairs of reference and target.
+    """
+
+    cross_entropy: torch.Tensor
+    correct: torch.Tensor
+    labels: torch.Tensor
+    eos_cross_entropy: torch.Tensor
+    eos_labels: torch.Tensor
+    contrastive: torch.Tensor
+    pairs: torch.Tensor
+
+    @staticmethod
+    def _sizes(codebooks: int) -> list[int]:
+        return [1 + codebooks] * 3 + [codebooks] * 2 + [1, 1]
+
+    @classmethod
+    def zeros(cls, codebooks: int, device: torch.device) -> torch.Tensor:
+        """The packed form of no labels at all."""
+        return torch.zeros(sum(cls._sizes(codebooks)), device=device, dtype=torch.float64)
+
+    def pack(self) -> torch.Tensor:
+        """One float64 vector of every field, in order."""
+        return torch.cat([getattr(self, field.name) for field in fields(self)]).double()
+
+    @classmethod
+    def unpack(cls, packed: torch.Tensor, codebooks: int) -> LossSums:
+        """The inverse of `pack`."""
+        return cls(*packed.split(cls._sizes(codebooks)))
+
+
+class LossParts(NamedTuple):
+    """This pack's share of the step's loss (a scalar with gradient), and the sums over its labels."""
+
+    total: torch.Tensor
+    sums: LossSums
+
+
+def pack_loss(
+    model: HiggsAudioModel,
+    hidden_NH: torch.Tensor,
+    batch: Batch,
+    label_weights: torch.Tensor,
+    options: LossOptions,
+    *,
+    at_labels: bool = False,
+) -> LossParts:
+    """The loss share of one pack.
+
+    Args:
+        hidden_NH: what `hidden_states` returned; or, with `at_labels`, what `label_states` did.
+        label_weights: [2 + K], from `LossOptions.per_label`.
+    """
+    assert not (at_labels and options.contrastive), "the contrastive loss takes every audio row"
+    text_rows, audio_rows = (batch[f"{kind}_in_labels" if at_labels else f"{kind}_rows"] for kind in ("text", "audio"))
+    heads, codebooks = model.audio_decoder_proj, len(label_weights) - 2
+    counts = batch["label_counts"].float()
+    total, text_4K = label_weights.new_zeros(()), label_weights.new_zeros(4, 1)
+    audio_4K, contrastive, pairs = label_weights.new_zeros(4, codebooks), *label_weights.new_zeros(2, 1)
+    if options.with_text:
+        normed_nH = normed(model.norm, hidden_NH.index_select(0, text_rows))
+        labels_n1, weights_1 = batch["text_labels"][:, None], label_weights[:1]
+        part, text_4K = head_cross_entropy(normed_nH, heads.text_lm_head, labels_n1, weights_1, options.smoothing)
+        total = total + part
+    if options.with_audio:
+        normed_nH = normed(model.norm, hidden_NH.index_select(0, audio_rows))
+        labels_nK, weights_K, eos = batch["audio_labels_KL"].t(), label_weights[1:-1], model.config.audio_stream_eos_id
+        part, audio_4K = head_cross_entropy(
+            normed_nH, heads.audio_lm_head, labels_nK, weights_K, options.smoothing, eos
+        )
+        total = total + part
+    if options.contrastive:
+        part = contrastive_loss(normed(model.norm, hidden_NH[len(hidden_NH) - batch["codes_KA"].shape[1] :]), batch)
+        total = total + part * label_weights[-1]
+        contrastive, pairs = part.detach().view(1), batch["pairs"].float()
+    (cross_entropy, correct, *_), (*_, eos_cross_entropy, eos_labels) = torch.cat([text_4K, audio_4K], dim=1), audio_4K
+    labels = torch.cat([counts[:1] * options.with_text, counts[1:] * options.with_audio])
+    sums = LossSums(cross_entropy, correct, labels, eos_cross_entropy, eos_labels, contrastive, pairs)
+    return LossParts(total, sums)
+
+
+def head_cross_entropy(
+    normed_nH: torch.Tensor,
+    head: torch.nn.Module,
+    labels_nK: torch.Tensor,
+    weights_K: torch.Tensor,
+    smoothing: float = 0.0,
+    marked: int = -1,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """See `_HeadCrossEntropy`."""
+    weight = head.weight
+    assert isinstance(weight, torch.Tensor)
+    return _HeadCrossEntropy.apply(normed_nH, weight, labels_nK, weights_K, smoothing, marked)  # pyright: ignore
+
+
+def contrastive_loss(audio_AH: torch.Tensor, batch: Batch) -> torch.Tensor:
+    """Voice similarity: a sample's mean target state should be nearest to mean reference states of its own speaker.
+
+    Supervised InfoNCE (https://arxiv.org/abs/2004.11362, with one anchor a sample) over the samples of the pack that
+    have both, summed over them: -log of the share of softmax(cosine / 0.1) that falls on references of the speaker.
+    With one sample it is 0; it is finite for any pack.
+
+    Args:
+        audio_AH: normed hidden states of the audio rows.
+    """
+    samples = len(batch.lengths)
+    pooled_2SH = audio_AH.new_zeros(2 * samples, audio_AH.shape[1], dtype=torch.float32)
+    owners = batch["owners"]  # 2 * sample, and 1 more for a target
+    pooled_2SH = pooled_2SH.index_add(0, owners, audio_AH.float())
+    frames = torch.zeros(2 * samples, device=owners.device).index_add(0, owners, torch.ones_like(owners).float())
+    unit_2SH = F.normalize(pooled_2SH / frames.clamp(min=1)[:, None], dim=1)
+    has_both = (frames.view(-1, 2) > 0).all(1)
+    cosine_SS = unit_2SH[1::2] @ unit_2SH[0::2].t() / TEMPERATURE
+    same_SS = batch["speakers"][:, None] == batch["speakers"]
+    absent_1S, absent_S1 = ~has_both[None], ~has_both[:, None]
+    every_SS = cosine_SS.masked_fill(absent_1S, -torch.inf).masked_fill(absent_S1, 0.0)
+    own_SS = cosine_SS.masked_fill(absent_1S | ~same_SS, -torch.inf).masked_fill(absent_S1, 0.0)
+    losses_S = torch.logsumexp(every_SS, 1) - torch.logsumexp(own_SS, 1)
+    return (losses_S * batch.weight).sum()

@@ -1,0 +1,206 @@
+"""What people look at: metrics.jsonl, TensorBoard, trackers, a live display or plain lines. Rank 0 only.
+
+In: dicts of numbers. Out: the files of the run folder, and text on stderr. Never: a number worked out here.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import math
+import os
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from higgs_tune.shards.errors import UserError
+from higgs_tune.train.checkpoint.output import DIAGNOSTICS, METRICS
+from higgs_tune.train.config import TrainConfig
+from higgs_tune.train.monitor.diagnostics import as_text
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress import BarColumn, MofNCompleteColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress as Bar
+from rich.table import Table
+from torch.utils.tensorboard import SummaryWriter
+
+_PROJECT = "higgs-tune"
+SPECTRUM_BINS = 512
+
+
+class Reporter:
+    """Writes reports and shows them.
+
+    Args:
+        config: the run's options.
+        total_steps: optimizer steps of the run.
+        step: steps done before this start. written: bytes of each log file that belong to them; what follows is of a
+            run that was cut off, and is removed.
+
+    Raises:
+        UserError: a tracker is not installed.
+    """
+
+    def __init__(
+        self, config: TrainConfig, total_steps: int, step: int = 0, written: dict[str, int] | None = None
+    ) -> None:
+        self._folder, self._total = config.output_dir, total_steps
+        for name in (METRICS, DIAGNOSTICS):
+            _cut(self._folder / name, (written or {}).get(name, 0))
+        self._file = (self._folder / METRICS).open("a", buffering=1)
+        self._board = SummaryWriter(str(self._folder / "tensorboard"), purge_step=step + 1 if step else None)
+        self._trackers = [_start(name, config) for name in config.report_to]
+        self._plain = not sys.stderr.isatty()
+        self._console = Console(stderr=True, soft_wrap=self._plain)
+        columns = (
+            BarColumn(None),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+        )
+        self._bar = Bar(*columns)
+        self._task = self._bar.add_task("", total=total_steps, completed=step)
+        self._shown: dict[str, dict[str, Any]] = {}
+        self._live = None if self._plain else Live(self._view(), console=self._console, refresh_per_second=4)
+        if self._live:
+            self._live.start()
+
+    @property
+    def written(self) -> dict[str, int]:
+        """Bytes of each log file so far."""
+        paths = (self._folder / name for name in (METRICS, DIAGNOSTICS))
+        return {path.name: path.stat().st_size for path in paths if path.exists()}
+
+    def step(self, step: int) -> None:
+        """A step is done (nothing is read from the device)."""
+        self._bar.update(self._task, completed=step)
+
+    def report(self, metrics: dict[str, Any]) -> None:
+        """Write one report."""
+        self._file.write(json.dumps({k: _finite(v) for k, v in metrics.items()}) + "\n")
+        kind, step = metrics["kind"], metrics["step"]
+        numbers = dict(_numbers(metrics))
+        for name, value in numbers.items():
+            self._board.add_scalar(f"{kind}/{name}", value, step)
+        for tracker in self._trackers:
+            tracker.log({f"{kind}/{name}": value for name, value in numbers.items()}, step=step)
+        self._shown[kind] = metrics
+        if self._live:
+            self._live.update(self._view())
+        else:
+            print(f"{kind} step {step}/{self._total} {_line(metrics)}", file=sys.stderr, flush=True)
+
+    def diagnose(self, found: dict[str, Any], step: int) -> None:
+        """Show diagnostics, and keep them in diagnostics.jsonl and TensorBoard."""
+        with (self._folder / DIAGNOSTICS).open("a") as file:
+            file.write(json.dumps({"step": step} | found, ensure_ascii=False) + "\n")
+        text = as_text(found, step)
+        self._board.add_text("diagnostics", f"```\n{text}\n```", step)
+        self.say(text)
+
+    def sounds(self, sounds: Iterable[tuple[str, np.ndarray, int]], step: int) -> None:
+        """Keep waveforms and their spectrograms in TensorBoard."""
+        for name, wave_S, rate in sounds:
+            self._board.add_audio(name, wave_S[None], step, sample_rate=rate)
+            self._board.add_image(f"{name}/spectrogram", spectrogram(wave_S), step)
+
+    def say(self, text: str) -> None:
+        """Show a line."""
+        if self._live:
+            self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+        else:
+            print(text, file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        if self._live:
+            self._live.stop()
+        for tracker in self._trackers:
+            tracker.finish()
+        self._board.close()
+        self._file.close()
+
+    def _view(self) -> Group:
+        """The live display: what was reported last, and how far the run is."""
+        table = Table.grid(padding=(0, 2))
+        for kind, metrics in self._shown.items():
+            cells = [f"[bold]{kind}[/] {metrics['step']}", *_cells(metrics)]
+            table.add_row(*cells)
+        return Group(table, self._bar)
+
+
+def _cut(path: Path, size: int) -> None:
+    if path.exists() and path.stat().st_size > size:
+        os.truncate(path, size)
+
+
+def _start(name: str, config: TrainConfig) -> Any:
+    """A tracker's run: both have `log` and `finish`."""
+    try:
+        tracker = importlib.import_module(name)
+    except ImportError as error:
+        raise UserError(f"--report_to {name} is not installed", hint=f"pip install 'higgs-tune[{name}]'") from error
+    options = {"project": os.environ.get("WANDB_PROJECT", _PROJECT), "name": config.run_name or config.output_dir.name}
+    options |= {"config": config.plain()}
+    if name == "wandb":
+        return tracker.init(**options, dir=str(config.output_dir))
+    return tracker.init(**options) or tracker
+
+
+def _numbers(metrics: dict[str, Any]) -> Iterable[tuple[str, float]]:
+    for name, value in metrics.items():
+        if name == "step" or isinstance(value, str):
+            continue
+        if isinstance(value, list):
+            yield from ((f"{name}/{i}", item) for i, item in enumerate(value) if item is not None)
+        elif isinstance(value, dict):
+            yield from ((f"{name}/{key}", item) for key, item in value.items())
+        elif value is not None:
+            yield name, value
+
+
+_SHOWN = (
+    ("text_loss", "text {:.4f}"),
+    ("audio_loss", "audio {:.4f}"),
+    ("eos_loss", "eos {:.3f}"),
+    ("tokens_per_second", "{:,.0f} tokens/s"),
+    ("audio_hours_per_gpu_hour", "{:.0f} h/GPU-h"),
+    ("data_wait_fraction", "wait {:.1%}"),
+    ("max_memory_gb", "{:.1f} GB"),
+    ("text_accuracy", "text right {:.1%}"),
+    ("audio_accuracy", "audio right {:.1%}"),
+    ("run_on_rate", "run on {:.0%}"),
+    ("base_run_on_rate", "(base {:.0%})"),
+    ("duration_ratio", "duration {:.2f}"),
+    ("base_duration_ratio", "(base {:.2f})"),
+    ("silence_ratio", "silence {:.0%}"),
+    ("base_silence_ratio", "(base {:.0%})"),
+)
+
+
+def _cells(metrics: dict[str, Any]) -> list[str]:
+    return [form.format(metrics[name]) for name, form in _SHOWN if isinstance(metrics.get(name), int | float)]
+
+
+def _line(metrics: dict[str, Any]) -> str:
+    return "  ".join(_cells(metrics))
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no NaN: such a value becomes a string."""
+    if isinstance(value, list):
+        return [_finite(item) for item in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def spectrogram(wave_S: np.ndarray) -> np.ndarray:
+    """Levels from -80 dB (black) to the loudest (white): uint8 [1, bins, frames], low frequencies at the bottom."""
+    wave = torch.from_numpy(wave_S)
+    window = torch.hann_window(2 * SPECTRUM_BINS)
+    hop = SPECTRUM_BINS // 2
+    level = torch.stft(wave, 2 * SPECTRUM_BINS, hop, window=window, return_complex=True, pad_mode="constant").abs()
+    db = 20 * torch.log10(level + 1e-6)
+    scaled = ((db - db.max()).clamp(min=-80) / 80 + 1) * 255
+    return scaled.flip(0).byte()[None].numpy()

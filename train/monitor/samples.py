@@ -1,0 +1,205 @@
+"""Generated speech along the way: fixed samples, boson's own `generate`, the codec, numbers beside the base model's.
+
+In: a run and its shard sets. Out: `samples/NAME/samples.json` and wav files, TensorBoard. NAME is `base` or
+`step-000500`; `samples/target` holds what should be said, and the voice to say it in.
+Never: our packed forward; a sample that differs from one evaluation to the next.
+
+Shapes: K codebooks, T frames, S waveform samples.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import soundfile
+import torch
+from higgs_tune.preprocess.audio.audio import quiet_share
+from higgs_tune.preprocess.codec.checkpoint import load_codec
+from higgs_tune.shards import durable
+from higgs_tune.shards.errors import UserError
+from higgs_tune.shards.format import FRAME_RATE_HZ, Sample
+from higgs_tune.shards.reader import ShardSet
+from higgs_tune.train.config import TrainConfig
+from higgs_tune.train.model.generate import Said, Sampling, generate
+from higgs_tune.train.state import Run
+from transformers import PreTrainedTokenizerBase
+
+SILENCE_DB = -45.0  # a window below this level, relative to full scale, is silent
+_NUMBERS = ("run_on_rate", "duration_ratio", "silence_ratio")
+
+
+class SampleGenerator:
+    """Generates the same samples whenever it is asked; ranks share the work, rank 0 writes.
+
+    Raises:
+        UserError: no codec, or the model takes stored tower features, which boson's `generate` cannot.
+    """
+
+    def __init__(self, run: Run, tokenizer: PreTrainedTokenizerBase, features: str) -> None:
+        if features == "encoder":
+            raise UserError("--sample_steps needs the tower's input", expected="--whisper_features mel", got=features)
+        self.run, self.tokenizer, self.mels = run, tokenizer, features != "none"
+        self.folder = run.config.output_dir / "samples"
+        sets = run.schedule.sets.sets
+        self.samples = [shards.read(row, mels=self.mels) for shards, row in choose(sets, run.config.num_samples)]
+        self.codec = load_codec(codec_path(run.config, sets), run.context.device) if run.context.is_main else None
+
+    def begin(self) -> None:
+        """Write targets and references, and what the base model says, unless an earlier start has."""
+        if self.run.context.is_main and self.codec:
+            for sample in self.samples:
+                frames = np.split(sample.codes_KT, np.cumsum(sample.segment_frames)[:-1], axis=1)
+                self._write_wav(self.folder / "target" / f"{sample.key}.target.wav", frames[-1])
+                if len(frames) > 1:
+                    self._write_wav(self.folder / "target" / f"{sample.key}.reference.wav", frames[0])
+        there = float((self.folder / "base" / "samples.json").is_file())
+        if not self.run.context.all_sum([there if self.run.context.is_main else 0.0])[0]:
+            self.generate("base")
+
+    def generate(self, name: str) -> dict[str, Any] | None:
+        """Generate; returns the numbers as a line of metrics.jsonl, on rank 0."""
+        run, world = self.run, self.run.context.world
+        with torch.random.fork_rng(), run.eval_mode(base=name == "base"):
+            mine = [self._say(number) for number in range(world.rank, len(self.samples), world.size)]
+        heard = self._collect(mine)
+        return self._write(name, heard) if run.context.is_main else None
+
+    def _say(self, number: int) -> Said:
+        run = self.run
+        sampling = Sampling(seed=run.config.seed + number, speak=run.config.with_audio)
+        return generate(run.peft_model, self.samples[number], run.special_ids, sampling, max_frames=self._most_frames)
+
+    @property
+    def _most_frames(self) -> int:
+        return int(self.run.config.sample_max_seconds * FRAME_RATE_HZ)
+
+    def _collect(self, mine: list[Said]) -> list[Said]:
+        """Every rank's samples, in order: numbers only, in tensors of one shape."""
+        context, codebooks = self.run.context, self.run.codebooks
+        each = -(-len(self.samples) // context.world.size)
+        most = max(len(sample.tokens_2L[0]) for sample in self.samples) + self._most_frames + 64
+        codes = torch.full((each, codebooks, most), -1, dtype=torch.int32)
+        tokens = torch.full((each, most), -1, dtype=torch.int32)
+        flags = torch.zeros(each, 2, dtype=torch.int32)
+        for i, said in enumerate(mine):
+            tokens[i, : len(said.tokens)] = torch.tensor(said.tokens, dtype=torch.int32)
+            flags[i] = torch.tensor([said.codes_KT is not None, said.reached_eos])
+            if said.codes_KT is not None:
+                codes[i, :, : said.codes_KT.shape[1]] = torch.from_numpy(said.codes_KT.astype(np.int32))
+        codes, tokens, flags = (context.gather(value).numpy() for value in (codes, tokens, flags))
+        heard = []
+        for number in range(len(self.samples)):
+            at = number % context.world.size, number // context.world.size
+            said_tokens = tokens[at]
+            frames = codes[at][:, codes[at][0] >= 0]
+            there, ended = flags[at]
+            heard.append(Said(said_tokens[said_tokens >= 0].tolist(), frames if there else None, bool(ended)))
+        return heard
+
+    def _write(self, name: str, heard: list[Said]) -> dict[str, Any]:
+        folder = self.folder / name
+        listed = [self._describe(folder, *pair) for pair in zip(self.samples, heard, strict=True)]
+        durable.write_bytes(folder / "samples.json", durable.to_json(listed, indent=1) + b"\n")
+        numbers = summary(listed)
+        base = numbers
+        if name != "base":
+            base = summary(json.loads((self.folder / "base" / "samples.json").read_bytes()))
+        return {
+            "kind": "samples",
+            "step": self.run.progress.step,
+            **numbers,
+            **{f"base_{key}": value for key, value in base.items()},
+        }
+
+    def _describe(self, folder: Path, sample: Sample, heard: Said) -> dict[str, Any]:
+        target_KT = sample.codes_KT[:, -sample.segment_frames[-1] :]
+        folder.mkdir(parents=True, exist_ok=True)
+        wave = np.zeros(0, np.float32)
+        if heard.codes_KT is not None and heard.codes_KT.shape[1]:
+            wave = self._write_wav(folder / f"{sample.key}.wav", heard.codes_KT)
+        assert self.codec is not None
+        rate = self.codec.config.sample_rate_hz
+        target_s = target_KT.shape[1] / self.codec.config.frame_rate_hz
+        labels = [int(label) for label in sample.tokens_2L[1] if label >= 0]
+        target_text = self.tokenizer.decode(labels, skip_special_tokens=True).strip()
+        text = self.tokenizer.decode(heard.tokens, skip_special_tokens=True).strip()
+        return {
+            "key": sample.key,
+            "text": target_text if self.run.config.with_audio else text,
+            "target_text": target_text,
+            "reached_eos": heard.reached_eos,
+            "duration_s": len(wave) / rate,
+            "target_duration_s": target_s,
+            "duration_ratio": len(wave) / rate / target_s,
+            "silence_ratio": silence_ratio(wave, rate),
+            "wav": f"{sample.key}.wav" if len(wave) else None,
+        }
+
+    def _write_wav(self, path: Path, codes_KT: np.ndarray) -> np.ndarray:
+        assert self.codec is not None
+        wave_S = self.codec.decode(np.clip(codes_KT, 0, self.codec.config.codebook_size - 1))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with durable.atomic_file(path) as file:
+            soundfile.write(file, wave_S, self.codec.config.sample_rate_hz, format="WAV", subtype="PCM_16")
+        return wave_S
+
+    def sounds(self, name: str) -> Iterable[tuple[str, np.ndarray, int]]:
+        """What TensorBoard shows of a step: name, waveform, sample rate; each sample, its target, its reference."""
+        for sample in self.samples:
+            places = {"generated": self.folder / name / f"{sample.key}.wav"}
+            places |= {kind: self.folder / "target" / f"{sample.key}.{kind}.wav" for kind in ("target", "reference")}
+            for kind, path in places.items():
+                if path.is_file():
+                    wave_S, rate = soundfile.read(path, dtype="float32")
+                    yield f"{sample.key}/{kind}", wave_S, rate
+
+
+def choose(sets: list[ShardSet], count: int) -> list[tuple[ShardSet, int]]:
+    """Rows to generate: held-out ones where there are any, of as many speakers as possible."""
+    rows = [(shards, int(row)) for shards in sets for row in shards.rows_of(validation=True)[: 64 * count]]
+    rows = rows or [(shards, int(row)) for shards in sets for row in shards.rows_of(validation=False)[: 64 * count]]
+    seen: dict[tuple[int, int], int] = {}
+    ranked = []
+    for place, (shards, row) in enumerate(rows):
+        if not shards.index["audio_labels"][row]:
+            continue
+        speaker = (id(shards), int(shards.index["speaker"][row]))
+        seen[speaker] = seen.get(speaker, 0) + 1
+        ranked.append((seen[speaker], place))
+    return [rows[place] for _, place in sorted(ranked)[:count]]
+
+
+def codec_path(config: TrainConfig, sets: list[ShardSet]) -> Path:
+    """The codec that makes samples audible.
+
+    Raises:
+        UserError: none is given, and that of the shards is not there.
+    """
+    if config.audio_tokenizer_path is not None:
+        return config.audio_tokenizer_path
+    made_with = Path(sets[0].provenance.get("paths", {}).get("codec", ""))
+    if not (made_with / "config.json").is_file():
+        hint = "Give --audio_tokenizer_path."
+        raise UserError(
+            "--sample_steps: the codec that the shards were made with is not there", where=made_with, hint=hint
+        )
+    return made_with
+
+
+def summary(listed: list[dict[str, Any]]) -> dict[str, float]:
+    """Share of samples that never end, means of duration and silence ratios."""
+    values = (
+        [not sample["reached_eos"] for sample in listed],
+        [sample["duration_ratio"] for sample in listed],
+        [sample["silence_ratio"] for sample in listed],
+    )
+    return {name: float(np.mean(value)) for name, value in zip(_NUMBERS, values, strict=True)}
+
+
+def silence_ratio(wave_S: np.ndarray, sample_rate_hz: int) -> float:
+    """Share of 20 ms windows whose level is below -45 dB of full scale; 1 for no sound at all."""
+    return quiet_share(wave_S[:, None], sample_rate_hz, below_dbfs=SILENCE_DB) if len(wave_S) else 1.0

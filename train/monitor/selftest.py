@@ -1,0 +1,239 @@
+"""The self-test before the first step: does the untouched model know the next token, or is the signal wrong?
+
+In: the model as it will be trained, real batches. Out: losses at shifts 0, 1 and 2 (a target against the prediction
+made at its own position, one before, two before), beside the loss of a uniform guess and the loss that will train.
+Never: a change to the model.
+
+A trained checkpoint predicts one ahead, so shift 1 must be the best. Compared unshifted, labels leak: that was the
+bug of public trainers, whose audio loss fell to 0 while the model learned to copy.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from higgs_tune.preprocess.checkpoints.checkpoint import load_tokenizer
+from higgs_tune.shards.errors import UserError
+from higgs_tune.train.data.batch import Batch
+from higgs_tune.train.model.forward import hidden_states
+from higgs_tune.train.model.load import HiggsAudioModel
+from higgs_tune.train.model.lora import evaluating, normed
+from higgs_tune.train.model.loss import IGNORE, head_cross_entropy
+from higgs_tune.train.model.pack_model import PackModel
+from higgs_tune.train.monitor.diagnostics import isolated
+from higgs_tune.train.state import Run
+
+SHIFTS = (0, 1, 2)
+ABOVE_UNIFORM = 1.5  # nats over the uniform loss that no sensible pairing of checkpoint and data shows
+KNOWS_SOMETHING = 0.1  # nats under the uniform loss from which on a checkpoint counts as trained
+CLEARLY_BETTER = 0.05  # nats by which another shift must beat shift 1
+CHANCE = 3.0  # nats: a mean over n labels strays by less than this / sqrt(n); 3 to 4 deviations with random weights
+SAME_LOSS = 0.005  # relative difference by which the loss that trains may differ from the one at shift 1, for rounding
+
+
+@dataclass(frozen=True)
+class Part:
+    """Mean losses of text, of all codebooks or of one, at each shift.
+
+    uniform: the loss of a uniform guess. labels: how many each mean is over.
+    """
+
+    name: str
+    losses: tuple[float, ...]
+    uniform: float
+    labels: int
+
+    def verdict(self) -> str:
+        """`right`, `wrong shift`, `above uniform`, `not finite`, or `cannot tell` (nothing learned, or few labels)."""
+        if not all(map(math.isfinite, self.losses)):
+            return "not finite"
+        chance = CHANCE / math.sqrt(max(1, self.labels))
+        if self.losses[1] > self.uniform + ABOVE_UNIFORM + chance:
+            return "above uniform"
+        if min(self.losses) > self.uniform - KNOWS_SOMETHING - chance:
+            return "cannot tell"
+        if self.losses[1] > min(self.losses) + CLEARLY_BETTER + chance:
+            return "wrong shift"
+        return "right" if self.losses[1] == min(self.losses) else "cannot tell"
+
+
+@dataclass(frozen=True)
+class SelfTestResult:
+    """What the self-test found.
+
+    training_loss: each part's mean loss by the code that trains, without smoothing; must be that at shift 1.
+    eos_labels, segments: over the batches; the first must be 8 times the second.
+    """
+
+    parts: list[Part]
+    training_loss: dict[str, float]
+    positions: int
+    text_labels: int
+    audio_label_rows: int
+    eos_labels: int
+    segments: int
+    codebooks: int
+    text: str
+
+    @property
+    def problems(self) -> list[str]:
+        """What speaks against training."""
+        found = [
+            f"{part.name}: {part.verdict()}"
+            for part in self.parts
+            if part.verdict() in ("above uniform", "wrong shift", "not finite")
+        ]
+        for part in self.parts:
+            trained = self.training_loss.get(part.name, part.losses[1])
+            if abs(trained - part.losses[1]) > SAME_LOSS * part.losses[1] + 1e-3:
+                found.append(f"{part.name}: the training loss is {trained:.3f}, at shift 1 it is {part.losses[1]:.3f}")
+        if self.eos_labels != self.segments * self.codebooks:
+            found.append(
+                f"{self.eos_labels} end-of-stream labels, expected {self.segments} segments x {self.codebooks}"
+            )
+        return found
+
+    def lines(self) -> list[str]:
+        """The report as people read it."""
+        head = f"{'self-test':<12}" + "".join(f"{'shift ' + str(shift):>9}" for shift in SHIFTS) + f"{'uniform':>9}"
+        rows = [
+            f"{part.name:<12}"
+            + "".join(f"{loss:>9.3f}" for loss in part.losses)
+            + f"{part.uniform:>9.3f}  {part.verdict()}"
+            for part in self.parts
+        ]
+        shares = (
+            f"{self.positions} positions: {self.text_labels / max(1, self.positions):.1%} have a text label, "
+            f"{self.audio_label_rows / max(1, self.positions):.1%} audio labels; "
+            f"{self.eos_labels} end-of-stream labels for {self.segments} segments"
+        )
+        knows = {part.verdict() for part in self.parts if part.name in ("text", "audio")}
+        unsure = ["the checkpoint looks untrained: the self-test cannot tell whether the signal is right"]
+        return [head, *rows, *unsure * (knows == {"cannot tell"}), shares, f"first trained text: {self.text}"]
+
+    def to_dict(self) -> dict[str, Any]:
+        parts = [asdict(part) | {"losses": [loss if math.isfinite(loss) else None for loss in part.losses]}
+                 for part in self.parts]  # fmt: skip
+        training = {name: loss if math.isfinite(loss) else None for name, loss in self.training_loss.items()}
+        found = asdict(self) | {"parts": parts, "training_loss": training}
+        return found | {"verdicts": {part.name: part.verdict() for part in self.parts}}
+
+
+def refuse_if_wrong(result: SelfTestResult) -> None:
+    """Raise UserError where the report speaks against training."""
+    if result.problems:
+        raise UserError(
+            f"the training signal looks wrong: {'; '.join(result.problems)}",
+            expected="a trained checkpoint that is best at shift 1 and below the uniform loss",
+            hint=(
+                "Check that the shards were made with this checkpoint's tokenizer and with its codec (provenance in "
+                "manifest.json), and that the checkpoint is whole. --skip_alignment_check trains all the same."
+            ),
+        )
+
+
+@torch.no_grad()
+def shifted_sums(model: HiggsAudioModel, batch: Batch, *, with_text: bool, with_audio: bool) -> torch.Tensor:
+    """Sums and counts at every shift: [shifts, 2, 1 + K] (text, then each codebook)."""
+    hidden_NH = hidden_states(model, batch)
+    text_rows = len(hidden_NH) - batch["codes_KA"].shape[1]
+    labels_nK = batch["audio_labels_KL"].t().int()
+    found = []
+    for shift in SHIFTS:
+        text = torch.zeros(2, 1, device=hidden_NH.device)
+        audio = torch.zeros(2, labels_nK.shape[1], device=hidden_NH.device)
+        if with_text:
+            rows = _rows_at(batch, "text_rows", shift)
+            text = _sums(model, model.audio_decoder_proj.text_lm_head, hidden_NH, rows, batch["text_labels"][:, None])
+        if with_audio:
+            rows = _rows_at(batch, "audio_rows", shift)
+            inside = labels_nK.where((rows >= text_rows)[:, None], IGNORE)  # a segment's first frame has no two before
+            audio = _sums(model, model.audio_decoder_proj.audio_lm_head, hidden_NH, rows, inside)
+        found.append(torch.cat([text, audio], dim=1))
+    return torch.stack(found)
+
+
+def _rows_at(batch: Batch, name: str, shift: int) -> torch.Tensor:
+    """The rows that stand `shift` positions before the targets of the labels under `name`."""
+    positions = batch["to_sorted"][batch[name].long()] + 1 - shift
+    return batch["to_sequence"][positions.long().clamp(0, batch.positions - 1)]
+
+
+def _sums(
+    model: HiggsAudioModel, head: torch.nn.Module, hidden_NH: torch.Tensor, rows: torch.Tensor, labels_nK: torch.Tensor
+) -> torch.Tensor:
+    normed_nH = normed(model.norm, hidden_NH.index_select(0, rows))
+    weights = torch.ones(labels_nK.shape[1], device=labels_nK.device)
+    _, stats_4K = head_cross_entropy(normed_nH, head, labels_nK, weights)
+    return torch.stack([stats_4K[0], (labels_nK >= 0).sum(0).float()])
+
+
+def run_selftest(run: Run, base: Path) -> SelfTestResult:
+    """Self-test on the first batch of every rank.
+
+    Args:
+        base: the base checkpoint, for its tokenizer.
+    """
+    batch = run.loader.peek().to(run.context.device)
+    parts = {"with_text": run.loss.with_text, "with_audio": run.loss.with_audio}
+    with evaluating(run.model):
+        trained = training_sums(run, batch)
+        with torch.no_grad():
+            looked = run.probe(batch, partial(shifted_sums, **parts))
+        sums = torch.cat([looked.flatten(), trained])
+    tokenizer = load_tokenizer(base, run.special_ids)
+    first = batch["text_labels"][batch["to_sorted"][batch["text_rows"].long()] < batch.lengths[0]]
+    text = isolated(tokenizer.decode(first.tolist(), skip_special_tokens=False))
+    return make_result(run.context.all_sum(sums.tolist()), [batch], run.model, text, **parts)
+
+
+@torch.no_grad()
+def training_sums(run: Run, batch: Batch) -> torch.Tensor:
+    """Sums of the losses that train, by the code that trains: [1 + K] (text, then each codebook)."""
+    options = replace(run.loss, smoothing=0.0, contrastive=0.0)
+    weights = torch.ones(2 + run.codebooks, device=run.context.device)
+    return run.probe(batch, lambda model, batch: PackModel(model, (), options)(batch, weights).sums.cross_entropy)
+
+
+def make_result(
+    sums: list[float], batches: Iterable[Batch], model: HiggsAudioModel, text: str, *, with_text: bool, with_audio: bool
+) -> SelfTestResult:
+    """Name the numbers.
+
+    Args:
+        sums: `shifted_sums`, flat, then `training_sums`, over all batches and ranks.
+        batches: this rank's.
+        text: the first trained text, decoded.
+    """
+    codebooks, batches = model.config.audio_num_codebooks, list(batches)
+    every = torch.tensor(sums, dtype=torch.float64)
+    table = every[: -1 - codebooks].view(len(SHIFTS), 2, 1 + codebooks)
+    means, counts = table[:, 0] / table[:, 1].clamp(min=1), table[1, 1].int().tolist()
+    names = ["text", *(f"codebook {k}" for k in range(codebooks))]
+    parts = []
+    if with_text and counts[0]:
+        parts.append(Part("text", tuple(means[:, 0].tolist()), math.log(model.vocab_size), counts[0]))
+    if with_audio and any(counts[1:]):
+        uniform = math.log(model.audio_codebook_size)
+        parts.append(Part("audio", tuple(means[:, 1:].mean(1).tolist()), uniform, sum(counts[1:])))
+        for name, losses, count in zip(names[1:], means[:, 1:].t().tolist(), counts[1:], strict=True):
+            parts.append(Part(name, tuple(losses), uniform, count))
+    training = every[-1 - codebooks :] / table[1, 1].clamp(min=1)
+    eos, labels = model.config.audio_stream_eos_id, [batch["audio_labels_KL"] for batch in batches]
+    return SelfTestResult(
+        parts=parts,
+        training_loss=dict(zip(names, training.tolist(), strict=True)),
+        positions=sum(batch.positions for batch in batches),
+        text_labels=sum(len(batch["text_labels"]) for batch in batches),
+        audio_label_rows=sum(label.shape[1] for label in labels),
+        eos_labels=sum(int((label == eos).sum()) for label in labels),
+        segments=sum(batch.trained_segments for batch in batches),
+        codebooks=codebooks,
+        text=text,
+    )

@@ -1,0 +1,232 @@
+"""From options to inputs: checkpoint, adapter, shard sets, Whisper features, LoRA and loss options.
+
+Each function checks that its inputs fit together and names what does not, before any weight is read.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from higgs_tune.preprocess.checkpoints.checkpoint import describe_checkpoint
+from higgs_tune.preprocess.checkpoints.hub import MODEL_FILES, WEIGHT_FILES, local_checkpoint
+from higgs_tune.shards.errors import UserError
+from higgs_tune.shards.reader import ShardSet
+from higgs_tune.train.checkpoint.output import prepare_folder
+from higgs_tune.train.checkpoint.resume import find_checkpoint
+from higgs_tune.train.config import TrainConfig
+from higgs_tune.train.data.loader import LoaderOptions
+from higgs_tune.train.data.sampler import Schedule
+from higgs_tune.train.dist.context import DistContext
+from higgs_tune.train.model.load import HiggsAudioConfig, Loaded, load_config
+from higgs_tune.train.model.lora import DEFAULT_PRESET, TrainableOptions, has_audio_attention, read_adapter_config
+from higgs_tune.train.model.loss import LossOptions
+from higgs_tune.train.model.reference import boson_inputs
+from higgs_tune.train.monitor.samples import codec_path
+from higgs_tune.train.monitor.validation import Validation
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What is known before the weights are read.
+
+    base: the checkpoint. adapter: of an earlier stage. checkpoint: what the run goes on from.
+    features: Whisper features that the model takes.
+    """
+
+    base: Path
+    adapter: Path | None
+    checkpoint: Path | None
+    features: str
+    options: TrainableOptions
+    schedule: Schedule
+    loading: LoaderOptions
+    validation: Validation
+
+
+def resolve_inputs(config: TrainConfig, context: DistContext) -> Inputs:
+    """Check everything that needs no weights, and make the output folder.
+
+    Raises:
+        UserError: paths or options are bad, or checkpoint, adapter and shard sets do not fit together.
+    """
+    base, adapter = resolve_model(config.model_path)
+    sets = open_sets(config, base)
+    model_config = load_config(base)
+    features = whisper_feature_kind(config, model_config, sets)
+    options = trainable_options(config, adapter)
+    options.full_modules(config.training_stage)
+    schedule = Schedule(
+        sets,
+        tokens_per_pack=config.tokens_per_pack,
+        seed=config.seed,
+        accumulation=config.gradient_accumulation_steps,
+        world=context.world,
+        mix_weights=config.mix_weights,
+        features=features,
+    )
+    loading = loader_options(config, context, features, model_config.pad_token_id)
+    validation = Validation(schedule, loading, config.eval_steps)
+    if config.early_stopping_patience and not validation.every:
+        raise UserError("--early_stopping_patience needs validation", expected="a validation split, and --eval_steps")
+    if config.sample_steps:
+        codec_path(config, sets)
+        if config.full_finetune and context.world.size > 1:
+            hint = "Samples of different lengths would wait for each other's weights; generate from the saved model."
+            raise UserError("--sample_steps has no place in --full_finetune on several ranks", hint=hint)
+    checkpoint = find_checkpoint(config, context)
+    if context.is_main and not config.dry_run:
+        overwrite, resuming = config.overwrite_output_dir, config.resume_from_checkpoint
+        prepare_folder(config.output_dir, overwrite=overwrite, resuming=resuming, checkpoint=checkpoint)
+    return Inputs(base, adapter, checkpoint, features, options, schedule, loading, validation)
+
+
+def resolve_model(path: Path) -> tuple[Path, Path | None]:
+    """The base checkpoint of `--model_path`, and the adapter in it, if it is the output folder of a stage.
+
+    Args:
+        path: a folder, or `owner/name[@revision]` of the Hub.
+
+    Raises:
+        UserError: there is no such checkpoint, or the adapter's base checkpoint is not there.
+    """
+    files = (*MODEL_FILES, *WEIGHT_FILES)
+    adapter = read_adapter_config(path)
+    if adapter is None:
+        return local_checkpoint(path, files), None
+    base = Path(adapter.get("base_model_name_or_path") or "")
+    try:
+        return local_checkpoint(base, files), path
+    except UserError as error:
+        where = path / "adapter_config.json"
+        raise UserError("the adapter's base checkpoint is not there", where=where, got=base) from error
+
+
+def open_sets(config: TrainConfig, base: Path) -> list[ShardSet]:
+    """The shard sets to train on.
+
+    Raises:
+        UserError: a set was made for another tokenizer or other special ids.
+    """
+    sets, have = [ShardSet(location, config.cache()) for location in config.train_data_dir], describe_checkpoint(base)
+    for shards in sets:
+        made_for = shards.provenance["model"]
+        for name in ("special_ids", "codebook_size", "tokenizer_sha256"):
+            if made_for[name] != have[name]:
+                raise UserError(
+                    f"the shard set was made for another checkpoint: {name} differs",
+                    where=shards.location,
+                    expected=have[name],
+                    got=made_for[name],
+                )
+    return sets
+
+
+def whisper_feature_kind(config: TrainConfig, model: HiggsAudioConfig, sets: list[ShardSet]) -> str:
+    """Whisper features that the model takes from the sets: `none`, `mel` or `encoder`.
+
+    Raises:
+        UserError: the model has a tower and a set has no features, or features are insisted on without a tower.
+    """
+    if model.skip_audio_tower:
+        if config.encode_whisper_embed:
+            hint = "It takes a Whisper tower and a trained audio_encoder_proj, as a checkpoint with both has them."
+            raise UserError("--encode_whisper_embed: the checkpoint has no Whisper tower", hint=hint)
+        return "none"
+    kinds = {shards.features for shards in sets}
+    if len(kinds) > 1 or "none" in kinds:
+        hint = "Make the sets with --whisper_features mel or encoder."
+        raise UserError("the checkpoint has a Whisper tower, and the sets do not all have its features",
+                        expected="mel or encoder", got=", ".join(sorted(kinds)), hint=hint)  # fmt: skip
+    kind = kinds.pop()
+    if kind == "encoder" and (config.train_audio_tower or config.forward == "reference"):
+        flag = "--train_audio_tower" if config.train_audio_tower else "--forward reference"
+        raise UserError(f"{flag} needs the tower's input", expected="--whisper_features mel", got=kind)
+    return kind
+
+
+def wants_audio_attention(config: TrainConfig, adapter: Path | None) -> bool:
+    """Whether the model has audio self-attention beyond what its checkpoint holds."""
+    if config.use_audio_out_self_attention:
+        return True
+    return adapter is not None and has_audio_attention(adapter)
+
+
+def trainable_options(config: TrainConfig, adapter: Path | None) -> TrainableOptions:
+    """What trains; what is not given is taken from the adapter that is continued, or from the defaults.
+
+    Raises:
+        UserError: an option of LoRA differs from the adapter's.
+    """
+    r, alpha = config.lora_r, config.lora_alpha
+    rslora, dora = config.use_rslora, config.use_dora
+    earlier = read_adapter_config(adapter) if adapter else None
+    if earlier:
+        given = {"lora_r": (r, earlier["r"]), "lora_alpha": (alpha, earlier["lora_alpha"])}
+        given |= {"use_rslora": (rslora or None, earlier.get("use_rslora", False))}
+        given |= {"use_dora": (dora or None, earlier.get("use_dora", False))}
+        for name, (wanted, had) in given.items():
+            if wanted is not None and wanted != had:
+                raise UserError(f"--{name} differs from the adapter's", where=adapter, expected=had, got=wanted)
+        r, alpha = earlier["r"], earlier["lora_alpha"]
+        rslora, dora = earlier.get("use_rslora", False), earlier.get("use_dora", False)
+    r = r or 16
+    return TrainableOptions(
+        r=r,
+        alpha=alpha or 2.0 * r,
+        dropout=config.lora_dropout,
+        preset=config.lora_preset or DEFAULT_PRESET[config.training_stage],
+        pattern=config.lora_target_modules,
+        rslora=rslora,
+        dora=dora,
+        heads=config.train_heads,
+        audio_embeddings=config.train_audio_embeddings,
+        audio_attention=config.use_audio_out_self_attention,
+        audio_tower=config.train_audio_tower,
+        audio_encoder_proj=config.train_audio_encoder_proj,
+    )
+
+
+def loss_options(config: TrainConfig, loaded: Loaded) -> LossOptions:
+    """The loss of the stage.
+
+    Raises:
+        UserError: text is to be trained, and the checkpoint has no text head; or every loss has weight 0.
+    """
+    codebooks = loaded.model.config.audio_num_codebooks
+    if config.codebook_loss_weights and len(config.codebook_loss_weights) != codebooks:
+        got = len(config.codebook_loss_weights)
+        raise UserError("--codebook_loss_weights has a wrong length", expected=codebooks, got=got)
+    with_text = config.text_loss_weight > 0
+    if not with_text and not (config.with_audio and (config.audio_loss_weight or config.contrastive_loss_weight)):
+        raise UserError(f"every loss of {config.training_stage} has weight 0", expected="one that trains")
+    if with_text and not loaded.has_text_head:
+        hint = "Train audio alone with --training_stage single --text_loss_weight 0, or use Boson's original layout."
+        raise UserError("the checkpoint has no text head, so text cannot be trained", hint=hint)
+    return LossOptions(
+        text=config.text_loss_weight,
+        audio=config.audio_loss_weight,
+        contrastive=config.contrastive_loss_weight if config.with_audio else 0.0,
+        codebooks=config.codebook_loss_weights,
+        smoothing=config.label_smoothing,
+        with_text=with_text,
+        with_audio=config.with_audio,
+    )
+
+
+def loader_options(config: TrainConfig, context: DistContext, features: str, pad_token_id: int) -> LoaderOptions:
+    """How batches are made."""
+    return LoaderOptions(
+        workers=config.loader_workers(context.world.local_size),
+        start_method=config.dataloader_start_method,
+        pin_memory=context.device.type == "cuda",
+        on_bad_sample=config.on_bad_sample,
+        max_bad_samples=config.max_bad_samples,
+        features=features,
+        train_inputs=config.train_on_reference,
+        contrastive=config.contrastive_loss_weight > 0 and config.with_audio,
+        reference_collate=partial(boson_inputs, pad_token_id=pad_token_id, mel=features == "mel")
+        if config.forward == "reference"
+        else None,
+    )

@@ -1,0 +1,202 @@
+"""Logging and checkpointing around the training loop.
+
+In: a `Run`. Out: metrics for people, checkpoint folders, the final adapter. Guarantees: all ranks enter a save
+together (test_resume.py); a metric is reported once (test_long_runs.py).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from higgs_tune.shards.errors import UserError
+from higgs_tune.train.checkpoint.folder import Saver
+from higgs_tune.train.checkpoint.output import (
+    ADAPTER,
+    ADAPTER_CONFIG,
+    FULL,
+    adapter_config_json,
+    adapter_tensors,
+    save_adapter,
+    whole_weights,
+    write_model,
+)
+from higgs_tune.train.checkpoint.resume import snapshot
+from higgs_tune.train.dist.device_timing import Mark, Readback
+from higgs_tune.train.dist.faults import StopFlag
+from higgs_tune.train.metrics import loss_metrics, max_memory_gb
+from higgs_tune.train.model.flops import Rows, model_flops, peak_of
+from higgs_tune.train.model.loss import LossSums
+from higgs_tune.train.monitor.diagnostics import assert_frozen
+from higgs_tune.train.monitor.logger import Reporter
+from higgs_tune.train.monitor.profiling import StepProfiler
+from higgs_tune.train.monitor.samples import SampleGenerator
+from higgs_tune.train.monitor.validation import Validation
+from higgs_tune.train.state import Run, StepStats
+from peft import PeftModel
+from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class PendingMetrics:
+    """A logging interval that has ended for the host, while the device may still be computing it.
+
+    step: its last step. known: the metrics that the host knows already. ended: its end. values: the packed `LossSums`,
+    then the gradient norm of the last step. damaged: damaged samples of this rank so far.
+    """
+
+    step: int
+    known: dict[str, object]
+    stats: StepStats
+    ended: Mark
+    values: Readback
+    damaged: int
+
+
+@dataclass
+class RunIO:
+    """Everything around the steps.
+
+    reporter, saver: on rank 0 only. sample_generator: where samples are generated. frozen: fingerprints of the
+    parameters that must not change. collect_garbage: called after each step with its number. saved_at: by
+    `time.monotonic`.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    frozen: dict[str, tuple[str, int]]
+    validation: Validation
+    stop: StopFlag = field(default_factory=StopFlag)
+    reporter: Reporter | None = None
+    saver: Saver | None = None
+    sample_generator: SampleGenerator | None = None
+    profiler: StepProfiler | None = None
+    pending: PendingMetrics | None = None
+    collect_garbage: Callable[[int], None] = lambda _step: None
+    saved_at: float = field(default_factory=time.monotonic)
+    saved_step: int = 0
+
+    def report(self, metrics: dict[str, object]) -> None:
+        """Write and show metrics, on rank 0."""
+        if self.reporter:
+            self.reporter.report(metrics)
+
+    def say(self, text: str) -> None:
+        """Show a line, on rank 0."""
+        if self.reporter:
+            self.reporter.say(text)
+
+
+def queue_metrics(run: Run, stats: StepStats, norm: torch.Tensor) -> PendingMetrics:
+    """End a logging interval without waiting for the device."""
+    step = run.progress.step
+    known: dict[str, object] = {
+        "kind": "train",
+        "step": step,
+        "epoch": run.epochs_done,
+        "learning_rate": run.optimizer.param_groups[0]["lr"],
+        "data_wait_s": run.loader.waits.summary(),
+    }
+    values = Readback(torch.cat([stats.packed_sums, norm.detach().double().view(1)]))
+    return PendingMetrics(step, known, stats, Mark(run.context.device), values, len(run.loader.damaged))
+
+
+def report_pending(run: Run, run_io: RunIO) -> None:
+    """Report the queued metrics, if there are any.
+
+    On a GPU this is called once the next step is queued, so that the device works while the host waits for the numbers.
+    """
+    if run_io.pending:
+        run_io.report(summarise(run, run_io.pending))
+        run_io.pending = None
+
+
+def summarise(run: Run, pending: PendingMetrics) -> dict[str, object]:
+    """Sum an interval over all ranks and name its numbers. Waits for the device; all ranks call this together."""
+    context, stats = run.context, pending.stats
+    *packed, norm = pending.values.wait().tolist()
+    elapsed_s = stats.began.until(pending.ended) - stats.pauses.seconds()
+    run.bad_steps.read(until=pending.step)
+    of_rank = [stats.positions, stats.samples, stats.audio_s, stats.waits.seconds(), pending.damaged]
+    values = context.all_sum([*packed, *of_rank, stats.audio_rows, stats.squares])
+    positions, samples, audio_s, wait_s, damaged, audio_rows, squares = values[len(packed) :]
+    losses = loss_metrics(LossSums.unpack(torch.tensor(values[: len(packed)]), run.codebooks), run.loss)
+    labels = (losses["text_labels"], losses["audio_labels"] / run.codebooks)
+    peak = peak_of(context.device)
+    flops = model_flops(run.model, Rows(positions, positions - audio_rows, audio_rows, squares, *labels)) if peak else 0
+    return {
+        **pending.known,
+        **losses,
+        "grad_norm": norm,
+        "tokens_per_second": positions / elapsed_s,
+        "samples_per_second": samples / elapsed_s,
+        "audio_hours_per_gpu_hour": audio_s / elapsed_s / context.world.size,
+        "data_wait_fraction": wait_s / context.world.size / elapsed_s,
+        "bad_samples": int(damaged),
+        "bad_steps": run.bad_steps.count,
+        "step_time_s": elapsed_s / stats.steps,
+        "max_memory_gb": max_memory_gb(context.device),
+        **({"mfu": flops / elapsed_s / context.world.size / peak} if peak else {}),
+    }
+
+
+def save(run: Run, run_io: RunIO, stats: StepStats) -> None:
+    """Begin to save a checkpoint, after a check that frozen parameters have not changed; all ranks together."""
+    assert_frozen(run.peft_model, run_io.frozen)
+    run.bad_steps.read(until=run.progress.step)
+    with stats.pauses.counted():
+        taken = snapshot(run, stats, run_io.reporter.written if run_io.reporter else {})
+        if run_io.saver and taken:
+            run_io.saver.checkpoint(taken)
+    run_io.saved_at, run_io.saved_step = time.monotonic(), run.progress.step
+
+
+def finish_saves(run: Run, run_io: RunIO) -> None:
+    """Wait until every save is on disk; all ranks together.
+
+    Raises:
+        UserError: a save failed.
+    """
+    failures = run_io.saver.finish() if run_io.saver else []
+    for failure in failures:
+        run_io.say(f"error: {failure}")
+    if run.context.all_sum([float(len(failures))])[0] and not run.config.allow_failed_saves:
+        raise save_error(failures)
+
+
+def save_error(failures: list[str]) -> UserError:
+    """The error that every rank raises when a save has failed; only rank 0 knows the reason."""
+    hint = "--allow_failed_saves trains on without."
+    return UserError(f"a checkpoint could not be saved: {'; '.join(failures) or 'see rank 0'}", hint=hint)
+
+
+def final_weights(run: Run) -> tuple[dict[str, dict[str, torch.Tensor]], dict[str, bytes]]:
+    """The adapter's files, with the moving average's weights where one is kept. All ranks together."""
+    with run.averaged_weights():
+        tensors = adapter_tensors(run.peft_model, run.parameters)
+    if not isinstance(run.peft_model, PeftModel):
+        return {FULL: tensors}, {}
+    return {ADAPTER: tensors}, {ADAPTER_CONFIG: adapter_config_json(run.peft_model)}
+
+
+def save_result(run: Run, run_io: RunIO, base: Path) -> None:
+    """Write the final adapter, or the whole model where every weight trains."""
+    finish_saves(run, run_io)
+    assert_frozen(run.peft_model, run_io.frozen)
+    config, peft_model = run.config, run.peft_model
+    if isinstance(peft_model, PeftModel):
+        tensors, _ = final_weights(run)
+        if run.context.is_main:
+            save_adapter(peft_model, tensors[ADAPTER], config.output_dir)
+    else:
+        dtype = run.model.config.torch_dtype or torch.bfloat16
+        weights = whole_weights(run.model, dtype)
+        if run.context.is_main:
+            write_model(config.output_dir, run.model.config, weights, base)
+    if run_io.reporter:
+        run_io.reporter.close()
+        what = "adapter" if isinstance(peft_model, PeftModel) else "model"
+        print(f"{what} saved in {config.output_dir}", flush=True)
+    run.loader.close()
