@@ -30,7 +30,7 @@ import torch
 import tyro
 from higgs_tune.preprocess.audio.resample import resample_sinc
 from higgs_tune.preprocess.config import PreprocessConfig
-from higgs_tune.preprocess.pipeline import build
+from higgs_tune.preprocess.pipeline import build_shards
 from higgs_tune.shards.reader import ShardSet
 from higgs_tune.train.toy import ToyConfig, make_toy
 from machine import describe_machine
@@ -143,7 +143,7 @@ def run_ours(data: Path, out: Path, folder: Path, options: Options, samples: int
         clips_per_unit=max(1, samples // 16),
     )
     began = time.perf_counter()
-    spent = build(config)["spent"]
+    spent = build_shards(config)["spent"]
     return time.perf_counter() - began, spent
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 from higgs_tune.inspect.view import turns_of
-from higgs_tune.preprocess.progress import Progress
+from higgs_tune.preprocess.progress import ProgressBar
 from higgs_tune.shards.format import Sample
 from higgs_tune.shards.reader import ShardSet
 
@@ -57,7 +57,7 @@ def diff(a: ShardSet, b: ShardSet) -> SetDiff:
     names = ("xxh3", "mel_xxh3", "split")
     differ = np.logical_or.reduce([a.index[name][rows_a] != b.index[name][rows_b] for name in names])
     changed, same = [], int((~differ).sum())
-    with Progress() as progress:
+    with ProgressBar() as progress:
         progress.start("compare", int(differ.sum()), "samples")
         for row_a, row_b in zip(rows_a[differ].tolist(), rows_b[differ].tolist(), strict=True):
             changed.append(Change(keys_a.item(row_a).decode(), _parts(a, row_a, b, row_b)))

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 from higgs_tune.inspect.view import segments_of, target_text
-from higgs_tune.preprocess.progress import Progress
+from higgs_tune.preprocess.progress import ProgressBar
 from higgs_tune.shards.errors import ShardError
 from higgs_tune.shards.format import FRAME_RATE_HZ, Sample
 from higgs_tune.shards.plan import make_plan
@@ -113,7 +113,7 @@ def scan(shards: ShardSet, max_samples: int | None = None) -> Scan:
     size = shards.provenance["model"].get("codebook_size") or shards.special_ids.stream_bos
     found = Scan(np.zeros((shards.special_ids.codebooks, size), np.int64))
     rows = evenly(len(shards), max_samples)
-    with Progress() as progress:
+    with ProgressBar() as progress:
         progress.start("scan", len(rows), "samples")
         for done, row in enumerate(rows):
             found.add(shards.read(row), shards.special_ids, int(shards.index["mel_tokens"][row]))

@@ -28,7 +28,7 @@ from higgs_tune.preprocess.encode import UnitReport, codec_for, load_for_codec, 
 from higgs_tune.preprocess.engine import Stop, auto_processes, run_tasks
 from higgs_tune.preprocess.listing import list_work
 from higgs_tune.preprocess.pipeline import make_job
-from higgs_tune.preprocess.progress import Progress
+from higgs_tune.preprocess.progress import ProgressBar
 from higgs_tune.preprocess.reject import Reject
 from higgs_tune.preprocess.workdir import Encoded, Features, Work
 from higgs_tune.shards.format import FRAME_RATE_HZ, Sample, encode_sample
@@ -61,13 +61,13 @@ class SampleFacts:
     self_reference: bool = False
 
 
-def check(config: PreprocessConfig) -> dict[str, Any]:
+def check_data(config: PreprocessConfig) -> dict[str, Any]:
     """The report on the data.
 
     Raises:
         UserError: bad paths or checkpoints, or data of no known form.
     """
-    with tempfile.TemporaryDirectory(prefix="higgs-check-") as folder, Stop() as stop, Progress() as progress:
+    with tempfile.TemporaryDirectory(prefix="higgs-check-") as folder, Stop() as stop, ProgressBar() as progress:
         job = replace(make_job(config), out=Path(folder))
         work = Work(job.out)
         work.folder.mkdir()

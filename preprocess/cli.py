@@ -32,19 +32,19 @@ def _main() -> None:
 
 
 def _check(config: PreprocessConfig) -> None:
-    from higgs_tune.preprocess.check import check
+    from higgs_tune.preprocess.check import check_data
     from higgs_tune.preprocess.check_report import print_report
 
-    report = check(config)
+    report = check_data(config)
     print_report(report, as_json=config.json)
     sys.exit(0 if report["fit_to_build"] else 1)
 
 
 def _build(config: PreprocessConfig) -> None:
-    from higgs_tune.preprocess.pipeline import build
+    from higgs_tune.preprocess.pipeline import build_shards
 
     began = time.monotonic()
-    _print_summary(build(config), config, time.monotonic() - began)
+    _print_summary(build_shards(config), config, time.monotonic() - began)
 
 
 def _print_summary(summary: dict[str, Any], config: PreprocessConfig, elapsed: float) -> None:

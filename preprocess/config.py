@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from higgs_tune.preprocess.audio.audio import AudioOptions, Flag
+from higgs_tune.preprocess.audio.options import AudioOptions, Flag
 from higgs_tune.shards.errors import UserError
 from higgs_tune.shards.remote import is_url
 

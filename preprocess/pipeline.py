@@ -32,7 +32,7 @@ from higgs_tune.preprocess.encode import device_of, encode_unit
 from higgs_tune.preprocess.engine import Stop, run_tasks
 from higgs_tune.preprocess.input import arrow
 from higgs_tune.preprocess.listing import list_work
-from higgs_tune.preprocess.progress import Progress
+from higgs_tune.preprocess.progress import ProgressBar
 from higgs_tune.preprocess.workdir import Work, refuse_other
 from higgs_tune.shards import durable
 from higgs_tune.shards.errors import UserError
@@ -40,7 +40,7 @@ from higgs_tune.shards.remote import Cache, Source, is_url
 from higgs_tune.shards.writer import MANIFEST, REJECTS, count_reasons, file_sha256
 
 
-def build(config: PreprocessConfig) -> dict[str, Any]:
+def build_shards(config: PreprocessConfig) -> dict[str, Any]:
     """Build a shard set, or continue one.
 
     Returns:
@@ -57,15 +57,15 @@ def build(config: PreprocessConfig) -> dict[str, Any]:
         stop.go_on()
         made = finished(job.url or str(job.out), provenance["request"])
         if made is None:
-            return _build(job, provenance, stop)
+            return _run_steps(job, provenance, stop)
     set_writer(job).clear()  # a run that was killed right after the manifest left it
     return {"already_built": True, "samples": made["totals"]["samples"], "rejects": made["rejects"]["by_reason"]}
 
 
-def _build(job: Job, provenance: dict[str, Any], stop: Stop) -> dict[str, Any]:
+def _run_steps(job: Job, provenance: dict[str, Any], stop: Stop) -> dict[str, Any]:
     """The four steps; of what an earlier run committed, what it rejected is tried again."""
     config, work, writer = job.config, Work(job.out), set_writer(job)
-    with Progress() as progress, work.locked():
+    with ProgressBar() as progress, work.locked():
         writer.begin()
         work.begin(provenance["request"])
         listing = work.listing

@@ -6,16 +6,19 @@ import sys
 import time
 from collections import Counter
 from types import TracebackType
+from typing import TYPE_CHECKING
 
-from higgs_tune.preprocess.encode import UnitReport
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
-from rich.progress import Progress as RichProgress
+from rich.progress import Progress as RichBar
+
+if TYPE_CHECKING:  # encode imports torch, and inspect shows bars without it
+    from higgs_tune.preprocess.encode import UnitReport
 
 PLAIN_EVERY_S = 15.0
 
 
-class Progress:
+class ProgressBar:
     """Counts of one phase at a time: clips or shards done, audio encoded, speed, rejects, time left.
 
     Attributes:
@@ -25,7 +28,7 @@ class Progress:
     def __init__(self) -> None:
         note = TextColumn("{task.fields[note]}")
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), note)
-        self._bar = RichProgress(*columns, console=Console(stderr=True), disable=not sys.stderr.isatty())
+        self._bar = RichBar(*columns, console=Console(stderr=True), disable=not sys.stderr.isatty())
         self._task, self._unit = self._bar.add_task("list", total=None, note=""), ""
         self._total, self._done, self._skipped = 0, 0, 0
         self._phase, self._began, self._printed = "", time.monotonic(), time.monotonic()
@@ -33,7 +36,7 @@ class Progress:
         self.flags = Counter[str]()
         self.spent: dict[str, float] = {}
 
-    def __enter__(self) -> Progress:
+    def __enter__(self) -> ProgressBar:
         self._bar.start()
         return self
 

@@ -11,7 +11,7 @@ import fsspec
 import pytest
 import torch
 from higgs_tune.preprocess.config import PreprocessConfig
-from higgs_tune.preprocess.pipeline import build
+from higgs_tune.preprocess.pipeline import build_shards
 from higgs_tune.shards.reader import ShardSet
 from higgs_tune.shards.sequence import SpecialIds
 from higgs_tune.train.toy import ToyConfig, make_toy
@@ -54,7 +54,7 @@ def toy_tokenizer(toy: Path, toy_ids: SpecialIds) -> PreTrainedTokenizerBase:
 def preprocess(toy: Path, data: Path, out: Path | str, **options: Any) -> dict[str, Any]:
     """Run higgs-preprocess in this process on the toy checkpoints."""
     given: dict[str, Any] = {"model_path": toy / "model", "audio_tokenizer_path": toy / "codec", "num_processes": 1}
-    return build(PreprocessConfig(data=data, out=str(out), **(given | options)))
+    return build_shards(PreprocessConfig(data=data, out=str(out), **(given | options)))
 
 
 @pytest.fixture(scope="session")

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import soundfile
 from conftest import ROOT, preprocess
-from higgs_tune.preprocess.audio.audio import Flag
+from higgs_tune.preprocess.audio.options import Flag
 from higgs_tune.shards.errors import UserError
 from higgs_tune.shards.reader import ShardSet
 

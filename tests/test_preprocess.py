@@ -19,7 +19,7 @@ from boson_multimodal.dataset.chatml_dataset import prepare_chatml_sample
 from conftest import EXAMPLES, preprocess
 from higgs_tune.preprocess import encode, pipeline
 from higgs_tune.preprocess.checkpoints.hub import local_checkpoint
-from higgs_tune.preprocess.progress import Progress
+from higgs_tune.preprocess.progress import ProgressBar
 from higgs_tune.shards.errors import UserError
 from higgs_tune.shards.reader import ShardSet
 from higgs_tune.train.resolve import resolve_model
@@ -309,7 +309,7 @@ def test_interrupted_run_continues_to_the_same_bytes(
 
 def test_the_bar_says_from_the_start_what_it_is_about() -> None:
     """The first phase, reading the data, has a name and no total."""
-    task = Progress()._bar.tasks[0]
+    task = ProgressBar()._bar.tasks[0]
     assert (task.description, task.total) == ("list", None)
 
 

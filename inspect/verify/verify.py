@@ -28,7 +28,7 @@ from higgs_tune.inspect.verify.index import Index, against_shards, check_rejects
 from higgs_tune.inspect.verify.manifest import Manifest, read_manifest
 from higgs_tune.inspect.verify.sample_checks import Rules
 from higgs_tune.inspect.verify.shard import Checked, Task, verify_shard
-from higgs_tune.preprocess.progress import Progress
+from higgs_tune.preprocess.progress import ProgressBar
 from higgs_tune.shards.durable import TEMP_PREFIX
 from higgs_tune.shards.errors import UserError
 from higgs_tune.shards.writer import WORK
@@ -218,7 +218,7 @@ def _header_token(tokenizer: Path | None) -> int | None:
 
 def run_tasks(tasks: list[Task], jobs: int) -> list[Checked]:
     """Run the tasks in `jobs` processes; results in their order."""
-    with Progress() as progress:
+    with ProgressBar() as progress:
         progress.start("verify", len(tasks), "shards")
         if jobs == 1 or len(tasks) < 2:
             done = []

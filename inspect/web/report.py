@@ -20,7 +20,7 @@ from higgs_tune.inspect.web.clips import decode_all, ogg_of_file
 from higgs_tune.inspect.web.html import Blob, for_html, render
 from higgs_tune.inspect.web.pages import as_base64, detail, list_row, packed_codes, searchable, set_info
 from higgs_tune.inspect.web.run import Run, run_page
-from higgs_tune.preprocess.progress import Progress
+from higgs_tune.preprocess.progress import ProgressBar
 from higgs_tune.shards.durable import atomic_file
 from higgs_tune.shards.format import checksum
 from higgs_tune.shards.reader import ShardSet
@@ -88,7 +88,7 @@ def _blobs(details: list[Blob], clips: _Clips, codec: Any, run: Run | None) -> I
     for name, codes_KT in clips.codes.items():
         yield Blob(f"codes-{name}", as_base64(packed_codes(codes_KT)))
     if codec:
-        with Progress() as progress:
+        with ProgressBar() as progress:
             progress.start("decode", len(clips.codes), "clips")
             for name, audio in decode_all(codec, clips.codes.items()):
                 yield Blob(f"clip-{name}", as_base64(audio))

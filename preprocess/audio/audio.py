@@ -21,17 +21,16 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import soundfile
 from higgs_tune.preprocess.audio.containers import misfit
+from higgs_tune.preprocess.audio.options import AudioOptions, Flag
 from higgs_tune.preprocess.audio.resample import resample_soxr
 from higgs_tune.preprocess.input.arrow import arrow_audio, arrow_cell
 from higgs_tune.preprocess.reject import Reject
 from higgs_tune.shards.writer import file_sha256
 
-Flag = Literal["silence", "clipping"]
 MAX_CHANNELS = 2
 CUT_TOLERANCE_S = 0.1  # durations in metadata are rounded; a cut may end this much after the file does
 UNKNOWN_LENGTH = 1 << 60  # libsndfile's frames of a stream whose end it cannot find
@@ -54,24 +53,6 @@ class Clip:
     inline: str = ""
     offset_s: float | None = None
     duration_s: float | None = None
-
-
-@dataclass(frozen=True)
-class AudioOptions:
-    """Which clips are taken, and how loud.
-
-    Attributes:
-        min_seconds, max_seconds: lengths that are taken.
-        loudness_lufs: integrated loudness to bring clips to; None: as they are.
-        roots: folders that no path may leave; empty: no limit.
-        reject_flags: flags that a clip may not have.
-    """
-
-    min_seconds: float
-    max_seconds: float
-    loudness_lufs: float | None = None
-    roots: tuple[Path, ...] = ()
-    reject_flags: tuple[Flag, ...] = ()
 
 
 @dataclass(frozen=True)

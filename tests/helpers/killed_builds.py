@@ -84,7 +84,7 @@ def main() -> None:
     options += ["--num_processes", "2", "--clips_per_unit", "2", "--samples_per_shard", "3", "--data", str(data)]
     torch.set_num_threads(1)  # a fork takes no threads along
     warm = ["--num_processes", "1", "--out", str(out / "warm")]
-    pipeline.build(tyro.cli(PreprocessConfig, args=[*options, *warm]))
+    pipeline.build_shards(tyro.cli(PreprocessConfig, args=[*options, *warm]))
     began = time.monotonic()
     pid = start([*options, "--out", str(out / "whole")], out / "whole.log")
     code, took = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), time.monotonic() - began

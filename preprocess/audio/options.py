@@ -1,0 +1,27 @@
+"""Which clips are taken: the options that reading audio needs, importable without a numeric library."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+Flag = Literal["silence", "clipping"]
+
+
+@dataclass(frozen=True)
+class AudioOptions:
+    """Which clips are taken, and how loud.
+
+    Attributes:
+        min_seconds, max_seconds: lengths that are taken.
+        loudness_lufs: integrated loudness to bring clips to; None: as they are.
+        roots: folders that no path may leave; empty: no limit.
+        reject_flags: flags that a clip may not have.
+    """
+
+    min_seconds: float
+    max_seconds: float
+    loudness_lufs: float | None = None
+    roots: tuple[Path, ...] = ()
+    reject_flags: tuple[Flag, ...] = ()
