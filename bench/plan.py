@@ -21,9 +21,9 @@ from pathlib import Path
 import numpy as np
 import tyro
 import xxhash
+from higgs_tune.shards.index import npy_bytes
 from higgs_tune.shards.plan import PlanInput, plan_epoch
 from higgs_tune.shards.reader import ShardSet
-from higgs_tune.shards.writer import npy_bytes
 from higgs_tune.train.data.loader import Loader, LoaderOptions
 from higgs_tune.train.data.sampler import Cursor, Schedule
 from higgs_tune.train.dist.context import World

@@ -12,7 +12,6 @@ from __future__ import annotations
 import io
 import json
 import re
-import tarfile
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,46 +20,16 @@ import xxhash
 import zstandard
 from higgs_tune.shards.durable import to_json
 from higgs_tune.shards.errors import ShardError
+from higgs_tune.shards.ustar import TAR_BLOCK, split_members, tar_member
 
 FORMAT_VERSION = 1
 FRAME_RATE_HZ = 25  # of the Higgs audio tokenizer: 24 kHz / (8*5*4*2*3)
-TAR_BLOCK = 512
 MAX_KEY_CHARS = 64
 CODES, META, TOKENS = "codes.npy", "json", "tokens.npy"  # member suffixes, in the order of the shard
 MEL = "mel.npy.zst"
 ZSTD_LEVEL = 3
 MEL_TAIL = 2  # log-mel frames beyond the true ones that still hear the end of the signal, and are stored too
 KEY_PATTERN = re.compile(r"[A-Za-z0-9_-]{1,64}")
-
-SPLIT_TRAIN, SPLIT_VAL = 0, 1
-
-
-def index_dtype(key_chars: int) -> np.dtype:
-    """One row of index.npy. `key_chars`: width of the longest key of the set.
-
-    tokens: positions of the packed sequence without Whisper frames; text_labels and audio_labels: supervised
-    predictions (audio: a codebook); offset and length: bytes of the sample's members within its shard.
-    """
-    return np.dtype(
-        [
-            ("key", f"S{max(key_chars, 1)}"),
-            ("shard", "<u4"),
-            ("offset", "<u8"),
-            ("length", "<u4"),
-            ("xxh3", "<u8"),
-            ("mel_offset", "<u8"),
-            ("mel_length", "<u4"),
-            ("mel_xxh3", "<u8"),
-            ("tokens", "<u4"),
-            ("mel_tokens", "<u4"),
-            ("text_labels", "<u4"),
-            ("audio_labels", "<u4"),
-            ("audio_frames", "<u4"),
-            ("seconds", "<f4"),
-            ("speaker", "<u4"),
-            ("split", "<u1"),
-        ]
-    )
 
 
 @dataclass(frozen=True)
@@ -113,24 +82,6 @@ def _npy(array: np.ndarray) -> bytes:
     buffer = io.BytesIO()
     np.lib.format.write_array(buffer, np.ascontiguousarray(array), version=(1, 0), allow_pickle=False)
     return buffer.getvalue()
-
-
-def tar_header(name: str, size: int) -> bytes:
-    """The USTAR header of a member, 512 bytes; the same name and size always give the same bytes."""
-    info = tarfile.TarInfo(name)
-    info.size = size
-    info.mode = 0o644
-    return info.tobuf(tarfile.USTAR_FORMAT)
-
-
-def tar_member(name: str, payload: bytes) -> bytes:
-    """One USTAR member: header, payload, zero padding to the next multiple of 512 bytes."""
-    return tar_header(name, len(payload)) + payload + bytes(-len(payload) % TAR_BLOCK)
-
-
-def tar_end(size: int) -> bytes:
-    """What closes an archive of `size` bytes: two zero blocks, filled up to the record size."""
-    return bytes(2 * TAR_BLOCK + -(size + 2 * TAR_BLOCK) % tarfile.RECORDSIZE)
 
 
 def encode_sample(sample: Sample) -> bytes:
@@ -211,41 +162,6 @@ def _whole_npy(payload: bytes | memoryview, where: str) -> np.ndarray:
     if end != len(payload):
         raise ShardError("bytes after the array", where=where, expected=f"{end} bytes", got=f"{len(payload)} bytes")
     return array
-
-
-def parse_header(header: bytes | memoryview, where: str) -> tuple[str, int]:
-    """Name and payload size of a USTAR header.
-
-    Raises:
-        ShardError: not a header that this format writes, or its checksum is wrong.
-    """
-    header = bytes(header)
-    try:
-        stated, size = int(header[148:154], 8), int(header[124:135], 8)
-        name = header[:100].rstrip(b"\0").decode("ascii")
-    except ValueError as error:
-        raise ShardError("damaged tar header: a field cannot be read", where=where, got=header[:32]) from error
-    actual = sum(header[:148]) + 8 * 32 + sum(header[156:])
-    if len(header) != TAR_BLOCK or actual != stated or header[257:263] != b"ustar\0":
-        raise ShardError("damaged tar header: wrong checksum", where=where, expected=f"{stated:o}", got=f"{actual:o}")
-    return name, size
-
-
-def split_members(block: bytes, where: str) -> list[tuple[str, memoryview]]:
-    """The (name, payload) pairs of a run of tar members.
-
-    Raises:
-        ShardError: a header is damaged, or a payload leaves the run.
-    """
-    view, members, at = memoryview(block), [], 0
-    while at < len(block):
-        name, size = parse_header(view[at : at + TAR_BLOCK], where)
-        start, end = at + TAR_BLOCK, at + TAR_BLOCK + size
-        if end > len(block):
-            raise ShardError("a member leaves its sample", where=f"{where}, {name}", got=f"{size} bytes")
-        members.append((name, view[start:end]))
-        at = end + -size % TAR_BLOCK
-    return members
 
 
 _FRAMES = re.compile(rb'"frames":(\d+)')

@@ -20,16 +20,15 @@ import xxhash
 from higgs_tune.shards.errors import ShardError, UserError
 from higgs_tune.shards.format import (
     FORMAT_VERSION,
-    SPLIT_VAL,
     Arrays,
     Sample,
     checksum,
     decode_arrays,
     decode_mels,
     decode_sample,
-    index_dtype,
     mels_fit,
 )
+from higgs_tune.shards.index import SPLIT_VAL, index_dtype
 from higgs_tune.shards.remote import Cache, Source
 from higgs_tune.shards.sequence import SpecialIds
 from higgs_tune.shards.writer import MANIFEST

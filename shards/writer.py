@@ -29,17 +29,15 @@ from higgs_tune.shards.errors import ShardError
 from higgs_tune.shards.format import (
     FORMAT_VERSION,
     MAX_KEY_CHARS,
-    SPLIT_TRAIN,
-    SPLIT_VAL,
     Sample,
     checksum,
     encode_mels,
     encode_sample,
-    index_dtype,
-    tar_end,
 )
+from higgs_tune.shards.index import SPLIT_TRAIN, SPLIT_VAL, index_counts, index_dtype, join_index, npy_bytes, totals
 from higgs_tune.shards.remote import Target
-from higgs_tune.shards.sequence import SpecialIds, label_counts, mel_positions, packed_length
+from higgs_tune.shards.sequence import SpecialIds
+from higgs_tune.shards.ustar import tar_end
 
 MANIFEST, INDEX, REJECTS = "manifest.json", "index.npy", "rejects.jsonl"
 WORK = ".work"
@@ -272,37 +270,10 @@ class SetWriter:
         return {"name": name, "bytes": path.stat().st_size, "sha256": file_sha256(path)}
 
 
-def index_counts(sample: Sample, ids: SpecialIds, features: str) -> tuple[int, int, int, int, int, float]:
-    """What an index row says of a sample's content: the fields from `tokens` to `seconds`, in their order."""
-    text_labels, audio_labels = label_counts(sample, ids)
-    tokens = packed_length(sample.tokens_2L.shape[1], sample.segment_frames, ids.codebooks)
-    positions = sum(mel_positions(sample, features))
-    seconds = sum(segment["seconds"] for segment in sample.meta["segments"])
-    return tokens, positions, text_labels, audio_labels, sample.codes_KT.shape[1], seconds
-
-
-def npy_bytes(index: np.ndarray) -> bytes:
-    """The bytes of index.npy."""
-    buffer = io.BytesIO()
-    np.lib.format.write_array(buffer, index, version=(1, 0), allow_pickle=False)
-    return buffer.getvalue()
-
-
 def file_sha256(path: Path) -> str:
     """SHA-256 of a file, as hexadecimal digits."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def join_index(rows: list[np.ndarray], speakers: list[list[str]]) -> tuple[np.ndarray, list[str]]:
-    """The rows of all shards as one index, with speaker numbers; and the speakers' names, by number."""
-    names = sorted({name for shard in speakers for name in shard})
-    number = {name: i for i, name in enumerate(names)}
-    joined = np.concatenate(rows) if rows else np.zeros(0, index_dtype(1))
-    key_chars = int(np.char.str_len(joined["key"]).max(initial=1))
-    index = joined.astype(index_dtype(key_chars))
-    index["speaker"] = [number[name] for shard in speakers for name in shard]
-    return index, names
 
 
 def count_reasons(rejects: list[dict[str, Any]]) -> dict[str, int]:
@@ -311,17 +282,3 @@ def count_reasons(rejects: list[dict[str, Any]]) -> dict[str, int]:
     for reject in rejects:
         counts[reject["reason"]] = counts.get(reject["reason"], 0) + 1
     return counts
-
-
-def totals(index: np.ndarray) -> dict[str, float | int]:
-    """Sums over the index rows, as the manifest holds them."""
-    val = index["split"] == SPLIT_VAL
-    return {
-        "samples": len(index),
-        "validation_samples": int(val.sum()),
-        "seconds": round(float(index["seconds"].astype(np.float64).sum()), 3),
-        "audio_frames": int(index["audio_frames"].sum()),
-        "tokens": int(index["tokens"].sum()),
-        "text_labels": int(index["text_labels"].sum()),
-        "audio_labels": int(index["audio_labels"].sum()),
-    }

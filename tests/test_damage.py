@@ -12,8 +12,9 @@ import pytest
 import zstandard
 from helpers.build_set import IDS, build_set, synthetic_sample
 from higgs_tune.shards.errors import ShardError
-from higgs_tune.shards.format import TAR_BLOCK, decode_mels, encode_mels, tar_member
+from higgs_tune.shards.format import decode_mels, encode_mels
 from higgs_tune.shards.reader import ShardSet
+from higgs_tune.shards.ustar import TAR_BLOCK, tar_member
 from higgs_tune.shards.writer import SetWriter, ValidationSplit
 
 SHARD = "codes-000001.tar"

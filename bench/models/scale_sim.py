@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 import tyro
-from higgs_tune.shards.format import index_dtype
+from higgs_tune.shards.index import index_dtype
 from higgs_tune.shards.plan import Plan, PlanInput, plan_epoch
 from higgs_tune.train.model.flops import PEAKS
 from higgs_tune.train.model.load import HiggsAudioModel

@@ -12,14 +12,11 @@ from higgs_tune.shards.errors import ShardError
 from higgs_tune.shards.format import (
     CODES,
     META,
-    TAR_BLOCK,
     TOKENS,
     decode_mels,
-    parse_header,
     parse_npy,
-    tar_end,
-    tar_header,
 )
+from higgs_tune.shards.ustar import TAR_BLOCK, parse_header, tar_end, tar_header
 
 # fields of a USTAR header (POSIX.1-1988): name, first byte, end
 USTAR_FIELDS = (

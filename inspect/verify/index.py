@@ -19,8 +19,8 @@ import xxhash
 from higgs_tune.inspect.verify.diagnose import Finding
 from higgs_tune.inspect.verify.manifest import Manifest
 from higgs_tune.inspect.verify.shard import Checked
-from higgs_tune.shards.format import index_dtype
-from higgs_tune.shards.writer import count_reasons, join_index, totals
+from higgs_tune.shards.index import index_dtype, join_index, totals
+from higgs_tune.shards.writer import count_reasons
 
 MOST_ROWS = 20  # rows that are named one by one
 

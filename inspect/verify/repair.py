@@ -15,7 +15,8 @@ from higgs_tune.inspect.verify.diagnose import Finding
 from higgs_tune.inspect.verify.verify import Verdict, VerifyOptions, verify
 from higgs_tune.shards import durable
 from higgs_tune.shards.errors import UserError
-from higgs_tune.shards.writer import INDEX, MANIFEST, join_index, npy_bytes, totals
+from higgs_tune.shards.index import join_index, npy_bytes, totals
+from higgs_tune.shards.writer import INDEX, MANIFEST
 
 # findings that a new index, and the manifest's entries about it, can mend
 MENDABLE = {

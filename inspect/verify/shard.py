@@ -30,8 +30,9 @@ from higgs_tune.shards.format import (
     decode_mels,
     decode_sample,
 )
-from higgs_tune.shards.format import index_dtype as row_dtype
-from higgs_tune.shards.writer import INDEX, ValidationSplit, index_counts
+from higgs_tune.shards.index import index_counts
+from higgs_tune.shards.index import index_dtype as row_dtype
+from higgs_tune.shards.writer import INDEX, ValidationSplit
 
 MOST_ROW_FINDINGS = 1000  # of a kind and shard: a broken index breaks every row
 

@@ -14,7 +14,7 @@ import numpy as np
 from higgs_tune.inspect.stats import packed_lengths
 from higgs_tune.inspect.web.pages import folded, searchable
 from higgs_tune.shards.errors import ShardError, UserError
-from higgs_tune.shards.format import SPLIT_TRAIN, SPLIT_VAL
+from higgs_tune.shards.index import SPLIT_TRAIN, SPLIT_VAL
 from higgs_tune.shards.reader import ShardSet
 
 SORTS = ("row", "key", "speaker", "seconds", "positions", "split")
