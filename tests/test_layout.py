@@ -21,7 +21,7 @@ MAY_IMPORT = {
 SOURCES = [path for folder in MAY_IMPORT for path in sorted((ROOT / folder).rglob("*.py"))]
 # train's rooms from the ground floor up; a room imports from its own floor and those below
 FLOORS = (
-    ("config", "dist"),
+    ("options", "config", "arguments", "dist"),
     ("data",),
     ("model",),
     ("optim", "metrics"),

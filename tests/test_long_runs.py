@@ -18,7 +18,7 @@ import yaml
 from helpers.ranks import ask
 from higgs_tune.shards.errors import UserError
 from higgs_tune.shards.reader import ShardSet
-from higgs_tune.train.__main__ import parse_arguments
+from higgs_tune.train.arguments import parse_arguments
 from higgs_tune.train.checkpoint.folder import list_checkpoints
 from higgs_tune.train.config import TrainConfig
 from higgs_tune.train.loop import train
@@ -28,6 +28,7 @@ from higgs_tune.train.model.loss import pack_loss
 from higgs_tune.train.model.reference import boson_inputs
 from higgs_tune.train.monitor.samples import silence_ratio
 from higgs_tune.train.optim import learning_rates
+from higgs_tune.train.options import OptimArgs
 from peft import PeftModel
 from safetensors.torch import load_file
 
@@ -52,7 +53,7 @@ def options(shards: ShardSet, toy: Path) -> Options:
 
 
 def run(options: Options, out: Path, **changes: Any) -> Path:
-    train(TrainConfig(output_dir=out, **(options | changes)))
+    train(TrainConfig.of(output_dir=out, **(options | changes)))
     return out
 
 
@@ -220,8 +221,8 @@ def test_the_moving_average_is_what_is_saved(options: Options, tmp_path: Path) -
     from higgs_tune.train.resolve import trainable_options
     from peft import get_peft_model_state_dict
 
-    config = TrainConfig(output_dir=out, **options)
-    torch.manual_seed(config.seed)
+    config = TrainConfig.of(output_dir=out, **options)
+    torch.manual_seed(config.optim.seed)
     loaded = load_model(config.model_path, device=torch.device("cpu"), dtype=torch.float32)  # pyright: ignore
     fresh = add_lora(loaded.model, trainable_options(config, None), "single", Path(), None)
     average = {name: value.clone() for name, value in get_peft_model_state_dict(fresh).items()}
@@ -280,14 +281,14 @@ ROOT = Path(__file__).parents[1]
 def test_example_configs_are_valid(path: Path) -> None:
     rest = ["--model_path", "M", "--train_data_dir", "S", "--output_dir", "O"]
     config = parse_arguments(["--config", str(path), *rest, "--seed", "7"])
-    assert config.seed == 7  # the command line wins
-    assert config.resume_from_checkpoint == "auto"
+    assert config.optim.seed == 7  # the command line wins
+    assert config.checkpoints.resume_from_checkpoint == "auto"
 
 
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("learning_rat: 1", "unknown option 'learning_rat'.*Did you mean learning_rate?"),
+        ("learning_rat: 1", "unknown option learning_rat.*Did you mean --learning_rate?"),
         ("- a", "not a config"),
         ("a: [", "cannot read the config"),
         ("save_steps: -1", "--save_steps is out of range, expected at least 0, got -1"),
@@ -316,10 +317,9 @@ def test_a_runs_own_config_starts_it_again(validated: Path) -> None:
 
 
 def test_schedules() -> None:
-    base: Options = {"training_stage": "single", "model_path": Path(), "train_data_dir": ("x",), "output_dir": Path()}
-
     def rates(kind: str) -> list[float]:
-        share = learning_rates(TrainConfig(**base, lr_scheduler_type=kind, warmup_steps=2, lr_decay_fraction=0.4), 10)  # pyright: ignore
+        options = OptimArgs(lr_scheduler_type=kind, warmup_steps=2, lr_decay_fraction=0.4)  # pyright: ignore
+        share = learning_rates(options, 10)
         return [share(step) for step in range(10)]
 
     assert rates("constant") == [0.5, 1.0] + [1.0] * 8

@@ -47,7 +47,7 @@ def options(shards: ShardSet, toy: Path) -> Options:
 
 
 def run(options: Options, out: Path, **changes: Any) -> Path:
-    train(TrainConfig(output_dir=out, **(options | changes)))
+    train(TrainConfig.of(output_dir=out, **(options | changes)))
     return out
 
 

@@ -124,7 +124,7 @@ def test_no_operator_of_the_step_waits_for_the_device(
     monkeypatch.setattr(loop, "train_step", watched)
     paths = {"model_path": toy / "model", "train_data_dir": (shards.location,), "output_dir": tmp_path / "out"}
     options = {"max_steps": 3, "tokens_per_pack": 2048, "dataloader_num_workers": 0, "ema_decay": 0.9, "eval_steps": 0}
-    train(TrainConfig(training_stage="single", **paths, **options))  # pyright: ignore[reportArgumentType]
+    train(TrainConfig.of(training_stage="single", **paths, **options))  # pyright: ignore[reportArgumentType]
     assert len(seen) == 3
     for operators in seen:
         assert {"aten::mm", "aten::_fused_adamw_"} <= operators.names
@@ -185,7 +185,7 @@ def test_garbage_is_collected_by_schedule_only() -> None:
 def test_profile_says_where_steps_go(shards: ShardSet, toy: Path, tmp_path: Path) -> None:
     paths = {"model_path": toy / "model", "train_data_dir": (shards.location,), "output_dir": tmp_path / "out"}
     options = {"max_steps": 7, "tokens_per_pack": 2048, "dataloader_num_workers": 0, "profile": True, "eval_steps": 0}
-    train(TrainConfig(training_stage="single", **paths, **options))  # pyright: ignore[reportArgumentType]
+    train(TrainConfig.of(training_stage="single", **paths, **options))  # pyright: ignore[reportArgumentType]
     assert (tmp_path / "out" / "profile" / "trace.json").stat().st_size > 1000
     lines = (tmp_path / "out" / "profile" / "table.txt").read_text().splitlines()
     assert any(line.startswith("matrix products") for line in lines)

@@ -39,7 +39,7 @@ OPTIONS: dict[str, Any] = {
 def run(shards: ShardSet, model_path: Path, out: Path, stage: str, **options: Any) -> list[dict[str, Any]]:
     """Train in this process; return the lines of metrics.jsonl."""
     paths = {"model_path": model_path, "train_data_dir": (shards.location,), "output_dir": out}
-    train(TrainConfig(training_stage=stage, **paths, **(OPTIONS | options)))  # pyright: ignore[reportArgumentType]
+    train(TrainConfig.of(training_stage=stage, **paths, **(OPTIONS | options)))  # pyright: ignore[reportArgumentType]
     return metrics_of(out)
 
 
@@ -206,7 +206,7 @@ def test_user_errors(shards: ShardSet, toy: Path, tmp_path: Path, change: dict[s
     paths = {"model_path": toy / "model", "train_data_dir": (shards.location,), "output_dir": tmp_path}
     options: dict[str, Any] = {**paths, **OPTIONS, **change}
     with pytest.raises(UserError, match=message):
-        train(TrainConfig(training_stage="stage1", **options))
+        train(TrainConfig.of(training_stage="stage1", **options))
 
 
 def test_output_folder_with_a_run_is_refused(shards: ShardSet, toy: Path, stage1: Path) -> None:

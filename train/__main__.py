@@ -8,30 +8,14 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
-from pathlib import Path
 
-import tyro
 from higgs_tune.shards.errors import run_command
-from higgs_tune.train.config import TrainConfig, arguments_of_file
+from higgs_tune.train.arguments import parse_arguments
 
 
 def main() -> None:
     run_command(_main)
-
-
-def parse_arguments(arguments: list[str]) -> TrainConfig:
-    """Flags, after those of a `--config` file; both are checked alike.
-
-    Raises:
-        UserError: the file cannot be read, or a value is out of its range.
-    """
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--config", type=Path)
-    given, rest = first.parse_known_args(arguments)
-    from_file = arguments_of_file(given.config) if given.config else []
-    return tyro.cli(TrainConfig, prog="higgs_tune.train", args=from_file + rest).validate()
 
 
 def _main() -> None:

@@ -33,19 +33,19 @@ def build_run(config: TrainConfig, context: DistContext, inputs: Inputs) -> tupl
     Raises:
         UserError: weights do not fit, or the checkpoint is of another run.
     """
-    torch.manual_seed(config.seed)  # the same new weights on every rank
-    half = context.device.type == "cuda" and not config.full_finetune
+    torch.manual_seed(config.optim.seed)  # the same new weights on every rank
+    half = context.device.type == "cuda" and not config.lora.full_finetune
     dtype = torch.bfloat16 if half else torch.float32
     attention = wants_audio_attention(config, inputs.adapter)
     loaded = load_model(inputs.base, device=context.device, dtype=dtype, audio_attention=attention)
     loss = loss_options(config, loaded)
     model: nn.Module = loaded.model
-    if config.full_finetune:
+    if config.lora.full_finetune:
         train_in_full(
             loaded.model,
             config.training_stage,
-            tower=config.train_audio_tower,
-            projector=config.train_audio_encoder_proj,
+            tower=config.lora.train_audio_tower,
+            projector=config.lora.train_audio_encoder_proj,
         )
     else:
         model = add_lora(loaded.model, inputs.options, config.training_stage, inputs.base, inputs.adapter)
@@ -59,14 +59,14 @@ def build_run(config: TrainConfig, context: DistContext, inputs: Inputs) -> tupl
         peft_model=model,
         module=module,
         parameters=parameters,
-        optimizer=make_optimizer(parameters, config),
+        optimizer=make_optimizer(parameters, config.optim),
         loss=loss,
         loader=Loader(schedule, inputs.loading),
         schedule=schedule,
         total_steps=0,
         progress=Progress(),
-        bad_steps=BadSteps(config.max_bad_steps, context.world.rank),
-        ema=Ema(parameters, config.ema_decay) if config.ema_decay else None,
+        bad_steps=BadSteps(config.optim.max_bad_steps, context.world.rank),
+        ema=Ema(parameters, config.optim.ema_decay) if config.optim.ema_decay else None,
     )
     stats = run.new_stats()
     state = restore(run, inputs.checkpoint, stats) if inputs.checkpoint else {}
@@ -80,12 +80,12 @@ def wrap(
 ) -> nn.Module:
     """The module that a step calls: DDP around what trains, or FSDP around everything."""
     several = context.world.size > 1
-    if config.full_finetune and several:
-        module = PackModel(model, None, loss, ExecOptions(config.compile, "none"))
+    if config.lora.full_finetune and several:
+        module = PackModel(model, None, loss, ExecOptions(config.model.compile, "none"))
         compute = torch.bfloat16 if context.device.type == "cuda" else torch.float32
         shard(model, module, context.device, compute)
         return module
-    for layer in model.layers if not config.full_finetune else ():
+    for layer in model.layers if not config.lora.full_finetune else ():
         stack_layer(layer)
     module = PackModel(model, trainable(peft_model).values(), loss, way_to_run(config, context, model))
     return DistributedDataParallel(module, gradient_as_bucket_view=True) if several else module
@@ -93,26 +93,26 @@ def wrap(
 
 def way_to_run(config: TrainConfig, context: DistContext, model: HiggsAudioModel) -> ExecOptions:
     """Compiled or not, and the checkpointing that is asked for or that fits; the same on every rank."""
-    if config.activation_checkpointing != "auto":
-        return ExecOptions(config.compile, config.activation_checkpointing)
+    if config.model.activation_checkpointing != "auto":
+        return ExecOptions(config.model.compile, config.model.activation_checkpointing)
     modes: list[Checkpointing] = ["none", "selective", "full"]
     free = free_bytes(context.device) / (1 if context.device.type == "cuda" else context.world.local_size)
-    mine = modes.index(choose_checkpointing(model, config.tokens_per_pack, free, compiled=config.compile))
+    mine = modes.index(choose_checkpointing(model, config.data.tokens_per_pack, free, compiled=config.model.compile))
     worst = int(context.gather(torch.tensor([mine])).max())
     if worst and context.is_main:
         print(f"--activation_checkpointing {modes[worst]}: {free / 1e9:.1f} GB are free", flush=True)
-    return ExecOptions(config.compile, modes[worst])
+    return ExecOptions(config.model.compile, modes[worst])
 
 
 def count_steps(run: Run, state: dict[str, Any]) -> int:
     """Optimizer steps of the whole run, those of earlier starts included."""
     config = run.config
-    if config.max_steps > 0:
-        return config.max_steps
+    if config.optim.max_steps > 0:
+        return config.optim.max_steps
     first_epoch = run.schedule.steps(run.schedule.plan(run.progress.cursor.epoch))
     if not state or state["packs_per_step"] == run.schedule.packs_per_step:
-        return math.ceil(config.num_train_epochs * first_epoch)
-    rest = max(0.0, config.num_train_epochs - run.epochs_done)
+        return math.ceil(config.optim.num_train_epochs * first_epoch)
+    rest = max(0.0, config.optim.num_train_epochs - run.epochs_done)
     return run.progress.step + math.ceil(rest * first_epoch)
 
 

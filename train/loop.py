@@ -89,10 +89,10 @@ def _train(config: TrainConfig, context: DistContext) -> None:
     run_io.saved_step = run.progress.step
     if context.is_main:
         run_io.reporter = Reporter(config, run.total_steps, run.progress.step, state.get("written"))
-        run_io.saver = Saver(config.output_dir, config.save_total_limit)
-    if config.sample_steps:
+        run_io.saver = Saver(config.output_dir, config.checkpoints.save_total_limit)
+    if config.validation.sample_steps:
         run_io.sample_generator = SampleGenerator(run, tokenizer, inputs.features)
-    if config.profile and context.is_main:
+    if config.reports.profile and context.is_main:
         run_io.profiler = StepProfiler(config.output_dir / "profile", context.device)
     with run_io.stop.listening(), naming_dead_workers(), collected_on_schedule() as run_io.collect_garbage:
         run_steps(run, run_io, stats)
@@ -132,7 +132,7 @@ def run_steps(run: Run, run_io: RunIO, stats: StepStats) -> None:
         agreement = sync_ranks(run, run_io, own_counts)
         act_on(agreement, run, run_io, stats)
         watch = predictions = None
-        if config.diagnostics_steps and (progress.step + 1) % config.diagnostics_steps == 0:
+        if config.reports.diagnostics_steps and (progress.step + 1) % config.reports.diagnostics_steps == 0:
             watch = UpdateWatch(run.parameters)
             probe = partial(look_at_predictions, tokenizer=run_io.tokenizer, options=run.loss)
             predictions = run.probe(batches[0], probe)
@@ -146,7 +146,7 @@ def run_steps(run: Run, run_io: RunIO, stats: StepStats) -> None:
             run_io.reporter.step(progress.step)
             if predictions:
                 run_io.reporter.diagnose(predictions | update_norms, progress.step)
-        if progress.step % config.logging_steps == 0 or progress.step in (1, run.total_steps):
+        if progress.step % config.reports.logging_steps == 0 or progress.step in (1, run.total_steps):
             run_io.pending = queue_metrics(run, stats, norm)
             stats = run.new_stats(run_io.pending.ended)
             if not run.context.queues:
@@ -163,8 +163,8 @@ def pause(run: Run, run_io: RunIO, stats: StepStats) -> bool:
     config, progress = run.config, run.progress
     step, is_last = progress.step, progress.step == run.total_steps
     validates = run_io.validation.due(step, run.total_steps)
-    samples = bool(run_io.sample_generator) and (step % config.sample_steps == 0 or is_last)
-    saves = config.save_steps > 0 and (step % config.save_steps == 0 or is_last)
+    samples = bool(run_io.sample_generator) and (step % config.validation.sample_steps == 0 or is_last)
+    saves = config.checkpoints.save_steps > 0 and (step % config.checkpoints.save_steps == 0 or is_last)
     if not (validates or samples or saves or is_last):
         return False
     report_pending(run, run_io)
@@ -172,7 +172,7 @@ def pause(run: Run, run_io: RunIO, stats: StepStats) -> bool:
         stops = validates and validate(run, run_io)
         if run_io.sample_generator and (samples or stops):
             generate_samples(run, run_io, run_io.sample_generator)
-    if saves or (stops and config.save_steps):
+    if saves or (stops and config.checkpoints.save_steps):
         save(run, run_io, stats)
     if stops:
         best, at = progress.best_loss, progress.best_step
@@ -205,8 +205,8 @@ def sync_ranks(run: Run, run_io: RunIO, own_counts: list[float]) -> Agreement:
     failures = saver.failures() if saver else []
     unsaved = run.progress.step != run_io.saved_step
     minutes = (time.monotonic() - run_io.saved_at) / 60
-    save_due = bool(saver) and unsaved and 0 < config.save_every_minutes <= minutes
-    save_failed = bool(failures) and not config.allow_failed_saves
+    save_due = bool(saver) and unsaved and 0 < config.checkpoints.save_every_minutes <= minutes
+    save_failed = bool(failures) and not config.checkpoints.allow_failed_saves
     own_flags = [bool(run_io.stop), save_due, save_failed, run.bad_steps.too_many]
     sums = run.context.all_sum([*own_counts, *map(float, own_flags)])
     stop, save_due, save_failed, too_many = (total > 0 for total in sums[len(own_counts) :])
@@ -250,7 +250,7 @@ def validate(run: Run, run_io: RunIO) -> bool:
     if not math.isfinite(loss):
         run_io.say(f"warning: the validation loss at step {progress.step} is not finite")
         progress.stale += 1
-    elif progress.best_loss is None or loss < progress.best_loss - config.early_stopping_threshold:
+    elif progress.best_loss is None or loss < progress.best_loss - config.validation.early_stopping_threshold:
         progress.best_loss, progress.best_step, progress.stale = loss, progress.step, 0
         tensors, texts = final_weights(run)
         if run_io.saver:
@@ -258,7 +258,7 @@ def validate(run: Run, run_io: RunIO) -> bool:
             run_io.saver.best(Snapshot(progress.step, state, tensors, texts))
     else:
         progress.stale += 1
-    return 0 < config.early_stopping_patience <= progress.stale
+    return 0 < config.validation.early_stopping_patience <= progress.stale
 
 
 def generate_samples(run: Run, run_io: RunIO, generator: SampleGenerator) -> None:
@@ -282,7 +282,7 @@ def dry_run(run: Run) -> None:
         float(norm)  # wait for the device
         step_s = time.perf_counter() - began
     run.bad_steps.read(until=run.progress.step)
-    kept = run.config.save_total_limit or run.total_steps // max(1, run.config.save_steps)
+    kept = run.config.checkpoints.save_total_limit or run.total_steps // max(1, run.config.checkpoints.save_steps)
     if run.context.is_main:
         print(
             f"dry run: {run.total_steps} steps of {step_s:.2f} s, about {run.total_steps * step_s / 3600:.2f} h; "

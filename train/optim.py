@@ -13,35 +13,40 @@ from contextlib import contextmanager
 from functools import partial
 
 import torch
-from higgs_tune.train.config import TrainConfig
 from higgs_tune.train.model.lora import parameter_group
+from higgs_tune.train.options import OptimArgs
 from torch import nn
 from torch.optim import AdamW
 
 
-def make_optimizer(parameters: dict[str, nn.Parameter], config: TrainConfig) -> AdamW:
+def make_optimizer(parameters: dict[str, nn.Parameter], options: OptimArgs) -> AdamW:
     """AdamW over the trainable parameters, fused: the kernel passes over a step whose `found_inf` is set."""
     rates = {
-        "lora": config.learning_rate,
-        "head": config.head_learning_rate or config.learning_rate / 10,
-        "new": config.new_module_learning_rate or config.learning_rate,
+        "lora": options.learning_rate,
+        "head": options.head_learning_rate or options.learning_rate / 10,
+        "new": options.new_module_learning_rate or options.learning_rate,
     }
     groups: dict[tuple[str, bool], list[nn.Parameter]] = {}
     for name, parameter in parameters.items():
         decays = parameter.ndim > 1
         groups.setdefault((parameter_group(name), decays), []).append(parameter)
-    options = [
-        {"params": members, "peak": rates[kind], "weight_decay": config.weight_decay if decays else 0.0, "name": kind}
+    param_groups = [
+        {
+            "params": members,
+            "peak": rates[kind],
+            "weight_decay": options.weight_decay if decays else 0.0,
+            "name": kind,
+        }
         for (kind, decays), members in groups.items()
     ]
-    return AdamW(options, lr=config.learning_rate, betas=(config.adam_beta1, config.adam_beta2), fused=True)
+    return AdamW(param_groups, lr=options.learning_rate, betas=(options.adam_beta1, options.adam_beta2), fused=True)
 
 
-def learning_rates(config: TrainConfig, total_steps: int) -> Callable[[int], float]:
+def learning_rates(options: OptimArgs, total_steps: int) -> Callable[[int], float]:
     """Share of the peak learning rates by steps done."""
-    warmup = math.ceil(0.03 * total_steps) if config.warmup_steps is None else config.warmup_steps
-    decay = max(1, math.ceil(config.lr_decay_fraction * total_steps))
-    shape = partial(SHAPES[config.lr_scheduler_type], total=total_steps, decay=decay)
+    warmup = math.ceil(0.03 * total_steps) if options.warmup_steps is None else options.warmup_steps
+    decay = max(1, math.ceil(options.lr_decay_fraction * total_steps))
+    shape = partial(SHAPES[options.lr_scheduler_type], total=total_steps, decay=decay)
     return partial(share_of_peak, warmup=warmup, total=total_steps, shape=shape)
 
 

@@ -59,25 +59,25 @@ def resolve_inputs(config: TrainConfig, context: DistContext) -> Inputs:
     options.full_modules(config.training_stage)
     schedule = Schedule(
         sets,
-        tokens_per_pack=config.tokens_per_pack,
-        seed=config.seed,
-        accumulation=config.gradient_accumulation_steps,
+        tokens_per_pack=config.data.tokens_per_pack,
+        seed=config.optim.seed,
+        accumulation=config.optim.gradient_accumulation_steps,
         world=context.world,
-        mix_weights=config.mix_weights,
+        mix_weights=config.data.mix_weights,
         features=features,
     )
     loading = loader_options(config, context, features, model_config.pad_token_id)
-    validation = Validation(schedule, loading, config.eval_steps)
-    if config.early_stopping_patience and not validation.every:
+    validation = Validation(schedule, loading, config.validation.eval_steps)
+    if config.validation.early_stopping_patience and not validation.every:
         raise UserError("--early_stopping_patience needs validation", expected="a validation split, and --eval_steps")
-    if config.sample_steps:
-        codec_path(config, sets)
-        if config.full_finetune and context.world.size > 1:
+    if config.validation.sample_steps:
+        codec_path(config.validation.audio_tokenizer_path, sets)
+        if config.lora.full_finetune and context.world.size > 1:
             hint = "Samples of different lengths would wait for each other's weights; generate from the saved model."
             raise UserError("--sample_steps has no place in --full_finetune on several ranks", hint=hint)
     checkpoint = find_checkpoint(config, context)
     if context.is_main and not config.dry_run:
-        overwrite, resuming = config.overwrite_output_dir, config.resume_from_checkpoint
+        overwrite, resuming = config.checkpoints.overwrite_output_dir, config.checkpoints.resume_from_checkpoint
         prepare_folder(config.output_dir, overwrite=overwrite, resuming=resuming, checkpoint=checkpoint)
     return Inputs(base, adapter, checkpoint, features, options, schedule, loading, validation)
 
@@ -109,7 +109,10 @@ def open_sets(config: TrainConfig, base: Path) -> list[ShardSet]:
     Raises:
         UserError: a set was made for another tokenizer or other special ids.
     """
-    sets, have = [ShardSet(location, config.cache()) for location in config.train_data_dir], describe_checkpoint(base)
+    sets, have = (
+        [ShardSet(location, config.data.cache()) for location in config.train_data_dir],
+        describe_checkpoint(base),
+    )
     for shards in sets:
         made_for = shards.provenance["model"]
         for name in ("special_ids", "codebook_size", "tokenizer_sha256"):
@@ -130,7 +133,7 @@ def whisper_feature_kind(config: TrainConfig, model: HiggsAudioConfig, sets: lis
         UserError: the model has a tower and a set has no features, or features are insisted on without a tower.
     """
     if model.skip_audio_tower:
-        if config.encode_whisper_embed:
+        if config.model.encode_whisper_embed:
             hint = "It takes a Whisper tower and a trained audio_encoder_proj, as a checkpoint with both has them."
             raise UserError("--encode_whisper_embed: the checkpoint has no Whisper tower", hint=hint)
         return "none"
@@ -140,15 +143,15 @@ def whisper_feature_kind(config: TrainConfig, model: HiggsAudioConfig, sets: lis
         raise UserError("the checkpoint has a Whisper tower, and the sets do not all have its features",
                         expected="mel or encoder", got=", ".join(sorted(kinds)), hint=hint)  # fmt: skip
     kind = kinds.pop()
-    if kind == "encoder" and (config.train_audio_tower or config.forward == "reference"):
-        flag = "--train_audio_tower" if config.train_audio_tower else "--forward reference"
+    if kind == "encoder" and (config.lora.train_audio_tower or config.model.forward == "reference"):
+        flag = "--train_audio_tower" if config.lora.train_audio_tower else "--forward reference"
         raise UserError(f"{flag} needs the tower's input", expected="--whisper_features mel", got=kind)
     return kind
 
 
 def wants_audio_attention(config: TrainConfig, adapter: Path | None) -> bool:
     """Whether the model has audio self-attention beyond what its checkpoint holds."""
-    if config.use_audio_out_self_attention:
+    if config.lora.use_audio_out_self_attention:
         return True
     return adapter is not None and has_audio_attention(adapter)
 
@@ -159,8 +162,8 @@ def trainable_options(config: TrainConfig, adapter: Path | None) -> TrainableOpt
     Raises:
         UserError: an option of LoRA differs from the adapter's.
     """
-    r, alpha = config.lora_r, config.lora_alpha
-    rslora, dora = config.use_rslora, config.use_dora
+    r, alpha = config.lora.lora_r, config.lora.lora_alpha
+    rslora, dora = config.lora.use_rslora, config.lora.use_dora
     earlier = read_adapter_config(adapter) if adapter else None
     if earlier:
         given = {"lora_r": (r, earlier["r"]), "lora_alpha": (alpha, earlier["lora_alpha"])}
@@ -175,16 +178,16 @@ def trainable_options(config: TrainConfig, adapter: Path | None) -> TrainableOpt
     return TrainableOptions(
         r=r,
         alpha=alpha or 2.0 * r,
-        dropout=config.lora_dropout,
-        preset=config.lora_preset or DEFAULT_PRESET[config.training_stage],
-        pattern=config.lora_target_modules,
+        dropout=config.lora.lora_dropout,
+        preset=config.lora.lora_preset or DEFAULT_PRESET[config.training_stage],
+        pattern=config.lora.target_pattern,
         rslora=rslora,
         dora=dora,
-        heads=config.train_heads,
-        audio_embeddings=config.train_audio_embeddings,
-        audio_attention=config.use_audio_out_self_attention,
-        audio_tower=config.train_audio_tower,
-        audio_encoder_proj=config.train_audio_encoder_proj,
+        heads=config.lora.train_heads,
+        audio_embeddings=config.lora.train_audio_embeddings,
+        audio_attention=config.lora.use_audio_out_self_attention,
+        audio_tower=config.lora.train_audio_tower,
+        audio_encoder_proj=config.lora.train_audio_encoder_proj,
     )
 
 
@@ -195,21 +198,23 @@ def loss_options(config: TrainConfig, loaded: Loaded) -> LossOptions:
         UserError: text is to be trained, and the checkpoint has no text head; or every loss has weight 0.
     """
     codebooks = loaded.model.config.audio_num_codebooks
-    if config.codebook_loss_weights and len(config.codebook_loss_weights) != codebooks:
-        got = len(config.codebook_loss_weights)
+    if config.loss.codebook_loss_weights and len(config.loss.codebook_loss_weights) != codebooks:
+        got = len(config.loss.codebook_loss_weights)
         raise UserError("--codebook_loss_weights has a wrong length", expected=codebooks, got=got)
-    with_text = config.text_loss_weight > 0
-    if not with_text and not (config.with_audio and (config.audio_loss_weight or config.contrastive_loss_weight)):
+    with_text = config.loss.text_loss_weight > 0
+    if not with_text and not (
+        config.with_audio and (config.loss.audio_loss_weight or config.loss.contrastive_loss_weight)
+    ):
         raise UserError(f"every loss of {config.training_stage} has weight 0", expected="one that trains")
     if with_text and not loaded.has_text_head:
         hint = "Train audio alone with --training_stage single --text_loss_weight 0, or use Boson's original layout."
         raise UserError("the checkpoint has no text head, so text cannot be trained", hint=hint)
     return LossOptions(
-        text=config.text_loss_weight,
-        audio=config.audio_loss_weight,
-        contrastive=config.contrastive_loss_weight if config.with_audio else 0.0,
-        codebooks=config.codebook_loss_weights,
-        smoothing=config.label_smoothing,
+        text=config.loss.text_loss_weight,
+        audio=config.loss.audio_loss_weight,
+        contrastive=config.loss.contrastive_loss_weight if config.with_audio else 0.0,
+        codebooks=config.loss.codebook_loss_weights,
+        smoothing=config.loss.label_smoothing,
         with_text=with_text,
         with_audio=config.with_audio,
     )
@@ -218,15 +223,15 @@ def loss_options(config: TrainConfig, loaded: Loaded) -> LossOptions:
 def loader_options(config: TrainConfig, context: DistContext, features: str, pad_token_id: int) -> LoaderOptions:
     """How batches are made."""
     return LoaderOptions(
-        workers=config.loader_workers(context.world.local_size),
-        start_method=config.dataloader_start_method,
+        workers=config.data.loader_workers(context.world.local_size),
+        start_method=config.data.dataloader_start_method,
         pin_memory=context.device.type == "cuda",
-        on_bad_sample=config.on_bad_sample,
-        max_bad_samples=config.max_bad_samples,
+        on_bad_sample=config.data.on_bad_sample,
+        max_bad_samples=config.data.max_bad_samples,
         features=features,
-        train_inputs=config.train_on_reference,
-        contrastive=config.contrastive_loss_weight > 0 and config.with_audio,
+        train_inputs=config.loss.train_on_reference,
+        contrastive=config.loss.contrastive_loss_weight > 0 and config.with_audio,
         reference_collate=partial(boson_inputs, pad_token_id=pad_token_id, mel=features == "mel")
-        if config.forward == "reference"
+        if config.model.forward == "reference"
         else None,
     )

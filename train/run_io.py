@@ -162,7 +162,7 @@ def finish_saves(run: Run, run_io: RunIO) -> None:
     failures = run_io.saver.finish() if run_io.saver else []
     for failure in failures:
         run_io.say(f"error: {failure}")
-    if run.context.all_sum([float(len(failures))])[0] and not run.config.allow_failed_saves:
+    if run.context.all_sum([float(len(failures))])[0] and not run.config.checkpoints.allow_failed_saves:
         raise save_error(failures)
 
 

@@ -107,7 +107,7 @@ class Run:
     @property
     def rate_share(self) -> float:
         """Share of the peak learning rates for the next step."""
-        return learning_rates(self.config, self.total_steps)(self.progress.step)
+        return learning_rates(self.config.optim, self.total_steps)(self.progress.step)
 
     @property
     def steps_per_epoch(self) -> int:

@@ -33,7 +33,7 @@ from torch.nn.parallel import DistributedDataParallel
 def take_batches(run: Run, stats: StepStats) -> tuple[list[Batch], list[float]]:
     """This rank's micro-batches of one step, on the device, and their label counts [2 + K] on the host."""
     with stats.waits.counted():
-        batches = [next(run.loader) for _ in range(run.config.gradient_accumulation_steps)]
+        batches = [next(run.loader) for _ in range(run.config.optim.gradient_accumulation_steps)]
     for batch in batches:
         stats.add_batch(batch)
     stats.steps += 1
@@ -65,7 +65,7 @@ def train_step(
         losses.append(parts.total.detach())
     if watch:
         watch.see_gradients()
-    norm = whole(nn.utils.clip_grad_norm_(run.parameters.values(), run.config.max_grad_norm or math.inf))
+    norm = whole(nn.utils.clip_grad_norm_(run.parameters.values(), run.config.optim.max_grad_norm or math.inf))
     is_finite = torch.isfinite(torch.stack([norm, *losses]))
     run.bad_steps.watch(run.progress.step + 1, [batch.keys for batch in batches], is_finite)
     set_rates(run.optimizer, run.rate_share)

@@ -14,7 +14,7 @@ import sys
 import traceback
 from collections.abc import Callable
 
-from higgs_tune.train.__main__ import parse_arguments
+from higgs_tune.train.arguments import parse_arguments
 from higgs_tune.train.loop import train
 
 

@@ -95,7 +95,7 @@ def fork(request: dict[str, Any], rank: int, port: int) -> int:
     inject(request, rank)
     code = 1
     try:
-        run_command(lambda: train(TrainConfig(**options)))
+        run_command(lambda: train(TrainConfig.of(**options)))
         code = 0
     except SystemExit as stopped:
         code = int(stopped.code or 0)

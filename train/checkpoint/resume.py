@@ -53,23 +53,23 @@ def find_checkpoint(config: TrainConfig, context: DistContext) -> Path | None:
     Raises:
         UserError: the one asked for is not there or damaged, or a rank does not see it.
     """
-    if config.resume_from_checkpoint is None:
+    if config.checkpoints.resume_from_checkpoint is None:
         return None
     found: Path | None = None
-    if context.is_main and config.resume_from_checkpoint != "auto":
-        found = Path(config.resume_from_checkpoint)
+    if context.is_main and config.checkpoints.resume_from_checkpoint != "auto":
+        found = Path(config.checkpoints.resume_from_checkpoint)
         verify_checkpoint(found)
     elif context.is_main:
         found, problems = newest_valid(config.output_dir)
         for problem in problems:
             print(f"warning: {problem}; an older checkpoint is tried", flush=True)
-    if config.resume_from_checkpoint == "auto":
+    if config.checkpoints.resume_from_checkpoint == "auto":
         number = int(found.name.rpartition("-")[2]) if found else -1
         number = int(context.all_sum([float(number) if context.is_main else 0.0])[0])
         found = checkpoint_path(config.output_dir, number) if number >= 0 else None
     else:
         context.all_sum([0.0])  # rank 0 has verified it
-        found = Path(config.resume_from_checkpoint)
+        found = Path(config.checkpoints.resume_from_checkpoint)
     if found and not (found / STATE).is_file():
         raise UserError("this rank does not see the checkpoint", where=found, expected="a folder that all nodes share")
     return found
@@ -87,7 +87,7 @@ def identity(run: Run) -> dict[str, Any]:
             "version": PLAN_VERSION,
             "seed": schedule.seed,
             "tokens_per_pack": schedule.tokens_per_pack,
-            "mix_weights": list(config.mix_weights) if config.mix_weights else None,
+            "mix_weights": list(config.data.mix_weights) if config.data.mix_weights else None,
             "whisper_features": schedule.features,
             "hash": schedule.plan(run.progress.cursor.epoch).hash,
         },
@@ -167,7 +167,7 @@ def restore(run: Run, folder: Path, stats: StepStats) -> dict[str, Any]:
     run.progress.cursor = Cursor(state["epoch"], state["pack"])
     changed = differences(state["identity"], identity(run))
     fits = not any(text.startswith(("trained", "architecture")) for text in changed)
-    if changed and not (run.config.resume_anyway and fits):
+    if changed and not (run.config.checkpoints.resume_anyway and fits):
         hint = "--resume_anyway resumes all the same." if fits else "Its weights do not fit this model."
         raise UserError(f"the checkpoint is of another run: {'; '.join(changed)}", where=folder, hint=hint)
     progress = run.progress

@@ -50,9 +50,12 @@ class Reporter:
         self._folder, self._total = config.output_dir, total_steps
         for name in (METRICS, DIAGNOSTICS):
             _cut(self._folder / name, (written or {}).get(name, 0))
+        trackers = config.reports.report_to
         self._file = (self._folder / METRICS).open("a", buffering=1)
-        self._board = SummaryWriter(str(self._folder / "tensorboard"), purge_step=step + 1 if step else None)
-        self._trackers = [_start(name, config) for name in config.report_to]
+        purge_step = step + 1 if step else None
+        folder = str(self._folder / "tensorboard")
+        self._board = None if "none" in trackers else SummaryWriter(folder, purge_step=purge_step)
+        self._trackers = [_start(name, config) for name in trackers if name not in ("tensorboard", "none")]
         self._plain = not sys.stderr.isatty()
         self._console = Console(stderr=True, soft_wrap=self._plain)
         columns = (
@@ -83,8 +86,9 @@ class Reporter:
         self._file.write(json.dumps({k: _finite(v) for k, v in metrics.items()}) + "\n")
         kind, step = metrics["kind"], metrics["step"]
         numbers = dict(_numbers(metrics))
-        for name, value in numbers.items():
-            self._board.add_scalar(f"{kind}/{name}", value, step)
+        if self._board:
+            for name, value in numbers.items():
+                self._board.add_scalar(f"{kind}/{name}", value, step)
         for tracker in self._trackers:
             tracker.log({f"{kind}/{name}": value for name, value in numbers.items()}, step=step)
         self._shown[kind] = metrics
@@ -98,11 +102,14 @@ class Reporter:
         with (self._folder / DIAGNOSTICS).open("a") as file:
             file.write(json.dumps({"step": step} | found, ensure_ascii=False) + "\n")
         text = as_text(found, step)
-        self._board.add_text("diagnostics", f"```\n{text}\n```", step)
+        if self._board:
+            self._board.add_text("diagnostics", f"```\n{text}\n```", step)
         self.say(text)
 
     def sounds(self, sounds: Iterable[tuple[str, np.ndarray, int]], step: int) -> None:
         """Keep waveforms and their spectrograms in TensorBoard."""
+        if not self._board:
+            return
         for name, wave_S, rate in sounds:
             self._board.add_audio(name, wave_S[None], step, sample_rate=rate)
             self._board.add_image(f"{name}/spectrogram", spectrogram(wave_S), step)
@@ -119,7 +126,8 @@ class Reporter:
             self._live.stop()
         for tracker in self._trackers:
             tracker.finish()
-        self._board.close()
+        if self._board:
+            self._board.close()
         self._file.close()
 
     def _view(self) -> Group:
@@ -142,7 +150,10 @@ def _start(name: str, config: TrainConfig) -> Any:
         tracker = importlib.import_module(name)
     except ImportError as error:
         raise UserError(f"--report_to {name} is not installed", hint=f"pip install 'higgs-tune[{name}]'") from error
-    options = {"project": os.environ.get("WANDB_PROJECT", _PROJECT), "name": config.run_name or config.output_dir.name}
+    options = {
+        "project": os.environ.get("WANDB_PROJECT", _PROJECT),
+        "name": config.reports.run_name or config.output_dir.name,
+    }
     options |= {"config": config.plain()}
     if name == "wandb":
         return tracker.init(**options, dir=str(config.output_dir))

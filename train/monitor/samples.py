@@ -23,7 +23,6 @@ from higgs_tune.shards import durable
 from higgs_tune.shards.errors import UserError
 from higgs_tune.shards.format import FRAME_RATE_HZ, Sample
 from higgs_tune.shards.reader import ShardSet
-from higgs_tune.train.config import TrainConfig
 from higgs_tune.train.model.generate import Said, Sampling, generate
 from higgs_tune.train.state import Run
 from transformers import PreTrainedTokenizerBase
@@ -45,8 +44,11 @@ class SampleGenerator:
         self.run, self.tokenizer, self.mels = run, tokenizer, features != "none"
         self.folder = run.config.output_dir / "samples"
         sets = run.schedule.sets.sets
-        self.samples = [shards.read(row, mels=self.mels) for shards, row in choose(sets, run.config.num_samples)]
-        self.codec = load_codec(codec_path(run.config, sets), run.context.device) if run.context.is_main else None
+        self.samples = [
+            shards.read(row, mels=self.mels) for shards, row in choose(sets, run.config.validation.num_samples)
+        ]
+        path = codec_path(run.config.validation.audio_tokenizer_path, sets)
+        self.codec = load_codec(path, run.context.device) if run.context.is_main else None
 
     def begin(self) -> None:
         """Write targets and references, and what the base model says, unless an earlier start has."""
@@ -70,12 +72,12 @@ class SampleGenerator:
 
     def _say(self, number: int) -> Said:
         run = self.run
-        sampling = Sampling(seed=run.config.seed + number, speak=run.config.with_audio)
+        sampling = Sampling(seed=run.config.optim.seed + number, speak=run.config.with_audio)
         return generate(run.peft_model, self.samples[number], run.special_ids, sampling, max_frames=self._most_frames)
 
     @property
     def _most_frames(self) -> int:
-        return int(self.run.config.sample_max_seconds * FRAME_RATE_HZ)
+        return int(self.run.config.validation.sample_max_seconds * FRAME_RATE_HZ)
 
     def _collect(self, mine: list[Said]) -> list[Said]:
         """Every rank's samples, in order: numbers only, in tensors of one shape."""
@@ -173,14 +175,14 @@ def choose(sets: list[ShardSet], count: int) -> list[tuple[ShardSet, int]]:
     return [rows[place] for _, place in sorted(ranked)[:count]]
 
 
-def codec_path(config: TrainConfig, sets: list[ShardSet]) -> Path:
+def codec_path(given: Path | None, sets: list[ShardSet]) -> Path:
     """The codec that makes samples audible.
 
     Raises:
         UserError: none is given, and that of the shards is not there.
     """
-    if config.audio_tokenizer_path is not None:
-        return config.audio_tokenizer_path
+    if given is not None:
+        return given
     made_with = Path(sets[0].provenance.get("paths", {}).get("codec", ""))
     if not (made_with / "config.json").is_file():
         hint = "Give --audio_tokenizer_path."
