@@ -1,6 +1,7 @@
-"""Step 3: the samples of one shard get tokens, labels, codes and features, and become its files.
+"""Step 3: makes the samples of one shard (tokens, labels, codes, features) and writes its files.
 
-In: a shard's number. Out: its committed files. Never: a sample whose audio was rejected; another in its place.
+In: a shard's number. Out: its committed files.
+Guarantees: a sample with a rejected clip is a reject, never replaced (tests/test_bad_input.py).
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ CHUNK_FRAMES = 30 * FRAME_RATE_HZ  # codes of the 30 s that a Whisper window cov
 
 @dataclass(frozen=True)
 class _Segment:
-    """What one audio placeholder stands for."""
+    """The audio of one placeholder."""
 
     meta: dict[str, Any]
     codes_KT: np.ndarray
@@ -36,7 +37,7 @@ class _Segment:
 
 
 def set_writer(job: Job) -> SetWriter:
-    """The writer of the set that is asked for."""
+    """The writer of the requested set."""
     config = job.config
     ids = special_ids(read_config(job.model), job.model)
     split = ValidationSplit(config.val_fraction, config.val_by)
@@ -44,7 +45,7 @@ def set_writer(job: Job) -> SetWriter:
 
 
 def assemble_shard(job: Job, number: int) -> None:
-    """Task: write one shard's files and commit what it adds to the index."""
+    """Task: write the files of one shard and commit its index rows."""
     work, writer = Work(job.out), set_writer(job)
     tokenizer = cached_tokenizer(job.model, writer.ids)
     rejects: list[dict[str, Any]] = []
@@ -54,8 +55,7 @@ def assemble_shard(job: Job, number: int) -> None:
             try:
                 yield make_sample(line, job, work, tokenizer, writer.ids)
             except Reject as reject:
-                found = {"reason": reject.reason, "detail": reject.detail, "file": reject.file}
-                rejects.append({"id": line["key"], "position": line["position"], **found})
+                rejects.append(reject.as_line(line["key"], line["position"]))
 
     writer.write(number, samples(), rejects)
 
@@ -72,7 +72,7 @@ def make_sample(
     """One line of samples-*.jsonl as a stored sample.
 
     Raises:
-        Reject: the line says so, one of its clips was rejected, or its text or its pair of clips cannot be used.
+        Reject: the line is a reject, one of its clips was rejected, or its text or its pair of clips cannot be used.
     """
     if "reject" in line:
         raise Reject(*line["reject"])
@@ -101,7 +101,7 @@ def make_sample(
 
 
 def _encoded(work: Work, clip: int, clips_per_unit: int, source: str) -> Encoded:
-    """A clip under the name that the sample has for its file; inline audio keeps its own.
+    """An encoded clip, its source named as in the sample; inline audio keeps its own name.
 
     Raises:
         Reject: the clip was rejected.
@@ -118,10 +118,10 @@ def _encoded(work: Work, clip: int, clips_per_unit: int, source: str) -> Encoded
 
 
 def refuse_same_audio(infos: list[dict[str, Any]]) -> None:
-    """Two files of a manifest's pair may have different names and the same content.
+    """Refuse a pair of clips with equal content under different names.
 
     Raises:
-        Reject: they do.
+        Reject: two of the clips have the same content.
     """
     digests = [info["sha256"] for info in infos]
     if len(set(digests)) < len(digests):
@@ -139,10 +139,10 @@ def _meta(chat: ChatSample, segments: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _segments(role: str, result: Encoded, *, whisper: bool) -> list[_Segment]:
-    """The clip as segments: one, or for a reference with Whisper features one for each chunk of 30 s.
+    """The segments of a clip: one, or for a reference with Whisper features one for each chunk of 30 s.
 
     Raises:
-        Reject: a target with Whisper features is longer than their window; it cannot be split.
+        Reject: a target with Whisper features is longer than 30 s; it cannot be split.
     """
     features = result.features if whisper else ()
     if role == "assistant" and len(features) > 1:

@@ -1,9 +1,9 @@
 """higgs-preprocess --check: read everything, encode nothing, and say whether the data is fit to build.
 
-In: what a build takes; no --out, and the codec only to time it. Out: a report as plain values (check_report prints it).
-It takes the build's own path with two changes: clips are decoded and measured but get zeros for codes, and samples are
-made but looked at instead of written. So what it rejects is what a build rejects.
-Never: a file left behind.
+In: the data and the model; the codec, if given, is timed. Out: a report as plain values (check_report prints it).
+It runs the steps of a build with two changes: clips are decoded but get zeros for codes, and samples are made but not
+written.
+Guarantees: it rejects the samples that a build rejects, and leaves no file behind (tests/test_check.py).
 """
 
 from __future__ import annotations
@@ -39,16 +39,22 @@ DURATION_BINS_S = (0, 1, 2, 3, 5, 10, 15, 20, 30, 60)
 TOKEN_BINS = (0, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
 MEL_COMPRESSION = 0.8  # zstandard on float16 log-mel of speech
 CORRUPT = ("unreadable_audio", "truncated_audio", "non_finite_audio", "empty_audio")
-PAIR = 2  # clips of a speaker below which no reference can be paired
-FEW_CLIPS = 5  # clips of a speaker below which there is little choice of references
+PAIR = 2  # a speaker with fewer clips has no reference
+FEW_CLIPS = 5  # a speaker with fewer clips has little choice of references
 TIMED_S = 4.0
 SHOWN = 20
 
 
 @dataclass
 class SampleFacts:
-    """What one sample comes to; `reject`: why it is left out, with `id` and `position`, else None; `self_reference`: a
-    reference is the target's piece of the same content."""
+    """Figures of one sample.
+
+    Attributes:
+        reject: its line for rejects.jsonl; None where it is usable.
+        texts: (language, characters, tokens) of each text.
+        rates: (language, characters a second) of each spoken text.
+        self_reference: a reference has the target's content.
+    """
 
     reject: dict[str, Any] | None
     key: str = ""
@@ -56,16 +62,16 @@ class SampleFacts:
     tokens: int = 0
     stored_bytes: int = 0
     segments: list[dict[str, Any]] = field(default_factory=list)
-    texts: list[tuple[str, int, int]] = field(default_factory=list)  # language, characters, tokens
-    rates: list[tuple[str, float]] = field(default_factory=list)  # language, spoken characters a second
+    texts: list[tuple[str, int, int]] = field(default_factory=list)
+    rates: list[tuple[str, float]] = field(default_factory=list)
     self_reference: bool = False
 
 
 def check_data(config: PreprocessConfig) -> dict[str, Any]:
-    """The report on the data.
+    """Check the data and report on it.
 
     Raises:
-        UserError: bad paths or checkpoints, or data of no known form.
+        UserError: bad paths or checkpoints, or data of unknown form.
     """
     with tempfile.TemporaryDirectory(prefix="higgs-check-") as folder, Stop() as stop, ProgressBar() as progress:
         job = replace(make_job(config), out=Path(folder))
@@ -75,9 +81,9 @@ def check_data(config: PreprocessConfig) -> dict[str, Any]:
         progress.start("read", listing["clips"], "clips")
         for report in run_tasks(partial(measure_unit, job), list(range(listing["units"])), config, stop):
             progress.encoded(report)
-        progress.start("look", listing["shards"], "shards")
+        progress.start("measure", listing["shards"], "shards")
         shards: dict[int, list[SampleFacts]] = {}
-        for number, facts in run_tasks(partial(look_at_shard, job), list(range(listing["shards"])), config, stop):
+        for number, facts in run_tasks(partial(measure_shard, job), list(range(listing["shards"])), config, stop):
             shards[number] = facts
             progress.advance(1)
         clips = [clip for unit in range(listing["units"]) for clip in work.encoded(unit)]
@@ -115,28 +121,27 @@ def _measure(clip: Clip, job: Job, *, whisper: bool) -> Encoded | Reject:
     return Encoded(codes_KT, tuple(features), info | ({"flags": wave.flags} if wave.flags else {}))
 
 
-def look_at_shard(job: Job, number: int) -> tuple[int, list[SampleFacts]]:
+def measure_shard(job: Job, number: int) -> tuple[int, list[SampleFacts]]:
     """Task: the facts of one shard's samples, in order."""
     work, writer = Work(job.out), set_writer(job)
-    tokenizer, found = cached_tokenizer(job.model, writer.ids), []
+    tokenizer, facts = cached_tokenizer(job.model, writer.ids), []
     for line in work.read_lines("samples", number):
         try:
             sample = make_sample(line, job, work, tokenizer, writer.ids)
         except Reject as reject:
-            what = {"reason": reject.reason, "detail": reject.detail, "file": reject.file}
-            found.append(SampleFacts({"id": line["key"], "position": line["position"], **what}))
+            facts.append(SampleFacts(reject.as_line(line["key"], line["position"])))
         else:
             per_unit = job.config.clips_per_unit
             clips = [work.encoded(clip // per_unit)[clip % per_unit] for clip in line["clips"]]
-            infos = [clip.info for clip in clips if isinstance(clip, Encoded)]  # all of them, of a whole sample
-            found.append(_facts(sample, infos, job, tokenizer, writer.ids.codebooks))
-    return number, found
+            infos = [clip.info for clip in clips if isinstance(clip, Encoded)]
+            facts.append(_facts(sample, infos, job, tokenizer, writer.ids.codebooks))
+    return number, facts
 
 
 def _facts(
     sample: Sample, infos: list[dict[str, Any]], job: Job, tokenizer: PreTrainedTokenizerBase, codebooks: int
 ) -> SampleFacts:
-    """What a sample comes to; `infos`: of its clips, in order of appearance."""
+    """The figures of a sample; `infos`: of its clips, in order of appearance."""
     meta, texts, rates, clips = sample.meta, [], [], iter(infos)
     pieces: dict[bool, set[tuple[str, float, float]]] = {True: set(), False: set()}  # of targets, of references
     for message in meta["messages"]:
@@ -169,7 +174,7 @@ def _facts(
 
 
 def make_report(clips: list[Encoded | Reject], facts: list[SampleFacts], job: Job) -> dict[str, Any]:
-    """Everything that is found, as plain values."""
+    """The report as plain values, from all clips and samples."""
     good = [sample for sample in facts if sample.reject is None]
     rejects = [sample.reject for sample in facts if sample.reject is not None]
     itself = [sample.key for sample in good if sample.self_reference]
@@ -224,7 +229,7 @@ def _speakers(good: list[SampleFacts]) -> dict[str, Any]:
     for sample in good:
         targets = {s["sha256"] for s in sample.segments if s["role"] == "assistant"}
         clips.setdefault(sample.speaker or "(none)", set()).update(targets)
-    counts = {name: len(found) for name, found in sorted(clips.items())}
+    counts = {name: len(digests) for name, digests in sorted(clips.items())}
     return {
         "count": len(counts),
         "single_clip": [name for name, count in counts.items() if count < PAIR],
@@ -240,7 +245,7 @@ def _predicted(good: list[SampleFacts], distinct_s: float, clips: int, job: Job)
     codec, device = codec_for(job), job.config.device
     noise_S = 0.1 * np.random.default_rng(0).standard_normal(int(TIMED_S * codec.config.sample_rate_hz))
     with one_thread():
-        codec.encode(noise_S)  # the first call sets things up
+        codec.encode(noise_S)  # warm-up
         began = time.perf_counter()
         codec.encode(noise_S)
     speed = TIMED_S / (time.perf_counter() - began)

@@ -1,4 +1,4 @@
-"""What --check found, for a person or, as JSON, for a script."""
+"""Prints the report of --check, for people or as JSON."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def rows(report: dict[str, Any]) -> list[tuple[str, str]]:
     """The figures, one a line."""
     samples, hours, clips = report["samples"], report["hours"], report["clips"]
     predicted, speakers, files = report["predicted"], report["speakers"], report["files"]
-    found = [
+    figures = [
         ("samples", f"{samples['usable']} of {samples['all']} usable"),
         ("clips", f"{hours['distinct_clips']:.3f} h in {clips['distinct']} clips"),
         ("in samples", f"{hours['in_samples']:.3f} h"),
@@ -48,8 +48,8 @@ def rows(report: dict[str, Any]) -> list[tuple[str, str]]:
     ]
     for language, sums in report["languages"].items():
         coverage = f"{sums['tokens_per_character']:.2f} tokens a character in {sums['texts']} texts"
-        found.append((f"language {language}", coverage))
-    return found
+        figures.append((f"language {language}", coverage))
+    return figures
 
 
 def _spread(values: dict[str, Any]) -> str:
@@ -68,33 +68,33 @@ def _time(predicted: dict[str, Any]) -> str:
 
 
 def problems(report: dict[str, Any]) -> list[str]:
-    """What makes samples unusable."""
-    found = []
+    """The reasons why samples are unusable."""
+    lines = []
     for reason, count in sorted(report["rejects"].items()):
         examples = [reject for reject in report["reject_examples"] if reject["reason"] == reason][:SHOWN]
         named = "; ".join(f"{reject['id']}: {reject['detail']}" for reject in examples)
-        found.append(f"{count} rejected for {reason}: {named}" if named else f"{count} rejected for {reason}")
+        lines.append(f"{count} rejected for {reason}: {named}" if named else f"{count} rejected for {reason}")
     itself = report["self_references"]
     if itself:
-        found.append(f"{len(itself)} samples refer to their own target: {few(itself, SHOWN)}")
-    return found
+        lines.append(f"{len(itself)} samples refer to their own target: {few(itself, SHOWN)}")
+    return lines
 
 
 def warnings(report: dict[str, Any]) -> list[str]:
-    """What a build takes, and a person may want to look at."""
-    found = [f"{count} clips are flagged for {flag}" for flag, count in sorted(report["clips"]["flags"].items())]
+    """Findings that do not make a sample unusable."""
+    lines = [f"{count} clips are flagged for {flag}" for flag, count in sorted(report["clips"]["flags"].items())]
     duplicate, speakers = report["files"]["duplicate"], report["speakers"]
     if duplicate:
-        found.append(
+        lines.append(
             f"{len(duplicate)} groups of equal files: {few([' = '.join(group) for group in duplicate], SHOWN)}"
         )
     outliers = [f"{o['id']} ({o['characters_per_second']:g} against {o['median']:g})" for o in report["rate_outliers"]]
     if outliers:
-        found.append(f"{len(outliers)} texts do not fit their audio, in characters a second: {few(outliers, SHOWN)}")
+        lines.append(f"{len(outliers)} texts do not fit their audio, in characters a second: {few(outliers, SHOWN)}")
     if speakers["few_clips"]:
         named = [f"{name} ({count})" for name, count in speakers["few_clips"].items()]
-        found.append(f"speakers with few clips: {few(named, SHOWN)}")
+        lines.append(f"speakers with few clips: {few(named, SHOWN)}")
     for language, sums in report["languages"].items():
         if sums["tokens_per_character"] > POOR_COVERAGE:
-            found.append(f"the tokenizer covers {language} poorly: {sums['tokens_per_character']:g} tokens a character")
-    return found
+            lines.append(f"the tokenizer covers {language} poorly: {sums['tokens_per_character']:g} tokens a character")
+    return lines

@@ -1,7 +1,4 @@
-"""Sums over texts and speaking rates that --check reports.
-
-In: plain values. Out: plain values. Never: files, tokenizers.
-"""
+"""Statistics of texts and speaking rates that --check reports; plain values in and out."""
 
 from __future__ import annotations
 
@@ -21,30 +18,30 @@ PERCENTS = (0, 5, 50, 95, 100)
 
 @lru_cache(maxsize=65536)
 def _script(character: str) -> str:
-    """The first word of a letter's Unicode name: LATIN, ARABIC, CJK, …; empty for what is no letter."""
+    """The first word of a letter's Unicode name: LATIN, ARABIC, CJK, …; empty for other characters."""
     return unicodedata.name(character, "").partition(" ")[0] if character.isalpha() else ""
 
 
 def dominant_script(text: str) -> str:
-    """The script of most letters of a text, as its language where none is given; `none` without letters."""
+    """The script of most letters of a text, lower case; `none` without letters."""
     counts = Counter(filter(None, map(_script, text)))
     return counts.most_common(1)[0][0].lower() if counts else "none"
 
 
 def percentiles(values: Sequence[float]) -> dict[str, Any]:
-    """Percentiles by percent; empty of nothing."""
+    """Percentiles by percent; empty without values."""
     if not values:
         return {"percentiles": {}}
     return {"percentiles": {str(p): round(float(np.percentile(values, p)), 3) for p in PERCENTS}}
 
 
 def language_table(texts: Iterable[tuple[str, int, int]]) -> dict[str, dict[str, Any]]:
-    """How well the tokenizer covers each language, from (language, characters, tokens) of each text."""
+    """Texts, characters and tokens of each language, from (language, characters, tokens) of each text."""
     sums: dict[str, list[int]] = {}
     for language, characters, tokens in texts:
-        found = sums.setdefault(language, [0, 0, 0])
+        totals = sums.setdefault(language, [0, 0, 0])
         for i, more in enumerate((1, characters, tokens)):
-            found[i] += more
+            totals[i] += more
     return {
         language: {"texts": n, "characters": c, "tokens": t, "tokens_per_character": round(t / max(c, 1), 3)}
         for language, (n, c, t) in sorted(sums.items())
@@ -60,13 +57,13 @@ def rate_outliers(rates: list[tuple[str, str, float]]) -> list[dict[str, Any]]:
     by_language: dict[str, list[float]] = {}
     for _, language, rate in rates:
         by_language.setdefault(language, []).append(rate)
-    typical = {name: float(np.median(found)) for name, found in by_language.items() if len(found) >= OUTLIER_LEAST}
+    typical = {name: float(np.median(values)) for name, values in by_language.items() if len(values) >= OUTLIER_LEAST}
     distances = [
         (abs(math.log(rate / typical[language])), key, language, rate)
         for key, language, rate in rates
         if language in typical
     ]
-    worst = [found for found in sorted(distances, reverse=True) if found[0] > math.log(OUTLIER_FACTOR)]
+    worst = [entry for entry in sorted(distances, reverse=True) if entry[0] > math.log(OUTLIER_FACTOR)]
     return [
         {"id": key, "language": name, "characters_per_second": round(rate, 2), "median": round(typical[name], 2)}
         for _, key, name, rate in worst

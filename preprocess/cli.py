@@ -1,4 +1,4 @@
-"""higgs-preprocess: build a shard set, or check data before.
+"""higgs-preprocess: builds a shard set, or checks the data first.
 
 higgs-preprocess --data chatml.json --out SHARDS --model_path M --audio_tokenizer_path T
 higgs-preprocess --check --data chatml.json --model_path M
@@ -21,7 +21,7 @@ def main() -> None:
 
 def _main() -> None:
     config = tyro.cli(PreprocessConfig, prog="higgs-preprocess")
-    from higgs_tune.preprocess.engine import Stopped  # after the flags are checked: torch takes seconds to import
+    from higgs_tune.preprocess.engine import Stopped  # torch takes seconds to import; flags are parsed before
 
     try:
         _check(config) if config.check else _build(config)

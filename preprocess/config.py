@@ -133,9 +133,12 @@ class PreprocessConfig:
 
 @dataclass(frozen=True)
 class Job:
-    """What every task knows: the options, and where things are, as absolute local paths.
+    """The options with all paths absolute and local; every task gets it.
 
-    data: file or folder. out: the set, or its staging folder. model, codec, tower: checkpoint folders.
+    Attributes:
+        data: file or folder.
+        out: the folder of the set, or its staging folder.
+        model, codec, tower: checkpoint folders.
     """
 
     config: PreprocessConfig
@@ -147,18 +150,18 @@ class Job:
 
     @property
     def url(self) -> str | None:
-        """Where the set goes, if that is no local folder."""
+        """The destination of a remote set; None for a local folder."""
         out = self.config.out
         return out if out and is_url(out) else None
 
     @property
     def audio_base(self) -> Path:
-        """What relative audio paths start from."""
+        """The start of relative audio paths."""
         return self.data if self.data.is_dir() else self.config.audio_root or self.data.parent
 
     @property
     def audio(self) -> AudioOptions:
-        """Which clips are taken, and from where."""
+        """The options that reading audio needs."""
         c = self.config
         roots = (c.audio_root, self.audio_base) if c.audio_root else ()
         return AudioOptions(c.min_seconds, c.max_seconds, c.loudness_lufs, roots, c.reject_flags)

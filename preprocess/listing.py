@@ -1,9 +1,9 @@
-"""Step 1: what is to be done. Every entry is checked, the distinct clips are numbered, and the tasks are written.
+"""Step 1: checks every entry, numbers the distinct clips, writes the lists of tasks.
 
 In: the data. Out, in the work folder: `samples-*.jsonl`, one file a shard, whose lines hold `key`, `position`, `entry`
 and the numbers of its `clips`, or `key`, `position` and `reject`; `clips-*.jsonl`, one file a unit; and their counts.
-A file that samples name differently (links, relative and absolute paths) is one file.
-Never: audio (but for the headers that a manifest's choice of references asks for).
+Links, relative and absolute paths to one file are one clip. Only the audio headers that the choice of references needs
+are read.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from higgs_tune.shards.errors import UserError
 
 
 class ClipNumbers:
-    """Numbers the distinct clips in order of first use, and writes them unit by unit."""
+    """Numbers the distinct clips in order of first use; writes them unit by unit."""
 
     def __init__(self, work: Work, clips_per_unit: int) -> None:
         self.work, self.clips_per_unit = work, clips_per_unit
@@ -37,8 +37,8 @@ class ClipNumbers:
         self._waiting: list[Clip] = []
 
     def number(self, clip: Clip, whisper: bool) -> int:
-        """The clip's number; `whisper`: this use of it wants Whisper features."""
-        name = _digest(repr(replace(clip, source="", path=_real_path(clip.path))))  # under whatever name
+        """The clip's number; `whisper`: whether this use of the clip needs Whisper features."""
+        name = _digest(repr(replace(clip, source="", path=_real_path(clip.path))))
         number = self._numbers.setdefault(name, len(self._numbers))
         if number == len(self.whisper):
             self.whisper.append(0)
@@ -50,7 +50,7 @@ class ClipNumbers:
         return number
 
     def flush(self) -> None:
-        """Write the clips that no unit holds yet as one more."""
+        """Write the clips that are not in a unit yet as the last unit."""
         if self._waiting:
             self.work.write_lines("clips", self.units, [asdict(clip) for clip in self._waiting])
             self.units += 1
@@ -64,8 +64,8 @@ def list_work(job: Job, work: Work, go_on: Callable[[], None]) -> dict[str, int]
         go_on: called between shards; raises to stop.
 
     Returns:
-        Numbers of samples, shards, clips and units; and `unsettled`, of rejected entries and missing files: where
-        there are any, a later listing may come out otherwise.
+        Numbers of samples, shards, clips and units; and `unsettled`, the number of rejected entries and missing files:
+        unless it is 0, a restart lists again.
 
     Raises:
         UserError: the data cannot be read, or holds no samples.
@@ -105,7 +105,7 @@ def _line(entry: Any, position: int, job: Job, keys: set[bytes], numbers: ClipNu
 
 @lru_cache(maxsize=1 << 16)
 def _real_path(path: str) -> str:
-    """The path with its links resolved; as it is where there is no such file (nor can be: a NUL byte)."""
+    """The path with its links resolved; unchanged where the file does not exist or the name has a NUL byte."""
     try:
         return os.path.realpath(path, strict=True) if path else ""
     except (OSError, ValueError):

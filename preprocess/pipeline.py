@@ -3,14 +3,15 @@
 In: ChatML, a manifest or a datasets folder, and two checkpoints. Out: a finished shard set (shards/format.py) and a
 summary.
 
-1. list      read and check every entry; number the distinct clips; write what each shard and each unit holds (listing)
-2. encode    each unit of clips becomes codes and, where wanted, Whisper features (encode)
-3. assemble  each shard's samples get tokens, labels, codes and features, and become its files (assemble)
-4. finish    index, rejects, and last the manifest (shards/writer)
+1. list      read and check every entry; number the distinct clips; write the contents of each shard and unit (listing)
+2. encode    turn each unit of clips into codes and, on request, Whisper features (encode)
+3. assemble  make each shard's samples from tokens, labels, codes and features; write its files (assemble)
+4. finish    write index, rejects, and last the manifest (shards/writer)
 
-Never: an audio clip encoded twice; a sample lost without a line in rejects.jsonl; a result that depends on the engine,
-on the number of processes or on where a run was killed. Steps 2 and 3 are tasks that know only a number, so any
-engine can run them (engine).
+Steps 2 and 3 are tasks that know only a number, so any engine can run them (engine).
+Guarantees: each distinct clip is encoded once; a sample is in the set or in rejects.jsonl; the bytes depend neither on
+the engine nor on the number of processes nor on kills and restarts (tests/test_preprocess.py, test_bad_input.py,
+test_engine.py).
 """
 
 from __future__ import annotations
@@ -48,8 +49,8 @@ def build_shards(config: PreprocessConfig) -> dict[str, Any]:
         reason), `already_built`.
 
     Raises:
-        UserError: bad paths, checkpoints or options; or no sample is left.
-        Stopped: a signal came, and what was in hand is committed.
+        UserError: bad paths, checkpoints or options; or every sample was rejected.
+        Stopped: a signal came; the tasks in hand are committed.
     """
     with Stop() as stop:
         job = make_job(config)
@@ -58,12 +59,12 @@ def build_shards(config: PreprocessConfig) -> dict[str, Any]:
         made = finished(job.url or str(job.out), provenance["request"])
         if made is None:
             return _run_steps(job, provenance, stop)
-    set_writer(job).clear()  # a run that was killed right after the manifest left it
+    set_writer(job).clear()  # left by a run that was killed right after the manifest
     return {"already_built": True, "samples": made["totals"]["samples"], "rejects": made["rejects"]["by_reason"]}
 
 
 def _run_steps(job: Job, provenance: dict[str, Any], stop: Stop) -> dict[str, Any]:
-    """The four steps; of what an earlier run committed, what it rejected is tried again."""
+    """Run the four steps; reuse what an earlier run committed, but try its rejects again."""
     config, work, writer = job.config, Work(job.out), set_writer(job)
     with ProgressBar() as progress, work.locked():
         writer.begin()
@@ -107,7 +108,7 @@ def _run_steps(job: Job, provenance: dict[str, Any], stop: Stop) -> dict[str, An
 
 
 def finished(location: str, request: dict[str, Any]) -> dict[str, Any] | None:
-    """The manifest of the finished set that is asked for, where a folder or URL holds it.
+    """The manifest of the requested set where it is finished at this folder or URL, else None.
 
     Raises:
         UserError: it holds another set.
@@ -124,10 +125,10 @@ def finished(location: str, request: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def make_job(config: PreprocessConfig) -> Job:
-    """Find everything that the options name: absolute paths, checkpoints from the Hub as local folders.
+    """Resolve the options: absolute paths, and checkpoints from the Hub as local folders.
 
     Raises:
-        UserError: something is not there, or cannot be used.
+        UserError: a path does not exist, or a checkpoint cannot be used.
     """
     if not config.data.exists():
         raise UserError("no data here", where=config.data)
@@ -149,7 +150,7 @@ def make_job(config: PreprocessConfig) -> Job:
 
 
 def refuse_unfit(job: Job) -> None:
-    """Find what cannot be used before anything is encoded.
+    """Refuse unusable checkpoints and devices before anything is encoded.
 
     Raises:
         UserError: tokenizer, codec or device cannot be used, or the codec's codes are not the model's.
@@ -169,7 +170,7 @@ def refuse_unfit(job: Job) -> None:
 
 
 def local_out(config: PreprocessConfig) -> Path:
-    """The folder that the set is built in; a set that goes to a URL always has the same one, so it can be continued."""
+    """The folder where the set is built: --out, or for a URL a staging folder that depends on the URL alone."""
     out = config.out or ""
     if not is_url(out):
         return Path(out)
@@ -178,7 +179,7 @@ def local_out(config: PreprocessConfig) -> Path:
 
 
 def make_provenance(job: Job) -> dict[str, Any]:
-    """What made the set: data, model, codec, options. `paths` only help the inspector; nothing checks them."""
+    """The provenance: data, model, codec, options. `paths` only help the inspector; nothing checks them."""
     config, codec_given = job.config, job.config.audio_tokenizer_path
     assert codec_given is not None and job.codec is not None
     model = describe_checkpoint(job.model) | name_of(config.model_path)
@@ -196,7 +197,7 @@ def make_provenance(job: Job) -> dict[str, Any]:
     return {"model": model, "codec": codec, "features": features, "request": request, "paths": paths}
 
 
-# options that say where and how the work runs, not what it makes
+# options of where and how the work runs; they do not change the set
 MACHINE_ONLY = {
     *("data", "out", "staging", "model_path", "audio_tokenizer_path", "whisper_path"),
     *("engine", "ray_address", "num_processes", "decode_threads", "device"),
@@ -205,7 +206,7 @@ MACHINE_ONLY = {
 
 
 def whisper_provenance(job: Job) -> dict[str, Any]:
-    """The Whisper features of the set: their kind, whose audio has them, and what made them."""
+    """The Whisper features of the set: their kind, the roles that have them, and their extractor."""
     kind = job.config.whisper_features
     if kind == "none":
         return {"whisper": kind}
@@ -215,7 +216,7 @@ def whisper_provenance(job: Job) -> dict[str, Any]:
 
 
 def data_digest(data: Path) -> str:
-    """What a restarted run compares: a file's SHA-256; of a folder, of its state and the sizes of its files."""
+    """Identifies the data: a file's SHA-256; for a folder, that of its state and the sizes of its files."""
     if data.is_file():
         return file_sha256(data)
     sizes = [f"{file.name} {file.stat().st_size}" for file in arrow.data_files(data)]

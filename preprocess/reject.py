@@ -1,6 +1,8 @@
-"""A sample that cannot be used: it is left out under a named reason, never replaced, never dropped without a word."""
+"""The reject of a sample that cannot be used: it is left out, under a named reason, with a line in rejects.jsonl."""
 
 from __future__ import annotations
+
+from typing import Any
 
 
 class Reject(Exception):
@@ -8,14 +10,18 @@ class Reject(Exception):
 
     Attributes:
         reason: a short fixed name, to count by.
-        detail: what was expected and what was found.
-        file: the audio file that it is about, if any.
+        detail: expected and got.
+        file: the audio file at fault, if any.
     """
 
     def __init__(self, reason: str, detail: str, file: str = "") -> None:
         detail, file = (text.encode("utf-8", "backslashreplace").decode() for text in (detail, file))  # fit for JSON
         super().__init__(reason, detail, file)
         self.reason, self.detail, self.file = reason, detail, file
+
+    def as_line(self, key: str, position: int) -> dict[str, Any]:
+        """The line of rejects.jsonl for the sample with this key, at this position in the data."""
+        return {"id": key, "position": position, "reason": self.reason, "detail": self.detail, "file": self.file}
 
     def __str__(self) -> str:
         return f"{self.reason}: {self.detail}"

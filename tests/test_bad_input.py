@@ -100,7 +100,7 @@ def corpus() -> dict[str, tuple[Any, str]]:
     """Entry (or raw line) and expected reason, by name."""
     inline = base64.b64encode(b"RIFF but no more").decode()
     text = {"type": "text", "text": "hello"}
-    found: dict[str, tuple[Any, str]] = {
+    samples: dict[str, tuple[Any, str]] = {
         "missing": (entry("nowhere.wav"), "missing_audio"),
         "dangling link": (entry("dangling.wav"), "missing_audio"),
         "no bytes": (entry("nothing.wav"), "unreadable_audio"),
@@ -202,8 +202,8 @@ def corpus() -> dict[str, tuple[Any, str]]:
     }
     for kind in FORMATS:
         reason = "unreadable_audio" if kind in ("flac", "mp3") else "truncated_audio"
-        found[f"head of {kind}"] = (entry(f"head.{kind}"), reason)
-    return found
+        samples[f"head of {kind}"] = (entry(f"head.{kind}"), reason)
+    return samples
 
 
 def as_line(name: str, given: Any) -> bytes:
@@ -228,8 +228,8 @@ def test_every_kind_is_a_named_reject_and_nothing_else_is_lost(toy: Path, tmp_pa
     summary = preprocess(toy, tmp_path / "data.jsonl", tmp_path / "out", audio_root=tmp_path, samples_per_shard=50)
 
     rejects = [json.loads(line) for line in (tmp_path / "out" / "rejects.jsonl").read_text().splitlines()]
-    found = {reject["position"]: (bad_at[reject["position"]][0], reject["reason"]) for reject in rejects}
-    assert found == bad_at
+    named = {reject["position"]: (bad_at[reject["position"]][0], reject["reason"]) for reject in rejects}
+    assert named == bad_at
     assert all(reject["detail"] for reject in rejects)
     broken = [reject for reject in rejects if reject["reason"] == "invalid_json"]
     assert broken
@@ -245,7 +245,7 @@ def test_every_kind_is_a_named_reject_and_nothing_else_is_lost(toy: Path, tmp_pa
 
 
 def test_every_reason_is_documented() -> None:
-    source = "".join(file.read_text() for file in (ROOT / "preprocess").glob("*.py"))
+    source = "".join(file.read_text() for file in (ROOT / "preprocess").rglob("*.py"))
     reasons = set(re.findall(r'Reject\(\s*"([a-z_]+)"', source)) | set(get_args(Flag))
     table = (ROOT / "docs" / "preprocessing.md").read_text().split("## Rejects")[1]
     assert set(re.findall(r"`([a-z_]+)`", "".join(re.findall(r"^\|([^|]*)\|", table, re.MULTILINE)))) == reasons

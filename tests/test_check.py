@@ -18,7 +18,7 @@ from higgs_tune.preprocess import cli
 from higgs_tune.shards.reader import ShardSet
 
 
-def check(
+def run_check(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *arguments: str | Path
 ) -> tuple[int, str]:
     """Run the command; returns its exit code and what it printed."""
@@ -37,7 +37,7 @@ def test_it_foresees_what_a_build_does(
     checkpoints = ["--model_path", toy / "model", "--audio_tokenizer_path", toy / "codec"]
     before = sorted(EXAMPLES.parent.rglob("*"))
     arguments = ["--data", EXAMPLES, *checkpoints, "--whisper_features", whisper]
-    code, printed = check(capsys, monkeypatch, *arguments, "--json")
+    code, printed = run_check(capsys, monkeypatch, *arguments, "--json")
     report = json.loads(printed)
     assert code == 0
     assert report["fit_to_build"]
@@ -88,7 +88,7 @@ def test_it_finds_what_is_planted(
     toy: Path, planted: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     arguments = ["--data", planted / "data.csv", "--model_path", toy / "model"]
-    code, printed = check(capsys, monkeypatch, *arguments, "--json")
+    code, printed = run_check(capsys, monkeypatch, *arguments, "--json")
     report = json.loads(printed)
     assert code == 1
     assert not report["fit_to_build"]
@@ -101,7 +101,7 @@ def test_it_finds_what_is_planted(
     assert report["predicted"]["encode_seconds"] is None
     assert preprocess(toy, planted / "data.csv", planted / "out")["rejects"] == report["rejects"]
 
-    code, printed = check(capsys, monkeypatch, *arguments)
+    code, printed = run_check(capsys, monkeypatch, *arguments)
     assert code == 1
     for line in (
         "not fit to build: 20.00%",
@@ -112,7 +112,7 @@ def test_it_finds_what_is_planted(
         "speakers with few clips: b (1)",
     ):
         assert line in printed
-    assert check(capsys, monkeypatch, *arguments, "--max_reject_share", "0.2")[0] == 0
+    assert run_check(capsys, monkeypatch, *arguments, "--max_reject_share", "0.2")[0] == 0
 
 
 def piece(name: str, **cut: float) -> dict[str, Any]:
@@ -139,7 +139,7 @@ def test_self_references_of_chatml_are_found(
     ]
     data = planted / "data.json"
     data.write_text(json.dumps(samples))
-    code, printed = check(capsys, monkeypatch, "--data", data, "--model_path", toy / "model")
+    code, printed = run_check(capsys, monkeypatch, "--data", data, "--model_path", toy / "model")
     assert code == 1
     assert "problem: 3 samples refer to their own target: 000000001, 000000003, 000000004" in printed
 
@@ -163,7 +163,7 @@ def test_it_rejects_what_a_build_rejects(
     data.write_text(json.dumps([chatml(piece("whole.wav"), piece(f"{name}.wav")) for name in lengths][::-1]))
     options = {"min_seconds": 0.0, "whisper_features": features, "whisper_roles": roles}
     flags = [text for name, value in options.items() for text in (f"--{name}", str(value))]
-    _, printed = check(capsys, monkeypatch, "--data", data, "--model_path", toy / "model", "--json", *flags)
+    _, printed = run_check(capsys, monkeypatch, "--data", data, "--model_path", toy / "model", "--json", *flags)
     built = preprocess(toy, data, tmp_path / "out", **options)
     assert json.loads(printed)["rejects"] == built["rejects"]
     assert built["rejects"].pop("too_short") == 2
@@ -179,7 +179,7 @@ def test_where_nothing_can_be_checked(
         ("data.csv", "--whisper_features", "encoder"),  # of a model without a tower
         ("data.csv", "--audio_root", planted / "nowhere"),
     ):
-        code, printed = check(capsys, monkeypatch, "--data", planted / data, "--model_path", toy / "model", *more)
+        code, printed = run_check(capsys, monkeypatch, "--data", planted / data, "--model_path", toy / "model", *more)
         assert (code, printed) == (2, "")
 
 
@@ -189,7 +189,7 @@ def test_what_is_printed_fits_every_terminal(
     """JSON is plain ASCII; elsewhere, letters that the terminal lacks are escapes."""
     (planted / "data.csv").write_text("audio,text,speaker,ref_audio\n0.wav,one,\u0639\U0001f600\u00e9,1.wav\n")
     arguments = ["--data", planted / "data.csv", "--model_path", toy / "model", "--json"]
-    _, printed = check(capsys, monkeypatch, *arguments)
+    _, printed = run_check(capsys, monkeypatch, *arguments)
     assert printed.isascii()
     assert json.loads(printed)["speakers"]["single_clip"] == ["\u0639\U0001f600\u00e9"]
     program = "from higgs_tune.shards.errors import run_command; run_command(lambda: print('\\u0639'))"
@@ -203,5 +203,5 @@ def test_nothing_is_left_behind(
 ) -> None:
     (planted / "temp").mkdir()
     monkeypatch.setattr("tempfile.tempdir", str(planted / "temp"))
-    check(capsys, monkeypatch, "--data", planted / "data.csv", "--model_path", toy / "model")
+    run_check(capsys, monkeypatch, "--data", planted / "data.csv", "--model_path", toy / "model")
     assert list((planted / "temp").iterdir()) == []

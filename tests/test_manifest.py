@@ -63,8 +63,8 @@ def entries(toy: Path, data: Path, **options: Any) -> list[Any]:
 def parts(entry: Any) -> tuple[list[str], list[str]]:
     """(audios, texts) of an entry, in order."""
     assert not isinstance(entry, Reject), entry
-    found = [part for message in entry["messages"][1:] for part in message["content"]]
-    return [p["audio_url"] for p in found if p["type"] == "audio"], [p["text"] for p in found if p["type"] == "text"]
+    given = [part for message in entry["messages"][1:] for part in message["content"]]
+    return [p["audio_url"] for p in given if p["type"] == "audio"], [p["text"] for p in given if p["type"] == "text"]
 
 
 def test_references_follow_the_policy(toy: Path, folder: Path) -> None:
@@ -104,11 +104,13 @@ def test_a_reference_is_the_first_other_clip_from_a_hashed_place_on(
     """As the naive rotation finds it, at no cost that grows with the number of clips."""
     rows = rows_of("a" * 12) + [{"audio": "./3.wav", "text": "again", "speaker": "a"}] * 8
     data = write_csv(folder / "data.csv", rows)
-    found = manifest._candidates(list(rows), job_of(toy, data))
-    monkeypatch.setattr(manifest, "_candidates", lambda *_: {name: _NoCopies(rows) for name, rows in found.items()})
+    candidates = manifest._candidates(list(rows), job_of(toy, data))
+    monkeypatch.setattr(
+        manifest, "_candidates", lambda *_: {name: _NoCopies(rows) for name, rows in candidates.items()}
+    )
     for row, entry in zip(rows, entries(toy, data), strict=True):
-        start = int(manifest._uniform(f"reference 0 {row['audio']}") * len(found["a"]))
-        rotated = [rows[i]["audio"] for i in found["a"][start:] + found["a"][:start]]
+        start = int(manifest._uniform(f"reference 0 {row['audio']}") * len(candidates["a"]))
+        rotated = [rows[i]["audio"] for i in candidates["a"][start:] + candidates["a"][:start]]
         assert parts(entry)[0][0] == next(name for name in rotated if name.strip("./") != row["audio"].strip("./"))
 
 

@@ -1,8 +1,7 @@
 """A Hugging Face `datasets` folder on disk (`save_to_disk`): its rows, and the audio bytes inside its Arrow files.
 
-In: a folder with `state.json` and Arrow stream files. Out: rows as dicts whose audio is a path: `FILE.arrow#ROW` where
-the bytes are in the Arrow file itself, so that they are read where they are encoded, not copied.
-Never: a column decoded that nothing asks for, or a whole table in memory (files are mapped).
+In: a folder with `state.json` and Arrow stream files. Out: rows as dicts. An audio cell whose bytes the
+Arrow file holds becomes the path `FILE.arrow#COLUMN:ROW`, so that workers read them in place. Files are memory-mapped.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""ChatML samples: checking each, and the text tokens with their labels.
+"""Checks one ChatML sample; makes its text tokens and labels.
 
 In: one entry, `{"messages": [...], "speaker", "misc", "start_index", "id"}`, as `entries` reads it. Out: a
-`ChatSample` (boson's own dataclass, its clips, its key) or a `Reject`; tokens and labels as boson's
-`prepare_chatml_sample` makes them. Never: a guess at what a malformed sample meant.
+`ChatSample` (boson's own dataclass, its clips, its key) or a `Reject`; tokens and labels by boson's
+`prepare_chatml_sample`.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from higgs_tune.shards.sequence import SpecialIds
 from transformers import PreTrainedTokenizerBase
 
 ROLES = ("system", "user", "assistant")
-# tokens that the template itself sets; in a text they would forge turns or audio
+# tokens of the chat template; in a text they would forge turns or audio
 TEMPLATE_TOKENS = (
     "<|begin_of_text|>",
     "<|end_of_text|>",
@@ -52,9 +52,10 @@ class ChatSample:
     """One checked sample.
 
     Attributes:
-        key: unique, fit for a tar member's name.
+        key: unique, fit for the name of a tar member.
         chat: boson's dataclass, audio contents included.
-        clips: one for each audio content, in order of appearance; roles: the role of the message of each.
+        clips: one for each audio content, in order of appearance.
+        roles: for each clip, the role of its message.
     """
 
     key: str
@@ -64,7 +65,7 @@ class ChatSample:
 
 
 def key_of(entry: Any, position: int) -> str:
-    """The sample's key: its `id` (or misc.id) where it has one, made fit for a file name, else its position."""
+    """The sample's key: its `id` (or misc.id), made fit for a file name; its position where it has none."""
     misc = entry.get("misc") if isinstance(entry, dict) else None
     given = entry.get("id") if isinstance(entry, dict) else None
     given = given if given is not None else (misc.get("id") if isinstance(misc, dict) else None)
@@ -80,9 +81,9 @@ def parse_entry(entry: Any, position: int, folder: Path, max_text_chars: int = M
     """Check one raw entry.
 
     Args:
-        entry: what `read_entries` gave.
-        position: its place in the file, from 0.
-        folder: what relative audio paths are relative to.
+        entry: an entry of `read_entries`.
+        position: its place in the data, from 0.
+        folder: the start of relative audio paths.
         max_text_chars: longest single text that is taken, in characters.
 
     Raises:
@@ -106,21 +107,18 @@ def parse_entry(entry: Any, position: int, folder: Path, max_text_chars: int = M
         raise Reject("malformed_chatml", f"speaker: expected a string, got {speaker!r:.60}")
     name = None if speaker is None else str(speaker)
     chat = ChatMLSample(messages=messages, start_index=start_index, misc=misc, speaker=name)
-    found = [
-        (_clip(content, folder), message.role)
-        for message in messages
-        for content in _parts(message)
-        if isinstance(content, AudioContent)
+    audios = [
+        (part, message.role) for message in messages for part in _parts(message) if isinstance(part, AudioContent)
     ]
-    clips, roles = tuple(clip for clip, _ in found), tuple(role for _, role in found)
+    clips, roles = tuple(_clip(part, folder) for part, _ in audios), tuple(role for _, role in audios)
     return ChatSample(key_of(entry, position), chat, clips, roles)
 
 
 def check_storable(entry: dict[str, Any]) -> None:
-    """Make sure that a raw entry or row can be stored, as `plain` makes it.
+    """Refuse a raw entry or row that cannot be stored as JSON.
 
     Raises:
-        Reject: it holds what is not Unicode, or cannot be written as JSON.
+        Reject: it holds invalid Unicode, or `plain` cannot make it JSON.
     """
     try:
         to_json(plain(entry))
@@ -131,7 +129,7 @@ def check_storable(entry: dict[str, Any]) -> None:
 
 
 def _is(value: Any, kind: Any) -> bool:
-    """isinstance, where True and False are no integers."""
+    """isinstance, but True and False are not integers."""
     return isinstance(value, kind) and not isinstance(value, bool)
 
 
@@ -181,13 +179,14 @@ def _content(part: Any, where: str, max_chars: int) -> TextContent | AudioConten
 
 
 def check_text(text: Any, where: str, max_chars: int = MAX_TEXT_CHARS) -> str:
-    """The text, if it can be used.
+    """Return the text if it can be used.
 
     Args:
-        where: what the text is, for the message.
+        where: the text's place in the sample, for the message.
 
     Raises:
-        Reject: it is no string, shows nothing, is too long, or holds a control character or a template token.
+        Reject: it is not a string, has no visible character, is too long, or holds a control character or a template
+            token.
     """
     if not isinstance(text, str):
         raise Reject("malformed_chatml", f"{where}: text: expected a string, got {text!r:.40}")
@@ -198,9 +197,9 @@ def check_text(text: Any, where: str, max_chars: int = MAX_TEXT_CHARS) -> str:
     control = _CONTROL.search(text)
     if control:
         raise Reject("control_character", f"{where}: text holds {control[0]!r} at character {control.start()}")
-    found = [token for token in TEMPLATE_TOKENS if token in text]
-    if found:
-        raise Reject("template_token_in_text", f"{where}: text holds {found[0]}")
+    token = next((token for token in TEMPLATE_TOKENS if token in text), None)
+    if token:
+        raise Reject("template_token_in_text", f"{where}: text holds {token}")
     return text
 
 
@@ -215,7 +214,7 @@ def tokenize(sample: ChatSample, tokenizer: PreTrainedTokenizerBase, ids: Specia
     """Text tokens and labels by boson's `prepare_chatml_sample`: int32 [2, L].
 
     Raises:
-        Reject: boson refuses the sample, nothing in it has a label, or a text smuggles in an audio placeholder.
+        Reject: boson refuses the sample, no position has a label, or a text forms an audio placeholder.
     """
     bare = [replace(m, content=[_without_audio_data(c) for c in _parts(m)]) for m in sample.chat.messages]
     input_ids, label_ids, contents, _ = prepare_chatml_sample(replace(sample.chat, messages=bare), tokenizer)
@@ -231,7 +230,7 @@ def tokenize(sample: ChatSample, tokenizer: PreTrainedTokenizerBase, ids: Specia
 
 
 def storable(entry: dict[str, Any], sample: ChatSample) -> dict[str, Any]:
-    """The entry as it is stored: each `raw_audio` taken out, and named in `audio_url` where that was empty."""
+    """The entry without its `raw_audio` bytes; an empty `audio_url` gets their name."""
     clips = iter(sample.clips)
 
     def part(given: Any) -> Any:
@@ -253,7 +252,7 @@ def _without_audio_data(content: Any) -> Any:
 
 
 def stored_messages(sample: ChatSample) -> list[dict[str, Any]]:
-    """The messages as KEY.json holds them: inline audio left out, everything else as given."""
+    """The messages for KEY.json: as given, without inline audio."""
     stored = []
     for message in sample.chat.messages:
         content: list[dict[str, Any]] = []

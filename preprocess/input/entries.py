@@ -1,9 +1,9 @@
-"""Reading the data: ChatML, a manifest, or a datasets folder; what comes out are ChatML entries.
+"""Reads ChatML, a manifest or a datasets folder as ChatML entries.
 
-In: a JSON array, JSONL, CSV or TSV file, or a folder as `datasets` saves it to disk. Out: raw ChatML entries, one for
-each row, in order; a row that cannot be read comes as a `Reject` in its place. Rows with `messages` are ChatML; rows
+In: a JSON array, JSONL, CSV or TSV file, or a folder written by `datasets`' `save_to_disk`. Out: raw ChatML entries,
+one for each row, in order; a row that cannot be read is a `Reject` in its place. Rows with `messages` are ChatML; rows
 with `audio` and `text` are a manifest, which `manifest` turns into ChatML.
-Never: a row dropped or moved.
+Guarantees: every row gives one entry or one reject (tests/test_bad_input.py, tests/test_manifest.py).
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def read_entries(job: Job) -> Iterator[Any]:
     """The entries of the data.
 
     Raises:
-        UserError: the data cannot be read, or is none of the known forms.
+        UserError: the data cannot be read, or its form is not known.
     """
     rows = arrow.read_rows(job.data) if job.data.is_dir() else _file_rows(job.data)
     seen: list[Any] = []
@@ -113,5 +113,5 @@ def _read_table(lines: Iterator[str], path: Path) -> Iterator[Any]:
         if len(fields) == len(header):
             yield dict(zip(header, fields, strict=True))
         elif fields:
-            found = f"line {first}" if reader.line_num == first else f"lines {first} to {reader.line_num}"
-            yield Reject("malformed_manifest", f"{found}: expected {len(header)} fields, got {len(fields)}")
+            place = f"line {first}" if reader.line_num == first else f"lines {first} to {reader.line_num}"
+            yield Reject("malformed_manifest", f"{place}: expected {len(header)} fields, got {len(fields)}")

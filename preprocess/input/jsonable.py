@@ -1,4 +1,4 @@
-"""Values as JSON holds them: what a datasets folder or a lenient JSON file has beside the audio and the texts."""
+"""Turns column values of a data set (dates, bytes, NaN) into JSON values."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from typing import Any
 
 
 def plain(value: Any) -> Any:
-    """The value as JSON can hold it; the plain value of a plain value is itself.
+    """The value as JSON can hold it; idempotent.
 
-    NaN and infinite numbers become null, dates and times ISO 8601, bytes their number (`<17 bytes>`), what else JSON
-    lacks (decimals, durations) its text.
+    NaN and infinite numbers become null, dates and times ISO 8601, bytes their number (`<17 bytes>`), other types that
+    JSON lacks (decimals, durations) their text.
 
     Raises:
-        RecursionError: it is nested without end.
+        RecursionError: it is nested too deeply.
     """
     if isinstance(value, dict):
         return {str(name): plain(inner) for name, inner in value.items()}

@@ -1,13 +1,13 @@
-"""A plain manifest as ChatML: each row becomes "speak this text in the voice of that clip".
+"""Turns a manifest into ChatML: each row becomes "speak this text in the voice of that clip".
 
-In: rows with `audio`, `text`, `speaker` and, if wanted, `ref_audio`, `ref_text`, `id`; other columns go to `misc`.
+In: rows with `audio`, `text`, `speaker` and, optionally, `ref_audio`, `ref_text`, `id`; other columns go to `misc`.
 Out: one ChatML entry for each row, in order.
 
-Reference policy: a row's own `ref_audio` is its reference. Where it has none, the reference is another row's clip of
-the same speaker, a different file, at least `--ref_min_seconds` long, chosen by a hash of `--seed` and the row's own
-audio, so that it does not change when other speakers come or go. Rows that cannot be used are no references either, as
-far as their columns and the audio's header tell. `--ref_drop` of the rows get no reference, chosen by a hash too. A
-target is never its own reference: such a row, and one whose speaker has no other clip, is a reject.
+Reference policy: a row's own `ref_audio` is its reference. Without one, the reference is another row's clip of the
+same speaker: a different file, at least `--ref_min_seconds` long, chosen by a hash of `--seed` and the row's audio, so
+that it stays the same when other speakers come or go. Rows that are rejects by their columns or their audio's header
+are not references. A hash also chooses the `--ref_drop` share of rows that get no reference. A row that is its own
+reference, or whose speaker has no other clip, is a reject.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def _usable(row: Any, max_text_chars: int) -> dict[str, Any]:
     """The row, with None in its empty cells.
 
     Raises:
-        Reject: it is no row, a column is missing or of a wrong type, or its text cannot be used.
+        Reject: it is not a row, a column is missing or of a wrong type, or its text cannot be used.
     """
     if isinstance(row, Reject):
         raise row
@@ -75,7 +75,7 @@ def _usable(row: Any, max_text_chars: int) -> dict[str, Any]:
 
 
 def _candidates(rows: list[dict[str, Any] | Reject], job: Job) -> dict[str, list[int]]:
-    """Row numbers that may serve as a reference, by speaker."""
+    """Numbers of the rows that may be references, by speaker."""
     by_speaker: dict[str, list[int]] = {}
     usable = [i for i, row in enumerate(rows) if isinstance(row, dict) and row.get("speaker") is not None]
     wanted = any(isinstance(row, dict) and row.get("ref_audio") is None for row in rows) and job.config.ref_drop < 1
@@ -100,7 +100,11 @@ def _candidates(rows: list[dict[str, Any] | Reject], job: Job) -> dict[str, list
 def _reference(
     row: dict[str, Any], candidates: dict[str, list[int]], rows: list[dict[str, Any] | Reject], job: Job
 ) -> tuple[str, str | None] | None:
-    """(audio, text or None) of the row's reference; None where it is dropped."""
+    """(audio, text or None) of the row's reference; None without one (`--ref_drop`).
+
+    Raises:
+        Reject: the reference is the row itself, its text cannot be used, or there is none.
+    """
     config, audio = job.config, row["audio"]
     if _uniform(f"drop {config.seed} {audio}") < config.ref_drop:
         return None
@@ -109,10 +113,10 @@ def _reference(
             raise Reject("self_reference", "ref_audio is the row's own audio", audio)
         text = row.get("ref_text")
         return row["ref_audio"], text and check_text(text, "ref_text", config.max_text_chars)
-    found = candidates.get(str(row.get("speaker")), [])
-    start = int(_uniform(f"reference {config.seed} {audio}") * len(found))
-    for step in range(len(found)):
-        other = rows[found[(start + step) % len(found)]]
+    clips = candidates.get(str(row.get("speaker")), [])
+    start = int(_uniform(f"reference {config.seed} {audio}") * len(clips))
+    for step in range(len(clips)):
+        other = rows[clips[(start + step) % len(clips)]]
         assert isinstance(other, dict)
         if not _same_file(other["audio"], audio, job):
             return other["audio"], other["text"]
@@ -123,12 +127,12 @@ def _reference(
 def _same_file(one: str, two: str, job: Job) -> bool:
     try:
         return one == two or os.path.realpath(job.audio_base / one) == os.path.realpath(job.audio_base / two)
-    except ValueError:  # a name with a NUL byte is no file at all; reading it gives the reject
+    except ValueError:  # a name with a NUL byte; reading the file gives the reject
         return False
 
 
 def _uniform(name: str) -> float:
-    """A number in [0, 1) that depends on the name alone."""
+    """A number in [0, 1), a hash of the name."""
     return xxhash.xxh3_64_intdigest(name.encode("utf-8", "surrogatepass")) / 2**64
 
 
