@@ -32,7 +32,8 @@ from higgs_tune.preprocess.codec.codec import CodecConfig, HiggsCodec
 from higgs_tune.shards.format import Sample
 from higgs_tune.shards.reader import ShardSet
 from higgs_tune.shards.sequence import SpecialIds
-from higgs_tune.shards.writer import SetWriter, ValidationSplit
+from higgs_tune.shards.split import ValidationSplit
+from higgs_tune.shards.writer import SetWriter
 from higgs_tune.train.data.loader import Loader, LoaderOptions
 from higgs_tune.train.data.sampler import Schedule
 from higgs_tune.train.dist.context import World

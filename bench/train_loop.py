@@ -25,7 +25,8 @@ import torch
 import tyro
 from higgs_tune.preprocess.checkpoints.checkpoint import describe_checkpoint, read_config, special_ids
 from higgs_tune.shards.format import Sample
-from higgs_tune.shards.writer import SetWriter, ValidationSplit
+from higgs_tune.shards.split import ValidationSplit
+from higgs_tune.shards.writer import SetWriter
 from higgs_tune.train.toy import SPECIALS, byte_level, with_specials
 from machine import describe_machine
 from models.synthetic import FRAMES_A_SECOND, SIZES, VOCABULARY, SizeName, config_of, make_model, synthetic_sample

@@ -21,7 +21,8 @@ from higgs_tune.preprocess.reject import Reject
 from higgs_tune.preprocess.workdir import Encoded, Features, Work
 from higgs_tune.shards.format import FRAME_RATE_HZ, Sample
 from higgs_tune.shards.sequence import SpecialIds
-from higgs_tune.shards.writer import SetWriter, ValidationSplit
+from higgs_tune.shards.split import ValidationSplit
+from higgs_tune.shards.writer import SetWriter
 from transformers import PreTrainedTokenizerBase
 
 CHUNK_FRAMES = 30 * FRAME_RATE_HZ  # codes of the 30 s that a Whisper window covers

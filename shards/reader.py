@@ -31,6 +31,7 @@ from higgs_tune.shards.format import (
 from higgs_tune.shards.index import SPLIT_VAL, index_dtype
 from higgs_tune.shards.remote import Cache, Source
 from higgs_tune.shards.sequence import SpecialIds
+from higgs_tune.shards.split import ValidationSplit
 from higgs_tune.shards.writer import MANIFEST
 
 OPEN_FILES = 128  # shard files that a process keeps open
@@ -53,6 +54,7 @@ class ShardSet:
         self.manifest, self.manifest_hash = self._read_manifest()
         self._check_files()
         self._files: OrderedDict[str, int] = OrderedDict()
+        self._held_out: np.ndarray | None = None
 
     def __reduce__(self) -> tuple[type[ShardSet], tuple[str, Cache]]:
         return (type(self), (self.source.location, self.source.cache))
@@ -143,7 +145,25 @@ class ShardSet:
 
     def rows_of(self, *, validation: bool) -> np.ndarray:
         """Row numbers of the held-out split, or of the rest; int64, ascending."""
-        return np.flatnonzero((self.index["split"] == SPLIT_VAL) == validation)
+        held_out = self.index["split"] == SPLIT_VAL if self._held_out is None else self._held_out
+        return np.flatnonzero(held_out == validation)
+
+    def hold_out(self, split: ValidationSplit) -> None:
+        """Split the set anew, in place of the split that it was made with.
+
+        Raises:
+            UserError: by speaker, and the set names fewer than two.
+        """
+        if split.by == "sample":
+            self._held_out = split.held_out([key.decode() for key in self.index["key"]])
+            return
+        speakers = self.manifest["speakers"]
+        if len(speakers) < 2:
+            got, hint = ", ".join(filter(None, speakers)) or "no names", "--val_by sample needs no speaker names."
+            raise UserError(
+                "--val_by speaker: too few speakers", where=self.location, expected="2 names", got=got, hint=hint
+            )
+        self._held_out = split.held_out([name or "None" for name in speakers])[self.index["speaker"]]
 
     def row_of(self, key: str) -> int:
         """Row number of a key, or of a number that stands for itself.

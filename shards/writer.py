@@ -34,9 +34,10 @@ from higgs_tune.shards.format import (
     encode_mels,
     encode_sample,
 )
-from higgs_tune.shards.index import SPLIT_TRAIN, SPLIT_VAL, index_counts, index_dtype, join_index, npy_bytes, totals
+from higgs_tune.shards.index import index_counts, index_dtype, join_index, npy_bytes, totals
 from higgs_tune.shards.remote import Target
 from higgs_tune.shards.sequence import SpecialIds
+from higgs_tune.shards.split import ValidationSplit
 from higgs_tune.shards.ustar import tar_end
 
 MANIFEST, INDEX, REJECTS = "manifest.json", "index.npy", "rejects.jsonl"
@@ -51,22 +52,6 @@ class ShardInfo:
     bytes: int
     sha256: str
     samples: int
-
-
-@dataclass(frozen=True)
-class ValidationSplit:
-    """Which samples are held out: those whose hashed key (or speaker) falls below the fraction.
-
-    The choice depends on nothing else, so it survives adding, removing and reordering samples.
-    """
-
-    fraction: float = 0.0
-    by: str = "sample"  # or "speaker"
-
-    def of(self, sample: Sample) -> int:
-        name = str(sample.meta.get("speaker")) if self.by == "speaker" else sample.key
-        held_out = xxhash.xxh3_64_intdigest(name.encode()) < self.fraction * 2**64
-        return SPLIT_VAL if held_out else SPLIT_TRAIN
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,9 @@ from helpers.build_set import IDS, build_set, synthetic_sample
 from higgs_tune.shards.errors import ShardError
 from higgs_tune.shards.format import decode_mels, encode_mels
 from higgs_tune.shards.reader import ShardSet
+from higgs_tune.shards.split import ValidationSplit
 from higgs_tune.shards.ustar import TAR_BLOCK, tar_member
-from higgs_tune.shards.writer import SetWriter, ValidationSplit
+from higgs_tune.shards.writer import SetWriter
 
 SHARD = "codes-000001.tar"
 # name and first byte of every field of a USTAR header

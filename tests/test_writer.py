@@ -19,7 +19,8 @@ from helpers.build_set import IDS, PER_SHARD, SHARDS, build_set, shard_samples, 
 from higgs_tune.shards.errors import ShardError, UserError
 from higgs_tune.shards.reader import ShardSet
 from higgs_tune.shards.remote import Cache
-from higgs_tune.shards.writer import SetWriter, ValidationSplit
+from higgs_tune.shards.split import ValidationSplit
+from higgs_tune.shards.writer import SetWriter
 
 
 def files_of(folder: Path) -> dict[str, bytes]:

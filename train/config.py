@@ -116,6 +116,8 @@ class TrainConfig:
         trackers = self.reports.report_to
         _require(not ("none" in trackers and len(trackers) > 1), "--report_to none stands alone", "none", trackers)
         validation = self.validation
+        _require(validation.val_fraction is not None or validation.val_by == "sample", "--val_by needs --val_fraction",
+                 "a share to hold out", None)  # fmt: skip
         _require(not validation.early_stopping_patience or validation.eval_steps != 0,
                  "--early_stopping_patience needs validation", "--eval_steps above 0", 0)  # fmt: skip
         if self.model.forward == "reference":

@@ -114,6 +114,8 @@ class LossArgs:
     """Label smoothing, 0 to 1."""
     contrastive_loss_weight: Annotated[float, AT_LEAST_0] = 0.0
     """Weight of the voice-similarity loss between reference and target; 0: off."""
+    allow_textless_stage1: bool = False
+    """Let stage1 train on answers of audio alone, whose only text labels are special tokens."""
     train_on_reference: bool = False
     """Train on the codes of reference audio too."""
 
@@ -213,6 +215,10 @@ class CheckpointArgs:
 class ValidationArgs:
     """Validation and generated samples."""
 
+    val_fraction: Annotated[float | None, FROM_0_BELOW_1] = None
+    """Share of each set that is held out for validation; by default as the set was made."""
+    val_by: Literal["sample", "speaker"] = "sample"
+    """What is held out with --val_fraction: samples, or speakers with all of theirs."""
     eval_steps: Annotated[int | None, AT_LEAST_0] = None
     """Steps between validations; by default 500 where the sets have a validation split. 0: never."""
     early_stopping_patience: Annotated[int, AT_LEAST_0] = 0

@@ -9,10 +9,12 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from higgs_tune.preprocess.checkpoints.checkpoint import describe_checkpoint
+import numpy as np
+from higgs_tune.preprocess.checkpoints.checkpoint import describe_checkpoint, load_tokenizer
 from higgs_tune.preprocess.checkpoints.hub import MODEL_FILES, WEIGHT_FILES, local_checkpoint
-from higgs_tune.shards.errors import UserError
+from higgs_tune.shards.errors import ShardError, UserError
 from higgs_tune.shards.reader import ShardSet
+from higgs_tune.shards.split import ValidationSplit
 from higgs_tune.train.checkpoint.output import prepare_folder
 from higgs_tune.train.checkpoint.resume import find_checkpoint
 from higgs_tune.train.config import TrainConfig
@@ -25,6 +27,8 @@ from higgs_tune.train.model.loss import LossOptions
 from higgs_tune.train.model.reference import boson_inputs
 from higgs_tune.train.monitor.samples import codec_path
 from higgs_tune.train.monitor.validation import Validation
+
+TEXT_PROBE = 64  # samples of a set that `require_text` looks at
 
 
 @dataclass(frozen=True)
@@ -53,6 +57,8 @@ def resolve_inputs(config: TrainConfig, context: DistContext) -> Inputs:
     """
     base, adapter = resolve_model(config.model_path)
     sets = open_sets(config, base)
+    if config.training_stage == "stage1" and not config.loss.allow_textless_stage1:
+        require_text(sets, base)
     model_config = load_config(base)
     features = whisper_feature_kind(config, model_config, sets)
     options = trainable_options(config, adapter)
@@ -113,6 +119,9 @@ def open_sets(config: TrainConfig, base: Path) -> list[ShardSet]:
         [ShardSet(location, config.data.cache()) for location in config.train_data_dir],
         describe_checkpoint(base),
     )
+    if config.validation.val_fraction is not None:
+        for shards in sets:
+            shards.hold_out(ValidationSplit(config.validation.val_fraction, config.validation.val_by))
     for shards in sets:
         made_for = shards.provenance["model"]
         for name in ("special_ids", "codebook_size", "tokenizer_sha256"):
@@ -124,6 +133,37 @@ def open_sets(config: TrainConfig, base: Path) -> list[ShardSet]:
                     got=made_for[name],
                 )
     return sets
+
+
+def require_text(sets: list[ShardSet], base: Path) -> None:
+    """Refuse stage 1 on sets whose answers are audio alone: their only text labels are special tokens.
+
+    Looks at up to `TEXT_PROBE` training samples of each set.
+
+    Raises:
+        UserError: more than half of the samples of a set have no text to train on.
+    """
+    tokenizer = load_tokenizer(base, sets[0].special_ids)
+    special = list({*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder})
+    for shards in sets:
+        rows = shards.rows_of(validation=False)
+        probed = rows[np.linspace(0, len(rows) - 1, min(len(rows), TEXT_PROBE)).astype(int)].tolist()
+        samples = [sample for sample in shards.read_arrays(probed) if not isinstance(sample, ShardError)]
+        labels = [sample.tokens_2L[1][sample.tokens_2L[1] >= 0] for sample in samples]
+        textless = sum(bool(np.isin(label, special).all()) for label in labels)
+        if textless > len(samples) / 2:
+            share = sum(map(len, labels)) / max(1, sum(sample.tokens_2L.shape[1] for sample in samples))
+            hint = (
+                "Train on audio at once with --training_stage single, or make the set from answers that say the text "
+                "before the audio. --allow_textless_stage1 trains all the same."
+            )
+            raise UserError(
+                f"stage1 has no text to train on: in {textless} of {len(samples)} samples looked at, only special "
+                f"tokens have a text label ({share:.1%} of the tokens)",
+                where=shards.location,
+                expected="text in the answers",
+                hint=hint,
+            )
 
 
 def whisper_feature_kind(config: TrainConfig, model: HiggsAudioConfig, sets: list[ShardSet]) -> str:

@@ -16,7 +16,8 @@ from higgs_tune.inspect.verify.diagnose import Finding
 from higgs_tune.shards.errors import UserError
 from higgs_tune.shards.format import FORMAT_VERSION
 from higgs_tune.shards.sequence import SpecialIds
-from higgs_tune.shards.writer import MANIFEST, ValidationSplit
+from higgs_tune.shards.split import ValidationSplit
+from higgs_tune.shards.writer import MANIFEST
 
 _FILE = {"name": str, "bytes": int, "sha256": str}
 _FORM: dict[str, dict[str, type]] = {

@@ -32,7 +32,8 @@ from higgs_tune.shards.format import (
 )
 from higgs_tune.shards.index import index_counts
 from higgs_tune.shards.index import index_dtype as row_dtype
-from higgs_tune.shards.writer import INDEX, ValidationSplit
+from higgs_tune.shards.split import ValidationSplit
+from higgs_tune.shards.writer import INDEX
 
 MOST_ROW_FINDINGS = 1000  # of a kind and shard: a broken index breaks every row
 

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 from higgs_tune.shards.format import Sample
 from higgs_tune.shards.sequence import SpecialIds
-from higgs_tune.shards.writer import SetWriter, ValidationSplit
+from higgs_tune.shards.split import ValidationSplit
+from higgs_tune.shards.writer import SetWriter
 
 IDS = SpecialIds(audio_in=5, audio_out=6, stream_bos=1024, stream_eos=1025, codebooks=8)
 SHARDS, PER_SHARD = 4, 12

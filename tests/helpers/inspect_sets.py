@@ -14,7 +14,8 @@ from higgs_tune.preprocess.input.chatml import parse_entry, stored_messages, tok
 from higgs_tune.shards.format import Sample
 from higgs_tune.shards.reader import ShardSet
 from higgs_tune.shards.sequence import SpecialIds
-from higgs_tune.shards.writer import SetWriter, ValidationSplit
+from higgs_tune.shards.split import ValidationSplit
+from higgs_tune.shards.writer import SetWriter
 from transformers import PreTrainedTokenizerBase
 
 HOSTILE = """<script>window.hacked = 1</script><img src=x onerror="hacked=1">'"</title></script>&lt;b&gt;<!--"""

@@ -13,7 +13,8 @@ import torch
 from higgs_tune.preprocess.checkpoints.checkpoint import describe_checkpoint, read_config, special_ids
 from higgs_tune.shards.format import Sample
 from higgs_tune.shards.sequence import SpecialIds
-from higgs_tune.shards.writer import SetWriter, ValidationSplit
+from higgs_tune.shards.split import ValidationSplit
+from higgs_tune.shards.writer import SetWriter
 from higgs_tune.train.__main__ import main
 from higgs_tune.train.data.batch import Batch, collate
 from higgs_tune.train.model.forward import hidden_states

@@ -42,7 +42,9 @@ class Validation:
             self.every = every or DEFAULT_STEPS
         elif every:
             where = ", ".join(shards.location for shards in schedule.sets.sets)
-            raise UserError("--eval_steps: no validation split", where=where, hint="Make one with --val_fraction.")
+            raise UserError(
+                "--eval_steps: no validation split", where=where, hint="--val_fraction 0.05 holds samples out."
+            )
 
     def due(self, step: int, total: int) -> bool:
         """Whether to validate after a step."""
