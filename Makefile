@@ -1,25 +1,36 @@
 # Each target alone does all the set-up on a fresh machine with Python 3.11+ and make.
 PYTHON ?= python3
 BIN := .venv/bin
+RUNS := .venv/installed-run
 INSTALLED := .venv/installed
+SETUP ?= setup
 TOY := runs/toy
 DEMO := runs/demo
 TRAIN := $(BIN)/torchrun --standalone --nproc_per_node 2 -m higgs_tune.train
+PIP := $(BIN)/pip install --quiet --disable-pip-version-check
 
-.PHONY: setup toy demo test lint bench clean
+.PHONY: setup setup-run toy demo test test-fast lint bench clean
 
+# for development: all that is here; SETUP=setup-run makes the other targets do with setup-run, where they can
 setup: $(INSTALLED)
 
-# torch first, with the libraries that its build asks for; then everything else exactly as pinned
-$(INSTALLED): requirements.lock pyproject.toml
-	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --disable-pip-version-check --constraint requirements.lock torch
-	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --requirement requirements.lock
-	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
-	mkdir -p .venv/types && ln -sfn ../.. .venv/types/higgs_tune
-	touch $(INSTALLED)
+# for running only: no tests, linters, Ray
+setup-run: $(RUNS)
 
-toy: setup
+# torch first, with the libraries that its build asks for; then everything else exactly as pinned
+$(RUNS): requirements.lock pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(PIP) --constraint requirements.lock torch
+	$(PIP) --no-deps --requirement requirements.lock
+	$(PIP) --no-deps --no-build-isolation --editable .
+	touch $@
+
+$(INSTALLED): $(RUNS) requirements-dev.lock
+	$(PIP) --no-deps --requirement requirements-dev.lock
+	mkdir -p .venv/types && ln -sfn ../.. .venv/types/higgs_tune
+	touch $@
+
+toy: $(SETUP)
 	$(BIN)/python -m higgs_tune.train.toy --chatml examples/arabic/chatml.json --out $(TOY)
 
 # real speech -> shards -> stage 1 -> stage 2 (stopped half-way, resumed) -> report, on the toy checkpoints
@@ -51,6 +62,10 @@ bench: setup
 # the tests of the report in a browser are skipped without Chromium (Debian: apt-get install chromium chromium-driver)
 test: setup
 	$(BIN)/pytest -n 2 --dist loadfile
+
+# a quick test or two of every file, in less than two minutes
+test-fast: setup
+	$(BIN)/pytest -n 2 --dist loadfile -m fast
 
 lint: setup
 	$(BIN)/ruff check .

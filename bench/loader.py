@@ -5,7 +5,7 @@
 Makes a synthetic set (reference and target clips of 10 s each, 150 text tokens, with and without mel features), then
 times, alternating round by round: our loader (read, verify, expand, delay pattern, packing indices) with 0, 1, 2 and 4
 workers; `webdataset` through a DataLoader (decode, shuffle, pad to a batch; no delay pattern); and decoding wav files
-and exec_options a codec of the real size (random weights) in `__getitem__`. Prints medians, spread and ratios.
+and running a codec of the real size (random weights) in `__getitem__`. Prints medians, spread and ratios.
 """
 
 from __future__ import annotations

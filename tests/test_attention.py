@@ -38,6 +38,7 @@ def assert_same(found: torch.Tensor, expected: torch.Tensor, given: list[torch.T
         torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize("lengths", LENGTHS)
 @pytest.mark.parametrize("groups", [4, 2, 1])
 def test_attention_is_causal_within_a_sample(lengths: list[int], groups: int) -> None:
@@ -59,6 +60,7 @@ def rotated(x_NhD: torch.Tensor, cos_ND: torch.Tensor, sin_ND: torch.Tensor) -> 
     return x_NhD * cos_ND[:, None] + torch.cat([-second, first], -1) * sin_ND[:, None]
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize("ordered", [False, True])
 @pytest.mark.parametrize("turned", [False, True])
 def test_rows_are_turned_and_put_in_order(ordered: bool, turned: bool) -> None:

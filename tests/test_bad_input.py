@@ -286,6 +286,7 @@ def test_flags_mark_clips_and_reject_them_on_demand(toy: Path, tmp_path: Path) -
     assert level["rejects"] == {"unmeasurable_loudness": 1}
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize(
     ("content", "message"),
     [

@@ -125,6 +125,7 @@ def chatml(reference: dict[str, Any], target: dict[str, Any]) -> dict[str, Any]:
     return {"messages": [{"role": "user", "content": user}, {"role": "assistant", "content": answer}]}
 
 
+@pytest.mark.fast
 def test_self_references_of_chatml_are_found(
     toy: Path, planted: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -170,6 +171,7 @@ def test_it_rejects_what_a_build_rejects(
     assert built["rejects"] == ({"too_long_for_whisper": 1} if features == "mel" else {})
 
 
+@pytest.mark.fast
 def test_where_nothing_can_be_checked(
     toy: Path, planted: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

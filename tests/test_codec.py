@@ -147,11 +147,13 @@ def test_cuts_are_those_of_librosa(tmp_path: Path, kind: str) -> None:
     assert to_the_end.seconds == pytest.approx(0.5, abs=1e-3)
 
 
+@pytest.mark.fast
 def test_resampler_equals_the_formula() -> None:
     wave = torch.from_numpy(tone(0.05, 24000)[:, 0])[None]
     torch.testing.assert_close(resample_sinc(wave, 24000, 16000), naive_resample(wave, 24000, 16000), atol=1e-6, rtol=0)
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize(("source", "target"), [(16000, 24000), (44100, 24000), (22050, 24000), (24000, 16000)])
 @pytest.mark.parametrize("samples", [1, 479, 12347])
 def test_soxr_equals_librosa(source: int, target: int, samples: int) -> None:
@@ -162,6 +164,7 @@ def test_soxr_equals_librosa(source: int, target: int, samples: int) -> None:
     np.testing.assert_array_equal(found, expected)
 
 
+@pytest.mark.fast
 def test_toy_roundtrips_through_the_same_loader(toy: Path) -> None:
     codec = load_codec(toy / "codec")
     codes = codec.encode(tone(1.0, 24000)[:, 0])

@@ -60,6 +60,7 @@ def third_sample(folder: Path) -> tuple[int, int, int]:
     return row, int(index["offset"][row]), int(index["length"][row])
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize(("where", "past"), [("member boundary", 0), ("header", 100), ("payload", TAR_BLOCK + 40)])
 def test_cut_shard(copy: Path, where: str, past: int) -> None:
     _, offset, _ = third_sample(copy)
@@ -90,6 +91,7 @@ def test_flipped_byte_in_a_header(copy: Path, field: str, member: int) -> None:
     shards.read(row + 1)
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize("part", [0.15, 0.5, 0.95])
 def test_flipped_byte_in_a_payload(copy: Path, part: float) -> None:
     row, offset, length = third_sample(copy)
@@ -165,6 +167,7 @@ def test_wrong_size(copy: Path) -> None:
         read_all(copy)
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize(
     ("text", "message"),
     [

@@ -33,6 +33,7 @@ from transformers import PreTrainedTokenizerBase
 FSI, PDI = "\u2068", "\u2069"
 
 
+@pytest.mark.fast
 def test_predictions_are_those_of_a_naive_loop(toy_tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
     """Half learned, so that some predictions are right and some are not."""
     model, rng = write_checkpoint(tmp_path, toy_tokenizer), np.random.default_rng(0)
@@ -69,6 +70,7 @@ def test_predictions_are_those_of_a_naive_loop(toy_tokenizer: PreTrainedTokenize
     assert 0 < sum(right) < sum(count)
 
 
+@pytest.mark.fast
 def test_every_parameter_has_its_group(toy_tokenizer: PreTrainedTokenizerBase) -> None:
     model = make_model(tiny_config(toy_tokenizer, use_audio_out_self_attention=True), 0)
     groups = {name: group_of(f"base_model.model.{name}") for name, _ in model.named_parameters()}

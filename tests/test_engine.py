@@ -214,6 +214,7 @@ def test_nothing_is_left_of_a_build_without_samples(toy: Path, tmp_path: Path, r
     assert preprocess(toy, data, out, ref_drop=1.0, **options)["samples"] == 1
 
 
+@pytest.mark.fast
 def test_another_audio_root_is_another_set(toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     data = tmp_path / "data.csv"
     data.write_text("audio,text,speaker\na.wav,hello,me\n")
@@ -228,6 +229,7 @@ def test_another_audio_root_is_another_set(toy: Path, tmp_path: Path, monkeypatc
         preprocess(toy, data, tmp_path / "out", ref_drop=1.0, audio_root=Path("two"))
 
 
+@pytest.mark.fast
 def test_a_second_build_of_the_same_folder_is_refused(
     toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -88,13 +88,13 @@ def test_sigusr1_to_the_whole_group_with_loader_processes(options: Options, tmp_
     out = tmp_path / "out"
     flags = flags_of(options | {"output_dir": out, "max_steps": 2000, "dataloader_num_workers": 1})
     command = [sys.executable, "-m", "higgs_tune.train", *flags]
-    exec_options = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
     deadline = time.monotonic() + 300
     while not list_checkpoints(out) and time.monotonic() < deadline:
         time.sleep(0.05)
-    os.killpg(exec_options.pid, signal.SIGUSR1)
-    _, said = exec_options.communicate(timeout=300)
-    assert exec_options.returncode == 75, said
+    os.killpg(process.pid, signal.SIGUSR1)
+    _, said = process.communicate(timeout=300)
+    assert process.returncode == 75, said
     step = int(list_checkpoints(out)[0].name.rpartition("-")[2])
     assert f"stopped by SIGUSR1 at step {step}" in said
     verify_checkpoint(list_checkpoints(out)[0])
@@ -208,6 +208,7 @@ def test_a_disk_that_fills_up_in_a_run(options: Options, small_disk: Path) -> No
     assert not list(out.glob(".tmp-*"))
 
 
+@pytest.mark.fast
 def test_a_read_only_output_folder_is_refused(options: Options, small_disk: Path) -> None:
     subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
     answer = ask(options | {"output_dir": small_disk / "out"})
@@ -220,16 +221,16 @@ def test_a_killed_loader_process_is_named(options: Options, tmp_path: Path) -> N
     out = tmp_path / "out"
     flags = flags_of(options | {"output_dir": out, "max_steps": 2000, "dataloader_num_workers": 1})
     command = [sys.executable, "-m", "higgs_tune.train", *flags]
-    exec_options = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 300
     while not list_checkpoints(out) and time.monotonic() < deadline:
         time.sleep(0.05)
-    children = Path(f"/proc/{exec_options.pid}/task/{exec_options.pid}/children").read_text().split()
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     names = {pid: Path(f"/proc/{pid}/cmdline").read_text() for pid in children}
     worker = next(int(pid) for pid, name in names.items() if "higgs_tune.train" in name)
     os.kill(worker, signal.SIGKILL)
-    _, said = exec_options.communicate(timeout=300)
-    assert exec_options.returncode == 2, said
+    _, said = process.communicate(timeout=300)
+    assert process.returncode == 2, said
     assert "a loader process died" in said
     assert str(worker) in said
 
@@ -241,13 +242,13 @@ def test_torchrun_restarts_a_dead_rank(options: Options, tmp_path: Path) -> None
     out = tmp_path / "out"
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--max_restarts=2"]
     launch += ["-m", "higgs_tune.train", *flags_of(options | {"output_dir": out, "max_steps": 30})]
-    exec_options = subprocess.Popen(launch, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    process = subprocess.Popen(launch, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     deadline = time.monotonic() + 120
     while not list_checkpoints(out) and time.monotonic() < deadline:
         time.sleep(0.05)
-    ranks = Path(f"/proc/{exec_options.pid}/task/{exec_options.pid}/children").read_text().split()
+    ranks = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     os.kill(int(ranks[-1]), signal.SIGKILL)
-    said, _ = exec_options.communicate(timeout=180)
-    assert exec_options.returncode == 0, said
+    said, _ = process.communicate(timeout=180)
+    assert process.returncode == 0, said
     assert "from step" in said
     assert same_weights(tmp_path / "alone", out)

@@ -100,6 +100,7 @@ def packed_logits(case: Case, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]
     return model.audio_decoder_proj.text_lm_head(hidden), audio.view(len(audio), case.ids.codebooks, -1)
 
 
+@pytest.mark.fast
 @torch.no_grad()
 def test_logits_equal_boson(case: Case) -> None:
     reference = case.model(**case.boson())

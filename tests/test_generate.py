@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 import torch
 from helpers.samples import random_sample
 from higgs_tune.shards.sequence import SpecialIds
@@ -48,6 +49,7 @@ def test_overfitted_model_says_its_targets(toy_tokenizer: PreTrainedTokenizerBas
         assert said.tokens == labelled
 
 
+@pytest.mark.fast
 def test_cut_off_generation_is_known(toy_tokenizer: PreTrainedTokenizerBase, toy_ids: SpecialIds) -> None:
     """An untrained model runs on; it is stopped, and says so."""
     assert isinstance(toy_tokenizer, PreTrainedTokenizerFast)

@@ -175,6 +175,7 @@ def test_two_runs_take_the_steps_of_one(variant: str, place: Place, tmp_path: Pa
     assert abs(whole[2]["loss"] - whole[1]["loss"]) > 1e-3
 
 
+@pytest.mark.fast
 def test_added_self_attention_changes_no_logit(place: Place) -> None:
     before, after = (
         load_model(place.base, device=CPU, dtype=torch.float32, audio_attention=wanted) for wanted in (False, True)
@@ -220,6 +221,7 @@ def test_heads_and_embeddings_are_in_the_adapter(place: Place, tmp_path: Path) -
         assert (saved[f"base_model.model.{name}"] - start[name]).abs().max() > 1e-3
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize(
     ("option", "message"),
     [

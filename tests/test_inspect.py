@@ -28,6 +28,7 @@ from PIL import Image
 Captured = pytest.CaptureFixture[str]
 
 
+@pytest.mark.fast
 def test_stats(shards: ShardSet, capsys: Captured) -> None:
     cli.Stats(str(shards.folder), json=True, tokens_per_pack=2048).run()
     found = json.loads(capsys.readouterr().out)
@@ -59,6 +60,7 @@ def table_of(text: str, head: str) -> list[list[str]]:
     return [line.split() for line in lines[start + 1 :]]
 
 
+@pytest.mark.fast
 def test_show_is_bosons_batch(toy: Path, toy_ids: Any, tmp_path: Path, capsys: Captured) -> None:
     """Ids, labels, delayed codes and their labels, position by position, equal boson's collator's."""
     maker = SampleMaker(toy, frames=6)
@@ -170,6 +172,7 @@ def test_right_to_left_and_hostile_texts_on_a_terminal(toy: Path, tmp_path: Path
     assert printable("آب\u200cپ\nx") == "آب\u200cپ\nx"
 
 
+@pytest.mark.fast
 def test_target_text_and_kinds(toy: Path) -> None:
     """Where the reference stands in an earlier assistant turn, `start_index` tells it from the target."""
     maker = SampleMaker(toy)

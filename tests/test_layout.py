@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import ast
+import importlib.metadata
+import re
 import subprocess
 import sys
+import tomllib
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -47,10 +50,12 @@ def name_of(path: Path) -> str:
     return str(path.relative_to(ROOT))
 
 
+@pytest.mark.fast
 def test_no_folder_is_a_regular_package() -> None:
     assert not [folder for folder in MAY_IMPORT if (ROOT / folder / "__init__.py").exists()]
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize("path", SOURCES, ids=name_of)
 def test_imports_follow_the_rules(path: Path) -> None:
     folder = path.relative_to(ROOT).parts[0]
@@ -66,6 +71,7 @@ def test_imports_follow_the_rules(path: Path) -> None:
             assert top not in ("torch", "transformers", "peft", "boson_multimodal")
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize("path", [path for path in SOURCES if path.is_relative_to(ROOT / "train")], ids=name_of)
 def test_imports_within_train_point_down(path: Path) -> None:
     floor = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
@@ -94,8 +100,56 @@ def test_wheel_holds_every_module_and_the_page(tmp_path: Path) -> None:
     assert {f"higgs_tune/{name_of(path)}" for path in [*SOURCES, *assets]} <= names
 
 
-def test_nothing_installed_needs_torchaudio_or_torchvision() -> None:
-    locked = (ROOT / "requirements.lock").read_text().splitlines()
-    names = {line.partition("==")[0].lower() for line in locked if not line.startswith("#")}
-    assert not names & {"torchaudio", "torchvision"}
-    assert all("==" in line for line in locked if not line.startswith("#"))
+def plain_name(requirement: str) -> str:
+    """A distribution's normalised name, without version, extras and markers."""
+    return re.sub(r"[-_.]+", "-", re.split(r"[\s<>=!;\[]", requirement)[0]).lower()
+
+
+def locked(name: str) -> list[str]:
+    return [line for line in (ROOT / name).read_text().splitlines() if not line.startswith("#")]
+
+
+LOCK, DEV_LOCK = ({plain_name(line) for line in locked(f"requirements{kind}.lock")} for kind in ("", "-dev"))
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+EXTRAS = {plain_name(name) for names in PROJECT["optional-dependencies"].values() for name in names}
+
+
+@pytest.mark.fast
+def test_locks_pin_every_package_once() -> None:
+    for line in locked("requirements.lock") + locked("requirements-dev.lock"):
+        assert re.fullmatch(r'[\w.-]+==[\w.]+(; python_version >= "3\.\d+")?', line)
+    assert not LOCK & DEV_LOCK
+    assert not (LOCK | DEV_LOCK) & {"torchaudio", "torchvision"}
+
+
+@pytest.mark.fast
+def test_run_lock_holds_what_running_needs() -> None:
+    """All dependencies, theirs, and every module that running code imports, but for what an extra brings."""
+    assert {plain_name(name) for name in PROJECT["dependencies"]} <= LOCK
+    for name in LOCK - {"boson-multimodal"}:
+        try:
+            needs = importlib.metadata.requires(name) or []
+        except importlib.metadata.PackageNotFoundError:
+            continue  # on this Python it is not needed
+        assert not {plain_name(need) for need in needs if "extra ==" not in need} & DEV_LOCK, name
+    distributions = importlib.metadata.packages_distributions()
+    for path in SOURCES:
+        for module, _names in imports_of(path):
+            wanted = {plain_name(name) for name in distributions.get(module.split(".")[0], [])} - {"higgs-tune"}
+            assert not wanted or wanted & (LOCK | EXTRAS), f"{path} imports {module}"
+
+
+@pytest.mark.fast
+def test_extras_are_imported_where_they_are_used() -> None:
+    """Running code starts without them."""
+    for path in SOURCES:
+        for node in ast.parse(path.read_text()).body:
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            assert not {plain_name(name.split(".")[0]) for name in names} & (EXTRAS - {"s3fs"}), path
+
+
+@pytest.mark.fast
+def test_every_test_file_has_a_fast_test() -> None:
+    files = (ROOT / "tests").glob("test_*.py")
+    assert not [path.name for path in files if "pytest.mark.fast" not in path.read_text()]

@@ -77,6 +77,7 @@ def test_gradients_reach_only_what_may_be_seen(
     assert seen[at]
 
 
+@pytest.mark.fast
 @torch.no_grad()
 def test_features_are_seen_from_their_segment_on(case: Case) -> None:
     """Whisper features of a sample's last input segment change nothing before it."""

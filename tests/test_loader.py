@@ -60,6 +60,7 @@ def train_rows(shards: ShardSet) -> Counter[int]:
     return Counter(shards.rows_of(validation=False).tolist())
 
 
+@pytest.mark.fast
 @settings(max_examples=30, deadline=None)
 @given(world=st.integers(1, 16), accumulation=st.integers(1, 3), small=st.booleans())
 def test_each_epoch_holds_every_sample_once(
@@ -92,6 +93,7 @@ def test_elastic_history_loses_and_doubles_nothing(shards: ShardSet, worlds: lis
     assert seen == train_rows(shards)
 
 
+@pytest.mark.fast
 def test_no_pack_is_over_budget(shards: ShardSet) -> None:
     plan = schedule(shards).plan(0)
     fills = [int(shards.index["tokens"][plan.pack(i)].sum()) for i in range(len(plan))]

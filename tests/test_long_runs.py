@@ -277,6 +277,7 @@ def test_dry_run_tells_and_leaves_nothing(options: Options, tmp_path: Path, capf
 ROOT = Path(__file__).parents[1]
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize("path", sorted((ROOT / "examples" / "configs").glob("*.yaml")), ids=lambda path: path.stem)
 def test_example_configs_are_valid(path: Path) -> None:
     rest = ["--model_path", "M", "--train_data_dir", "S", "--output_dir", "O"]
@@ -285,6 +286,7 @@ def test_example_configs_are_valid(path: Path) -> None:
     assert config.checkpoints.resume_from_checkpoint == "auto"
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize(
     ("content", "message"),
     [
@@ -316,6 +318,7 @@ def test_a_runs_own_config_starts_it_again(validated: Path) -> None:
     assert config.plain() | {"output_dir": saved["output_dir"]} == saved
 
 
+@pytest.mark.fast
 def test_schedules() -> None:
     def rates(kind: str) -> list[float]:
         options = OptimArgs(lr_scheduler_type=kind, warmup_steps=2, lr_decay_fraction=0.4)  # pyright: ignore

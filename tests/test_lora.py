@@ -36,6 +36,7 @@ def model(toy_tokenizer: PreTrainedTokenizerBase) -> HiggsAudioModel:
     return make_model(tiny_config(toy_tokenizer, audio_dual_ffn_layers=[1], use_audio_out_self_attention=True), 0)
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize(("preset", "stage"), EXPECTED)
 def test_presets(preset: str, stage: str, model: HiggsAudioModel) -> None:
     parts = EXPECTED[preset, stage]
@@ -44,6 +45,7 @@ def test_presets(preset: str, stage: str, model: HiggsAudioModel) -> None:
     assert {name for name, _ in EXPECTED} == PRESETS.keys()
 
 
+@pytest.mark.fast
 def test_patterns_match_whole_names(model: HiggsAudioModel) -> None:
     def found(pattern: str, stage: str = "single") -> list[str]:
         return target_modules(model, TrainableOptions(pattern=pattern), stage)  # pyright: ignore

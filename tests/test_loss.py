@@ -38,6 +38,7 @@ def naive_cross_entropy(
     return total
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize("smoothing", [0.0, 0.2])
 @pytest.mark.parametrize("chunk_rows", [1, 5, 1000])
 def test_chunked_cross_entropy(smoothing: float, chunk_rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -92,6 +93,7 @@ def make_batch(tokenizer: PreTrainedTokenizerBase, ids: SpecialIds, speakers: li
     return collate(samples, 0.0, ids, speakers=speakers)
 
 
+@pytest.mark.fast
 def test_parts_and_weights_add_up(
     model: HiggsAudioModel, toy_tokenizer: PreTrainedTokenizerBase, toy_ids: SpecialIds
 ) -> None:

@@ -67,6 +67,7 @@ def parts(entry: Any) -> tuple[list[str], list[str]]:
     return [p["audio_url"] for p in given if p["type"] == "audio"], [p["text"] for p in given if p["type"] == "text"]
 
 
+@pytest.mark.fast
 def test_references_follow_the_policy(toy: Path, folder: Path) -> None:
     """Same speaker, another file, long enough, not always the same one; the text is the reference's own."""
     rows = rows_of("abcd" * 10)
@@ -146,6 +147,7 @@ def test_the_column_at_fault_is_named(toy: Path, folder: Path, row: Row, reason:
     assert made[1].detail.startswith(detail)
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
 def test_reference_drop(toy: Path, folder: Path, share: float) -> None:
     rows = rows_of("a" * 40) * 10

@@ -135,6 +135,7 @@ def test_without_a_text_head_only_audio_trains(boson: Path, tmp_path: Path, caps
         assert b["grad_norm"] == pytest.approx(a["grad_norm"], rel=1e-5)
 
 
+@pytest.mark.fast
 def test_what_does_not_fit_is_listed(boson: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def damage(tensors: Tensors) -> None:
         del tensors["model.layers.1.audio_mlp.up_proj.weight"]
@@ -150,6 +151,7 @@ def test_what_does_not_fit_is_listed(boson: Path, tmp_path: Path, capsys: pytest
     assert "missing audio_decoder_proj.audio_lm_head" not in said
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize(
     ("change", "message"),
     [

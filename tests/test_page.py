@@ -56,13 +56,13 @@ def report(made: ShardSet, run_folder: Path, tmp_path_factory: pytest.TempPathFa
 
 @pytest.fixture(scope="module")
 def server(made: ShardSet, run_folder: Path) -> Iterator[str]:
-    exec_options = open_server(made, Checkpoints(made.provenance), read_run(run_folder), audio=True, port=0)
-    thread = threading.Thread(target=exec_options.serve_forever, daemon=True)
+    server = open_server(made, Checkpoints(made.provenance), read_run(run_folder), audio=True, port=0)
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
-    yield f"http://127.0.0.1:{exec_options.port}/"
-    exec_options.shutdown()
+    yield f"http://127.0.0.1:{server.port}/"
+    server.shutdown()
     thread.join()
-    exec_options.server_close()
+    server.server_close()
 
 
 @pytest.fixture(scope="module")
@@ -133,6 +133,7 @@ def test_a_player_plays_alone(page: Chrome) -> None:
     assert page.execute_script("return [arguments[0].paused, arguments[1].paused]", *audios[:2]) == [True, False]
 
 
+@pytest.mark.fast
 def test_search(page: Chrome, made: ShardSet) -> None:
     texts = [folded(json.dumps(made.read(row).meta["messages"], ensure_ascii=False)) for row in range(COUNT)]
     every = [key.decode() for key in made.index["key"].tolist()]

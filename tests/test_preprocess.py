@@ -31,6 +31,7 @@ def files_of(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
+@pytest.mark.fast
 def test_example_set_is_whole(shards: ShardSet, toy_tokenizer: PreTrainedTokenizerBase) -> None:
     """Tokens and labels are boson's own on the same entries; frames fit the audio."""
     entries = json.loads(EXAMPLES.read_text())
@@ -256,6 +257,7 @@ def test_a_set_can_be_built_into_a_url(
     assert ShardSet(url).read(3).meta == shards.read(3).meta
 
 
+@pytest.mark.fast
 def test_bad_urls_are_clear_errors(toy: Path, tmp_path: Path) -> None:
     for url, message in (
         ("nowhere://bucket/set", "cannot open this URL: Protocol not known: nowhere"),

@@ -236,11 +236,13 @@ def test_limit_keeps_the_newest_and_the_best_apart(options: Options, tmp_path: P
     assert not list(out.glob(".tmp-*"))
 
 
+@pytest.mark.fast
 def test_time_based_saves(options: Options, tmp_path: Path) -> None:
     out = run(options, tmp_path / "out", save_steps=0, save_every_minutes=1e-6, max_steps=3, eval_steps=0)
     assert [path.name for path in list_checkpoints(out)] == ["checkpoint-2", "checkpoint-1"]
 
 
+@pytest.mark.fast
 def test_what_reads_back_differently_gets_no_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     taken = Snapshot(1, {"version": 1}, {"a.safetensors": {"x": torch.arange(4.0), "y": torch.ones(2)}})
     save_file = checkpoint.save_file

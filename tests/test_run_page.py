@@ -17,6 +17,7 @@ def chart(page: dict[str, Any], name: str) -> dict[str, Any]:
     return {part["name"]: part for part in next(one for one in page["charts"] if one["id"] == f"run-{name}")["data"]}
 
 
+@pytest.mark.fast
 def test_curves_are_the_metrics(tmp_path: Path) -> None:
     run = read_run(write_run(tmp_path / "run", ["a"]))
     page = run_page(run)
@@ -56,6 +57,7 @@ def test_a_run_that_has_just_begun(tmp_path: Path) -> None:
     assert page["trained"]["parameters"] == 0
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [

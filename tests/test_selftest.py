@@ -70,6 +70,7 @@ def test_trained_checkpoint_passes(trained: Trained, tmp_path: Path, capsys: pyt
     assert "cannot tell whether" not in said
 
 
+@pytest.mark.fast
 def test_losses_at_shifts_are_a_naive_loop(trained: Trained) -> None:
     """Shift s compares the logits s positions before each labelled token with it, by boson's own forward."""
     from higgs_tune.train.model.reference import boson_inputs
@@ -235,6 +236,7 @@ def part(losses: tuple[float, float, float], labels: int) -> str:
     return Part("text", losses, uniform=11.76, labels=labels).verdict()
 
 
+@pytest.mark.fast
 def test_verdicts_weigh_the_number_of_labels() -> None:
     """The signature of a leak is refused on ten labels; small differences only where many labels back them."""
     assert part((0.05, 9.0, 9.0), 10) == "wrong shift"

@@ -46,13 +46,13 @@ def run_folder(shards: ShardSet, tmp_path_factory: pytest.TempPathFactory) -> Pa
 
 @pytest.fixture(scope="module")
 def port(shards: ShardSet, run_folder: Path) -> Iterator[int]:
-    exec_options = open_server(shards, Checkpoints(shards.provenance), read_run(run_folder), audio=True, port=0)
-    thread = threading.Thread(target=exec_options.serve_forever, daemon=True)
+    server = open_server(shards, Checkpoints(shards.provenance), read_run(run_folder), audio=True, port=0)
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
-    yield exec_options.port
-    exec_options.shutdown()
+    yield server.port
+    server.shutdown()
     thread.join()
-    exec_options.server_close()
+    server.server_close()
 
 
 def ask(port: int, target: str, method: str = "GET", body: bytes | None = None, **headers: str) -> tuple[int, bytes]:
@@ -76,6 +76,7 @@ def ask_json(port: int, target: str) -> Any:
     return json.loads(body)
 
 
+@pytest.mark.fast
 def test_gives_what_is_stored(port: int, shards: ShardSet) -> None:
     found = ask_json(port, "/api/sample/3")
     sample = shards.read(3)
@@ -101,6 +102,7 @@ def test_every_page_of_the_list_once(port: int, shards: ShardSet) -> None:
     assert [row["row"] for row in found["rows"]] == [n for n, text in enumerate(texts) if "السلام" in folded(text)]
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize(
     "target",
     [

@@ -24,6 +24,7 @@ from transformers import PreTrainedTokenizerBase
 IDS = SpecialIds(audio_in=5, audio_out=6, stream_bos=1024, stream_eos=1025, codebooks=8)
 
 
+@pytest.mark.fast
 @given(st.integers(1, 40), st.integers(0, 99))
 def test_delay_pattern_is_bosons(frames: int, seed: int) -> None:
     codes_KT = np.random.default_rng(seed).integers(0, 1024, (8, frames)).astype(np.uint16)
@@ -35,6 +36,7 @@ def test_delay_pattern_is_bosons(frames: int, seed: int) -> None:
     np.testing.assert_array_equal(undelay(delayed_KW), codes_KT)
 
 
+@pytest.mark.fast
 def test_expansion_is_bosons(toy_tokenizer: PreTrainedTokenizerBase, toy_ids: SpecialIds) -> None:
     """Codes, audio labels and text labels of boson's collator, shifted by one."""
     rng = np.random.default_rng(3)
@@ -122,6 +124,7 @@ def naive_best_fit(lengths: list[int], budget: int) -> list[int]:
     return fills
 
 
+@pytest.mark.fast
 @given(st.lists(st.integers(1, 50), min_size=1, max_size=120), st.integers(50, 80), st.integers(0, 9))
 def test_plan_is_best_fit_and_exactly_once(lengths: list[int], budget: int, epoch: int) -> None:
     sizes = np.array(lengths)

@@ -71,6 +71,7 @@ def test_checkpointing_changes_no_number(toy: Path, shards: ShardSet, checkpoint
     assert_same(step(model, batch, ExecOptions(checkpointing=checkpointing)), step(model, batch), 1e-6)
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize("dora", [False, True])
 def test_stacked_weights_change_no_number(toy: Path, shards: ShardSet, dora: bool) -> None:
     model, batch = with_lora(toy, dora=dora), batch_of(shards, range(4))
@@ -191,6 +192,7 @@ def test_profile_says_where_steps_go(shards: ShardSet, toy: Path, tmp_path: Path
     assert any(line.startswith("matrix products") for line in lines)
 
 
+@pytest.mark.fast
 def test_table_of_kinds_adds_up() -> None:
     names = ("aten::mm", "aten::_flash_attention_forward", "ncclDevKernel", "aten::mul")
     assert [kind_of(name) for name in names] == ["matrix products", "attention", "communication", "pointwise and other"]

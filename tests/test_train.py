@@ -173,6 +173,7 @@ def assert_same_run(one: Path, other: Path) -> None:
         torch.testing.assert_close(value, weights[1][name], atol=1e-5, rtol=0)
 
 
+@pytest.mark.fast
 def test_packing_does_not_change_the_step(shards: ShardSet, toy: Path, one_process: Path) -> None:
     """One step over all samples of the first two packs equals a loop of single samples with the same weighting."""
     from higgs_tune.train.data.sampler import Schedule
@@ -192,6 +193,7 @@ def test_packing_does_not_change_the_step(shards: ShardSet, toy: Path, one_proce
     assert metrics_of(one_process)[0]["loss"] == pytest.approx(total, rel=1e-5)
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -93,6 +93,7 @@ def test_a_flipped_byte_in_every_payload(folder: Path, made: ShardSet, member: i
     assert verdict.samples == 5
 
 
+@pytest.mark.fast
 def test_cut_shards(folder: Path, made: ShardSet) -> None:
     starts = {
         "member": (member_starts(made, 1)[1], "cut_sample", "clip-000001"),
@@ -131,6 +132,7 @@ def test_swapped_missing_and_extra_shards(folder: Path) -> None:
     assert named(verify(folder, QUICK), "unlisted_file").file == "codes-000009.tar"
 
 
+@pytest.mark.fast
 def test_stale_and_damaged_index(folder: Path, toy: Path, tmp_path: Path) -> None:
     maker = SampleMaker(toy, features=True)
     other = write_set(tmp_path / "other", toy, [[maker(number) for number in range(5)]], features="mel")

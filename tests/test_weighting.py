@@ -76,6 +76,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory, toy_tokenizer: PreTrainedToke
     return Runs(model, samples, ids, folder)
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize("layout", list(LAYOUTS)[1:])
 def test_the_step_does_not_depend_on_how_samples_are_spread(layout: str, runs: Runs) -> None:
     one, other = runs.metrics("one pack"), runs.metrics(layout)

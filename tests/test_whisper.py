@@ -69,6 +69,7 @@ def collate(
     return collator([ChatMLDatasetSample(**tensors)])
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize(
     "wave_S",
     [
@@ -149,6 +150,7 @@ def test_long_references_are_split_as_boson_splits_them(
     assert shards.provenance["features"]["extractor"]["feature_size"] == 128
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize(("roles", "expected"), [("reference", [1, 0]), ("target", [0, 1]), ("both", [1, 1])])
 def test_roles_choose_whose_features(toy: Path, tmp_path: Path, roles: str, expected: list[int]) -> None:
     """A clip that is a reference here and a target there is still encoded once."""

@@ -35,6 +35,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
+@pytest.mark.fast
 def test_every_sample_is_there(undisturbed: Path) -> None:
     shards = ShardSet(undisturbed)
     wanted = [number for number in range(SHARDS * PER_SHARD) if number % 7 != 6]
@@ -110,6 +111,7 @@ def test_processes_write_what_one_would(undisturbed: Path, tmp_path: Path) -> No
     assert files_of(tmp_path) == files_of(undisturbed)
 
 
+@pytest.mark.fast
 def test_restart_writes_only_what_is_missing(tmp_path: Path) -> None:
     writer = SetWriter(tmp_path, IDS, ValidationSplit())
     writer.begin()

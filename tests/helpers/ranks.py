@@ -1,6 +1,6 @@
 """Runs the trainer on several ranks, quickly: everything is imported once, then every rank is a fork.
 
-    python tests/ranks.py < request.json
+    python tests/helpers/ranks.py < request.json
 
 The request: `options` of `TrainConfig`, `world`, and what is to go wrong. Prints what happened as JSON. torchrun starts
 ranks in the same way, with the same environment, but imports torch anew for each.
@@ -170,13 +170,13 @@ def wait_for(condition: Any, pids: list[int], seconds: float = 60.0) -> bool:
 
 
 def kill(pids: list[int]) -> bool:
-    """Kill every process; True if one was still exec_options."""
-    exec_options = [pid for pid in pids if not os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)]
-    for pid in exec_options:
+    """Kill every process; True if one was still running."""
+    running = [pid for pid in pids if not os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)]
+    for pid in running:
         os.kill(pid, signal.SIGKILL)
     for pid in pids:
         os.waitpid(pid, 0)
-    return bool(exec_options)
+    return bool(running)
 
 
 if __name__ == "__main__":
