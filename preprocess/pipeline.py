@@ -27,7 +27,8 @@ from higgs_tune.preprocess.assemble import assemble_shard, cached_tokenizer, set
 from higgs_tune.preprocess.audio.whisper import extractor_settings, mel_bins_of, require_tower, tower_sha256
 from higgs_tune.preprocess.checkpoints.checkpoint import describe_checkpoint, read_config, special_ids
 from higgs_tune.preprocess.checkpoints.hub import MODEL_FILES, local_checkpoint, name_of
-from higgs_tune.preprocess.codec.checkpoint import load_codec, weights_sha256
+from higgs_tune.preprocess.codec.checkpoint import load_codec
+from higgs_tune.preprocess.codec.weights import weights_sha256
 from higgs_tune.preprocess.config import Job, PreprocessConfig
 from higgs_tune.preprocess.encode import device_of, encode_unit
 from higgs_tune.preprocess.engine import Stop, run_tasks

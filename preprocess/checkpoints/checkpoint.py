@@ -7,14 +7,16 @@ provenance. Never: weights, remote code, constants for ids.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from higgs_tune.preprocess.checkpoints.native import NATIVE_TYPE, boson_config
 from higgs_tune.shards import durable
 from higgs_tune.shards.errors import UserError, first_line
 from higgs_tune.shards.sequence import SpecialIds
 from higgs_tune.shards.writer import file_sha256
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase  # takes seconds to import: `verify` reads configs without it
 
 _ID_FIELDS = {
     "audio_in": "audio_in_token_idx",
@@ -65,6 +67,8 @@ def load_tokenizer(path: Path, ids: SpecialIds) -> PreTrainedTokenizerBase:
     Raises:
         UserError: no tokenizer files, or not a tokenizer's; or its audio placeholders are not the config's.
     """
+    from transformers import AutoTokenizer
+
     missing = [name for name in ("tokenizer.json", "tokenizer_config.json") if not (path / name).is_file()]
     if missing:
         raise UserError("the checkpoint has no tokenizer", where=path, expected=" and ".join(missing))

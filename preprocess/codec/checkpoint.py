@@ -14,10 +14,10 @@ from typing import Any
 
 import torch
 from higgs_tune.preprocess.codec.codec import CodecConfig, HiggsCodec
+from higgs_tune.preprocess.codec.weights import weight_files
 from higgs_tune.shards import durable
 from higgs_tune.shards.errors import UserError, few, first_line
 from higgs_tune.shards.format import FRAME_RATE_HZ
-from higgs_tune.shards.writer import file_sha256
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch.nn.utils import parametrize
@@ -80,23 +80,9 @@ def _make_codec(folder: Path, raw: dict[str, Any], *, native: bool) -> HiggsCode
     return codec
 
 
-def weights_sha256(path: str | Path) -> str:
-    """SHA-256 over the weight files of a codec folder: what the provenance of codes names."""
-    files = _weight_files(Path(path))
-    return file_sha256(files[0]) if len(files) == 1 else ",".join(file_sha256(file) for file in files)
-
-
-def _weight_files(folder: Path) -> list[Path]:
-    original = folder / "model.pth"
-    files = [original] if original.is_file() else sorted(folder.glob("*.safetensors"))
-    if not files:
-        raise UserError("the audio tokenizer has no weights", where=folder, expected="model.pth or *.safetensors")
-    return files
-
-
 def _read_weights(folder: Path) -> Weights:
     weights: Weights = {}
-    for file in _weight_files(folder):
+    for file in weight_files(folder):
         try:
             if file.suffix == ".pth":
                 weights |= torch.load(file, map_location="cpu", weights_only=True, mmap=True)
