@@ -1,7 +1,6 @@
-"""Tokenizer and codec of a shard set, loaded when they are first needed: they import transformers and torch.
+"""Tokenizer and codec of a shard set, loaded when first needed, since they import transformers and torch.
 
-In: the set, and what the user named on the command line. Out: the tokenizer, token texts, the codec. Never: a
-checkpoint that is neither named by the user nor remembered by the manifest.
+In: the set, and the checkpoints named on the command line. Out: the tokenizer, token texts, the codec.
 """
 
 from __future__ import annotations
@@ -14,16 +13,16 @@ from typing import Any
 from higgs_tune.shards.errors import UserError
 from higgs_tune.shards.sequence import SpecialIds
 
-REPLACEMENT = "\ufffd"  # what decoding gives for bytes that are no whole character
+REPLACEMENT = "\ufffd"  # decoding gives it for bytes that are no whole character
 
 
 @dataclass(frozen=True)
 class Checkpoints:
-    """Where tokenizer and codec of a set are: what the user gave, else what the manifest remembers.
+    """The checkpoints of a set: those that the user named, else those named in the manifest.
 
     Attributes:
         provenance: of the set.
-        model_path, audio_tokenizer_path: given on the command line, or None.
+        model_path, audio_tokenizer_path: named on the command line, or None.
         device: where the codec runs; `auto`: a GPU if there is one.
     """
 
@@ -37,21 +36,21 @@ class Checkpoints:
         """The language model's folder.
 
         Raises:
-            UserError: it is not there.
+            UserError: it is missing.
         """
-        return self._find(self.model_path, "model", "--model_path")
+        return self._folder(self.model_path, "model", "--model_path")
 
     def codec_folder(self) -> Path:
         """The codec's folder.
 
         Raises:
-            UserError: it is not there.
+            UserError: it is missing.
         """
-        return self._find(self.audio_tokenizer_path, "codec", "--audio_tokenizer_path")
+        return self._folder(self.audio_tokenizer_path, "codec", "--audio_tokenizer_path")
 
-    def _find(self, given: Path | None, name: str, flag: str) -> Path:
-        remembered = self.provenance.get("paths", {}).get(name)
-        path = given or (Path(remembered) if remembered else None)
+    def _folder(self, given: Path | None, name: str, flag: str) -> Path:
+        in_manifest = self.provenance.get("paths", {}).get(name)
+        path = given or (Path(in_manifest) if in_manifest else None)
         if path is None or not (path / "config.json").is_file():
             raise UserError(f"the {name} that made this set is not here", where=path, hint=f"Name it with {flag}.")
         return path
@@ -75,7 +74,7 @@ class Checkpoints:
         return load_codec(self.codec_folder(), device)
 
     def token_text(self, token: int) -> str:
-        """The text of one token; bytes that are no whole character come as hexadecimal digits, `<d8>`."""
+        """The text of one token; bytes that are no whole character as hexadecimal digits, `<d8>`."""
         if token not in self._texts:
             self._texts[token] = self._decode(token)
         return self._texts[token]

@@ -1,15 +1,14 @@
-"""higgs-inspect: listen, look, verify.
+"""higgs-inspect: look into a shard set, listen to it, verify it.
 
     higgs-inspect stats SHARDS                      counts, lengths, languages, code usage
     higgs-inspect show SHARDS KEY                   one sample, position by position
-    higgs-inspect decode SHARDS KEY -o x.wav        hear it
-    higgs-inspect verify SHARDS                     every checksum, header and rule
-    higgs-inspect diff A B                          what two sets do not share
-    higgs-inspect report SHARDS -o report.html      one page with everything, that needs no network
-    higgs-inspect serve SHARDS                      the same for a large set, on demand, on this machine only
+    higgs-inspect decode SHARDS KEY -o x.wav        codes back into audio
+    higgs-inspect verify SHARDS                     every checksum, header, index row and label rule
+    higgs-inspect diff A B                          differences between two sets
+    higgs-inspect report SHARDS -o report.html      all of it as one HTML page that needs no network
+    higgs-inspect serve SHARDS                      the same page, served on this machine, for large sets
 
-In: a finished shard set, perhaps a training run. Out: tables on the terminal, wav files, one HTML page. Never: a change
-to a shard; only `verify --repair-index` writes into a set, and only its index and manifest.
+Only `verify --repair-index` writes into a set, and only its index and manifest.
 """
 
 from __future__ import annotations
@@ -19,44 +18,55 @@ import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
-from higgs_tune.inspect.checkpoints import Checkpoints
-from higgs_tune.inspect.console import print_diff, print_statistics, print_verdict
-from higgs_tune.inspect.packing import Packed, Packing, find_pack, packing_of_run
-from higgs_tune.inspect.stats import scan, statistics
 from higgs_tune.shards.errors import UserError, run_command
-from higgs_tune.shards.reader import ShardSet
-from tyro.conf import Positional, arg
+from tyro.conf import FlagCreatePairsOff, Positional, arg
+
+if TYPE_CHECKING:  # each command imports its own parts after its flags are checked
+    from higgs_tune.inspect.packing import Packed
+    from higgs_tune.shards.reader import ShardSet
 
 Output = Annotated[Path, arg(aliases=["-o"])]
+Shards = Annotated[Positional[str], arg(metavar="SHARDS", help="Folder or URL of the shard set.")]
+Key = Annotated[str, arg(metavar="KEY")]
+ModelPath = Annotated[
+    Path | None, arg(help="Checkpoint with the tokenizer of the set; by default the one named in the manifest.")
+]
+CodecPath = Annotated[Path | None, arg(help="Checkpoint of the codec; by default the one named in the manifest.")]
+Device = Annotated[str, arg(help="Where the codec runs: auto, cpu, cuda, cuda:1.")]
+NoAudio = Annotated[bool, FlagCreatePairsOff, arg(help="A page without audio; needs no codec.")]
+Debug = Annotated[bool, arg(help="Show tracebacks of user errors.")]
 
 
 @dataclass(frozen=True)
-class Stats:
-    """Counts, hours, speakers, languages, lengths, pack fill, code usage, label shares, disk, rejects."""
+class StatsCommand:
+    """Statistics: hours, speakers, languages, lengths, pack fill, code usage, label shares, disk, rejects."""
 
-    shards: Positional[str]
-    """Folder or URL of the shard set."""
+    shards: Shards
     json: bool = False
     """Print JSON."""
     tokens_per_pack: int = 8192
-    """Budget for which the fill of packs is worked out, in positions."""
+    """Pack budget for which the fill is computed, in positions."""
     max_samples: int | None = None
-    """Read at most this many samples for languages and code usage, taken evenly; by default all."""
-    debug: bool = False
-    """Show tracebacks of user errors."""
+    """Read at most this many samples, spread evenly, for languages and code usage; by default all."""
+    debug: Debug = False
 
     def run(self) -> None:
+        from higgs_tune.inspect.stats import scan_samples, statistics
+        from higgs_tune.shards.reader import ShardSet
+
         _at_least("tokens_per_pack", self.tokens_per_pack)
         _at_least("max_samples", self.max_samples)
         shards = ShardSet(self.shards)
-        found = statistics(shards, scan(shards, self.max_samples), self.tokens_per_pack)
+        numbers = statistics(shards, scan_samples(shards, self.max_samples), self.tokens_per_pack)
         if self.json:
-            print(json.dumps(found, indent=1))
+            print(json.dumps(numbers, indent=1))
             return
-        print_statistics(found)
+        from higgs_tune.inspect.console import print_statistics
+
+        print_statistics(numbers)
 
 
 def _at_least(name: str, value: int | None, least: int = 1) -> None:
@@ -65,32 +75,31 @@ def _at_least(name: str, value: int | None, least: int = 1) -> None:
 
 
 @dataclass(frozen=True)
-class Show:
+class ShowCommand:
     """One sample: its messages, and every position with id, text, modality, labels and codes."""
 
-    shards: Positional[str]
-    """Folder or URL of the shard set."""
-    key: Positional[str]
+    shards: Shards
+    key: Positional[Key]
     """Key of the sample, or its row number."""
     raw: bool = False
-    """What is stored, unchanged: metadata, tokens, labels, codes without delay."""
+    """The stored values: metadata, tokens, labels, codes without delay."""
     as_trained: bool = False
-    """After packing: pack number, neighbours, position ids, labels shifted as the loss takes them."""
+    """The sample in its pack: pack number, neighbours, position ids, labels shifted as in the loss."""
     tokens_per_pack: int = 8192
-    """For --as_trained: budget of a pack, in positions."""
+    """For --as_trained: pack budget, in positions."""
     seed: int = 42
     """For --as_trained: seed of the run."""
     epoch: int = 0
     """For --as_trained: epoch, from 0."""
     run_dir: Annotated[Path | None, arg(name="run")] = None
-    """For --as_trained: output folder of a training run, whose data, budget and seed are taken."""
-    model_path: Path | None = None
-    """Checkpoint whose tokenizer made the set; by default the one that the manifest remembers."""
-    debug: bool = False
-    """Show tracebacks of user errors."""
+    """For --as_trained: output folder of a training run; its data, budget and seed are used."""
+    model_path: ModelPath = None
+    debug: Debug = False
 
     def run(self) -> None:
         from higgs_tune.inspect import show
+        from higgs_tune.inspect.checkpoints import Checkpoints
+        from higgs_tune.shards.reader import ShardSet
 
         if self.raw and self.as_trained:
             raise UserError("--raw and --as_trained exclude each other")
@@ -110,6 +119,8 @@ class Show:
             show.print_sequence(console, sample, shards, checkpoints)
 
     def _packed(self, shards: ShardSet, row: int) -> Packed:
+        from higgs_tune.inspect.packing import Packing, find_pack, packing_of_run
+
         _at_least("tokens_per_pack", self.tokens_per_pack)
         _at_least("epoch", self.epoch, 0)
         packing = Packing([shards], self.tokens_per_pack, self.seed)
@@ -117,76 +128,65 @@ class Show:
 
 
 @dataclass(frozen=True)
-class Decode:
-    """Turn samples' codes back into audio."""
+class DecodeCommand:
+    """Decode codes into audio."""
 
-    shards: Positional[str]
-    """Folder or URL of the shard set."""
-    keys: Positional[tuple[str, ...]]
+    shards: Shards
+    keys: Annotated[Positional[tuple[str, ...]], arg(metavar="KEY...")]
     """Keys of samples, or row numbers."""
     output: Output
-    """A .wav file (one sample, its target unless --segment says otherwise), or a folder."""
+    """A .wav file for one segment (the target, unless --segment names another), or a folder."""
     segment: Literal["auto", "ref", "target", "all"] = "auto"
-    """Which segments; auto: the target for a .wav file or --compare, all for a folder."""
+    """Which segments; auto: the target for a .wav file, all for a folder."""
     delayed: bool = False
-    """Take the codes out of the delayed sequence that the model sees, instead of the stored ones."""
-    compare: Path | None = None
-    """The source audio of one segment: print duration and log-spectral distance, and write a picture beside the wav."""
-    audio_tokenizer_path: Path | None = None
-    """Checkpoint of the codec; by default the one that the manifest remembers."""
-    device: str = "auto"
-    """Where the codec runs: auto, cpu, cuda, cuda:1."""
-    debug: bool = False
-    """Show tracebacks of user errors."""
+    """Take the codes from the delayed sequence that the model gets, instead of the stored ones."""
+    audio_tokenizer_path: CodecPath = None
+    device: Device = "auto"
+    debug: Debug = False
 
     def run(self) -> None:
+        from higgs_tune.inspect.checkpoints import Checkpoints
         from higgs_tune.inspect.decode import decode_to_files
+        from higgs_tune.shards.reader import ShardSet
 
         shards = ShardSet(self.shards)
         checkpoints = Checkpoints(shards.provenance, None, self.audio_tokenizer_path, self.device)
-        single = self.output.suffix == ".wav" or self.compare is not None
-        kind = self.segment if self.segment != "auto" else "target" if single else "all"
-        if self.compare is not None and not self.compare.is_file():
-            raise UserError("no audio file here", where=self.compare)
-        options = {"kind": kind, "delayed": self.delayed, "single": self.compare is not None}
-        paths = decode_to_files(shards, checkpoints, self.keys, self.output, **options)
-        if self.compare is not None:
-            from higgs_tune.inspect.compare import compare_files
-
-            compare_files(self.compare, paths[0])
+        auto = "target" if self.output.suffix == ".wav" else "all"
+        kind = auto if self.segment == "auto" else self.segment
+        decode_to_files(shards, checkpoints, self.keys, self.output, kind=kind, delayed=self.delayed)
 
 
 @dataclass(frozen=True)
-class Verify:
-    """Every checksum, header, index row and rule of a local set. Exit code 0: sound, 1: something is wrong."""
+class VerifyCommand:
+    """Check every checksum, header, index row and label rule of a local set. Exit code 0: sound, 1: findings."""
 
-    shards: Positional[Path]
+    shards: Annotated[Positional[Path], arg(metavar="SHARDS")]
     """Folder of the shard set."""
     jobs: int | None = None
-    """Processes; by default one a core."""
+    """Number of processes; by default one per core."""
     deep: bool = False
-    """Also make every sample's tokens again from its messages, and decompress Whisper features."""
+    """Also tokenize every sample's messages again and compare, and decompress Whisper features."""
     json: bool = False
     """Print JSON."""
     repair_index: bool = False
     """Rebuild the index from intact shards, then verify. Shards are never touched."""
     model_path: Path | None = None
-    """Checkpoint to compare the provenance with; by default the one that the manifest remembers, if it is there."""
+    """Checkpoint to compare the provenance with; by default the one named in the manifest, if it is there."""
     audio_tokenizer_path: Path | None = None
-    """Codec to compare the provenance with; by default the one that the manifest remembers, if it is there."""
-    debug: bool = False
-    """Show tracebacks of user errors."""
+    """Codec to compare the provenance with; by default the one named in the manifest, if it is there."""
+    debug: Debug = False
 
     def run(self) -> None:
+        from higgs_tune.inspect.console import print_verdict
         from higgs_tune.inspect.verify.repair import repair_index
-        from higgs_tune.inspect.verify.verify import VerifyOptions, verify
+        from higgs_tune.inspect.verify.verify import VerifyOptions, verify_set
 
         _at_least("jobs", self.jobs)
         jobs = self.jobs or os.cpu_count() or 1
         options = VerifyOptions(jobs, self.deep, self.model_path, self.audio_tokenizer_path)
         if self.repair_index:
             print(repair_index(self.shards, options), file=sys.stderr)
-        verdict = verify(self.shards, options)
+        verdict = verify_set(self.shards, options)
         if self.json:
             print(json.dumps(verdict.to_dict(), indent=1))
         else:
@@ -195,55 +195,52 @@ class Verify:
 
 
 @dataclass(frozen=True)
-class Diff:
-    """What two shard sets do not share. Exit code 0: nothing, 1: something."""
+class DiffCommand:
+    """Differences between two shard sets. Exit code 0: none, 1: some."""
 
-    a: Positional[str]
+    a: Annotated[Positional[str], arg(metavar="A")]
     """Folder or URL of the first set."""
-    b: Positional[str]
+    b: Annotated[Positional[str], arg(metavar="B")]
     """Folder or URL of the second set."""
     json: bool = False
     """Print JSON."""
-    debug: bool = False
-    """Show tracebacks of user errors."""
+    debug: Debug = False
 
     def run(self) -> None:
-        from higgs_tune.inspect.diff import diff
+        from higgs_tune.inspect.console import print_diff
+        from higgs_tune.inspect.diff import diff_sets
+        from higgs_tune.shards.reader import ShardSet
 
-        found = diff(ShardSet(self.a), ShardSet(self.b))
+        difference = diff_sets(ShardSet(self.a), ShardSet(self.b))
         if self.json:
-            print(json.dumps(found.to_dict(), indent=1))
+            print(json.dumps(difference.to_dict(), indent=1))
         else:
-            print_diff(found)
-        sys.exit(0 if found.equal else 1)
+            print_diff(difference)
+        sys.exit(0 if difference.equal else 1)
 
 
 @dataclass(frozen=True)
-class Report:
-    """One HTML page: summary, charts, samples with players, codes, labels; with --run also the training."""
+class ReportCommand:
+    """One HTML page: summary, charts, samples with players, codes and labels; with --run also the training."""
 
-    shards: Positional[str]
-    """Folder or URL of the shard set."""
+    shards: Shards
     output: Output
     """The page to write."""
     run_dir: Annotated[Path | None, arg(name="run")] = None
     """Output folder of a training run to show: curves, validation, generated samples."""
     max_samples: int = 2000
-    """Samples on the page, taken evenly over the set; each clip is decoded, so on a CPU fewer are faster."""
-    no_audio: bool = False
-    """Leave the audio out; needs no codec."""
-    model_path: Path | None = None
-    """Checkpoint whose tokenizer made the set; by default the one that the manifest remembers."""
-    audio_tokenizer_path: Path | None = None
-    """Checkpoint of the codec; by default the one that the manifest remembers."""
-    device: str = "auto"
-    """Where the codec runs: auto, cpu, cuda, cuda:1."""
-    debug: bool = False
-    """Show tracebacks of user errors."""
+    """Number of samples on the page, spread evenly over the set. Every clip is decoded: on a CPU, take fewer."""
+    no_audio: NoAudio = False
+    model_path: ModelPath = None
+    audio_tokenizer_path: CodecPath = None
+    device: Device = "auto"
+    debug: Debug = False
 
     def run(self) -> None:
+        from higgs_tune.inspect.checkpoints import Checkpoints
         from higgs_tune.inspect.web.report import write_report
         from higgs_tune.inspect.web.run import read_run
+        from higgs_tune.shards.reader import ShardSet
 
         _at_least("max_samples", self.max_samples)
         shards = ShardSet(self.shards)
@@ -255,29 +252,25 @@ class Report:
 
 
 @dataclass(frozen=True)
-class Serve:
-    """The page of the report for a large set: a web server on this machine only, everything loaded on demand."""
+class ServeCommand:
+    """The report of a large set, loaded on demand from a web server on this machine only."""
 
-    shards: Positional[str]
-    """Folder or URL of the shard set."""
+    shards: Shards
     run_dir: Annotated[Path | None, arg(name="run")] = None
     """Output folder of a training run to show."""
     port: int = 8732
-    """Port on 127.0.0.1; 0: any free one."""
-    no_audio: bool = False
-    """Leave the audio out; needs no codec."""
-    model_path: Path | None = None
-    """Checkpoint whose tokenizer made the set; by default the one that the manifest remembers."""
-    audio_tokenizer_path: Path | None = None
-    """Checkpoint of the codec; by default the one that the manifest remembers."""
-    device: str = "auto"
-    """Where the codec runs: auto, cpu, cuda, cuda:1."""
-    debug: bool = False
-    """Show tracebacks of user errors."""
+    """Port on 127.0.0.1; 0: any free port."""
+    no_audio: NoAudio = False
+    model_path: ModelPath = None
+    audio_tokenizer_path: CodecPath = None
+    device: Device = "auto"
+    debug: Debug = False
 
     def run(self) -> None:
+        from higgs_tune.inspect.checkpoints import Checkpoints
         from higgs_tune.inspect.web.run import read_run
         from higgs_tune.inspect.web.serve import HOST, open_server
+        from higgs_tune.shards.reader import ShardSet
 
         shards = ShardSet(self.shards)
         checkpoints = Checkpoints(shards.provenance, self.model_path, self.audio_tokenizer_path, self.device)
@@ -296,12 +289,12 @@ def main() -> None:
 
 def _main() -> None:
     commands = {
-        "stats": Stats,
-        "show": Show,
-        "decode": Decode,
-        "verify": Verify,
-        "diff": Diff,
-        "report": Report,
-        "serve": Serve,
+        "stats": StatsCommand,
+        "show": ShowCommand,
+        "decode": DecodeCommand,
+        "verify": VerifyCommand,
+        "diff": DiffCommand,
+        "report": ReportCommand,
+        "serve": ServeCommand,
     }
     tyro.extras.subcommand_cli_from_dict(commands, prog="higgs-inspect", description=__doc__).run()

@@ -1,6 +1,6 @@
-"""Results as tables on the terminal.
+"""Tables on the terminal: statistics, findings, differences.
 
-In: plain values. Out: text on stdout. Never: control characters from the data.
+In: plain values. Out: text on stdout.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ def _cell(value: Any) -> Text:
     return Text(isolated(printable(value)) if isinstance(value, str) else str(value))
 
 
-def print_statistics(found: dict[str, Any]) -> None:
-    """Everything that `stats` tells."""
+def print_statistics(numbers: dict[str, Any]) -> None:
+    """Print the output of `statistics`."""
     console = open_console()
     facts = Table(show_header=False, box=None, pad_edge=False)
-    for name, value in found.items():
+    for name, value in numbers.items():
         if not isinstance(value, dict):
             facts.add_row(_title(name), Text(_readable(name, value)))
         elif not name.endswith("percentiles") and name != "code_usage":
@@ -35,12 +35,12 @@ def print_statistics(found: dict[str, Any]) -> None:
             more = f", and {len(value) - MOST_ROWS} more (--json lists all)" if len(value) > MOST_ROWS else ""
             facts.add_row(_title(name), Text(", ".join(items) + more if items else "none"))
     console.print(facts)
-    rows = {name: value for name, value in found.items() if name.endswith("percentiles") and value}
+    rows = {name: value for name, value in numbers.items() if name.endswith("percentiles") and value}
     lengths = Table("percentile", *next(iter(rows.values()), {}), box=None, pad_edge=False)
     for name, value in rows.items():
         lengths.add_row(_title(name.removesuffix("_percentiles")), *(f"{item:,.6g}" for item in value.values()))
     console.print(lengths)
-    usage = found["code_usage"]
+    usage = numbers["code_usage"]
     books = Table("codebook", *(str(k) for k in range(len(usage["dead_codes"]))), box=None, pad_edge=False)
     books.add_row("entropy, bits", *(f"{bits:.3f}" for bits in usage["entropy_bits"]))
     books.add_row(f"dead codes of {usage['codebook_size']}", *map(str, usage["dead_codes"]))
@@ -71,38 +71,39 @@ def _bytes(count: int) -> str:
 
 
 def print_verdict(verdict: Verdict) -> None:
-    """What `verify` found, one line each, then the sum."""
+    """Print the findings of `verify`, one line each, then the notes and the sum."""
     console = open_console()
     if verdict.findings:
-        table = Table("what", "file", "key", "offset", "detail", box=None)
-        for one in verdict.findings[:MOST_ROWS]:
-            offset = "" if one.offset is None else str(one.offset)
-            table.add_row(_cell(one.kind), _cell(one.file), _cell(one.key), Text(offset), _cell(one.detail))
+        table = Table("finding", "file", "key", "offset", "detail", box=None)
+        for finding in verdict.findings[:MOST_ROWS]:
+            offset = "" if finding.offset is None else str(finding.offset)
+            cells = (finding.kind, finding.file, finding.key, offset, finding.detail)
+            table.add_row(*(_cell(value) for value in cells))
         console.print(table)
         if len(verdict.findings) > MOST_ROWS:
             console.print(Text(f"and {len(verdict.findings) - MOST_ROWS} more: --json lists all"))
     for note in verdict.notes:
         console.print(Text(f"note: {printable(note)}"), soft_wrap=True)
-    size = f"{verdict.samples:,} samples in {len(verdict.checked)} shards"
+    size = f"{verdict.samples:,} samples in {len(verdict.results)} shards"
     kinds = ", ".join(f"{count} {kind}" for kind, count in verdict.kinds.items())
     total = f"{len(verdict.findings)} findings: {kinds}" if verdict.findings else "nothing is wrong"
     console.print(Text(f"{size} ({verdict.seconds:.1f} s): {total}", "bold"), soft_wrap=True)
 
 
-def print_diff(found: SetDiff) -> None:
-    """What `diff` found."""
+def print_diff(difference: SetDiff) -> None:
+    """Print the differences between two sets."""
     console = open_console()
-    for name, text in found.provenance.items():
+    for name, text in difference.provenance.items():
         console.print(Text(f"{name}: {printable(text)}"), soft_wrap=True)
-    for mark, keys in (("added", found.added), ("removed", found.removed)):
+    for mark, keys in (("added", difference.added), ("removed", difference.removed)):
         for key in keys[:MOST_ROWS]:
             console.print(Text(f"{mark}  {key}"))
         _more(console, len(keys))
-    for change in found.changed[:MOST_ROWS]:
+    for change in difference.changed[:MOST_ROWS]:
         parts = "; ".join(f"{name}: {isolated(printable(text))}" for name, text in change.parts.items())
         console.print(Text(f"changed  {change.key}  {parts}"), soft_wrap=True)
-    _more(console, len(found.changed))
-    counts = (len(found.added), len(found.removed), len(found.changed), found.same)
+    _more(console, len(difference.changed))
+    counts = (len(difference.added), len(difference.removed), len(difference.changed), difference.same)
     console.print(Text("{:,} added, {:,} removed, {:,} changed, {:,} the same".format(*counts), "bold"))
 
 

@@ -1,6 +1,6 @@
-"""From stored codes to wav files.
+"""Stored codes to wav files: `higgs-inspect decode`.
 
-In: keys of a set and its codec. Out: one wav file a segment. Never: a file that is half written.
+In: keys of a set, and its codec. Out: one wav file per segment.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import soundfile
 from higgs_tune.inspect.checkpoints import Checkpoints
 from higgs_tune.inspect.view import Segment, segments_of
 from higgs_tune.shards.durable import atomic_file
-from higgs_tune.shards.errors import ShardError, UserError
+from higgs_tune.shards.errors import ShardError, UserError, few
 from higgs_tune.shards.format import Sample
 from higgs_tune.shards.reader import ShardSet
 from higgs_tune.shards.sequence import SpecialIds, expand, undelay
@@ -25,30 +25,30 @@ def chosen_segments(shards: ShardSet, keys: tuple[str, ...], kind: str) -> Itera
     Raises:
         UserError: there is none, or a key is unknown.
     """
-    found = False
+    empty = True
     for key in keys:
         sample = shards.read(shards.row_of(key))
         for segment in segments_of(sample, shards.special_ids):
             if kind in ("all", segment.kind):
-                found = True
+                empty = False
                 yield sample, segment
-    if not found:
+    if empty:
         raise UserError(f"no {kind} segment in these samples", where=shards.location, got=", ".join(keys))
 
 
 def codes_from_sequence(sample: Sample, segment: Segment, ids: SpecialIds) -> np.ndarray:
-    """uint16 [K, T]: a segment's codes taken from the sequence that the model sees, the delay pattern undone.
+    """uint16 [K, T]: a segment's codes out of the expanded sequence, with the delay pattern undone.
 
     Raises:
-        ShardError: they are not the stored codes.
+        ShardError: they differ from the stored codes.
     """
-    seen = expand([sample], ids)
-    start, width, _ = seen.segments[segment.number]
-    first = int(np.searchsorted(seen.audio_at, start))
-    codes_KT = undelay(seen.codes_KA[:, first : first + width]).astype(np.uint16)
+    expanded = expand([sample], ids)
+    start, width, _ = expanded.segments[segment.number]
+    first = int(np.searchsorted(expanded.audio_at, start))
+    codes_KT = undelay(expanded.codes_KA[:, first : first + width]).astype(np.uint16)
     if not np.array_equal(codes_KT, segment.codes_KT):
         where = f"sample {sample.key}, segment {segment.number}"
-        raise ShardError("the sequence does not give back the stored codes", where=where)
+        raise ShardError("the codes of the sequence differ from the stored codes", where=where)
     return codes_KT
 
 
@@ -67,25 +67,23 @@ def decode_to_files(
     *,
     kind: str,
     delayed: bool,
-    single: bool = False,
 ) -> list[Path]:
-    """Decode segments to wav files, and print one line a file.
+    """Decode segments to wav files, and print one line per file.
 
     Args:
         output: a folder, or a name that ends in `.wav` for a single segment.
         kind: `ref`, `target` or `all`.
-        delayed: go the model's way: take the codes out of the expanded sequence.
-        single: one segment is wanted.
+        delayed: take the codes out of the expanded sequence.
 
     Raises:
-        UserError: several segments where one is wanted, or none.
+        UserError: no segment, or several for one file.
     """
     chosen = list(chosen_segments(shards, keys, kind))
     to_file = output.suffix == ".wav"
-    if (to_file or single) and len(chosen) > 1:
-        found = ", ".join(f"{sample.key} {segment.number} {segment.kind}" for sample, segment in chosen[:8])
-        hint = "Give one key, and --segment ref or target; or a folder to -o, without --compare."
-        raise UserError("one segment is wanted", where=output, got=f"{len(chosen)}: {found}", hint=hint)
+    if to_file and len(chosen) > 1:
+        names = few([f"{sample.key} {segment.number} {segment.kind}" for sample, segment in chosen], 8)
+        hint = "Give one key and --segment ref or target, or a folder to -o."
+        raise UserError("a .wav file takes one segment", where=output, got=f"{len(chosen)}: {names}", hint=hint)
     codec = checkpoints.codec
     rate, paths = codec.config.sample_rate_hz, []
     for sample, segment in chosen:

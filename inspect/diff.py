@@ -1,7 +1,6 @@
-"""What two shard sets do not share.
+"""Differences between two shard sets: `higgs-inspect diff`.
 
-In: two sets. Out: keys added, removed, and changed, with what changed in each. Never: a sample read whose bytes have
-the same checksum in both.
+In: two sets. Out: keys added, removed and changed, with the changes of each. Samples with equal checksums are not read.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ PROVENANCE = ("model", "codec", "features")
 
 @dataclass(frozen=True)
 class Change:
-    """A sample that both sets hold, with what differs in it: a sentence by part (text, codes, labels, …)."""
+    """A sample of both sets that differs. parts: the difference in words, by part (text, codes, labels, …)."""
 
     key: str
     parts: dict[str, str]
@@ -28,7 +27,7 @@ class Change:
 
 @dataclass(frozen=True)
 class SetDiff:
-    """added: keys of the second set only; removed: of the first only; same: number of equal samples."""
+    """added: keys only in the second set; removed: keys only in the first; same: number of equal samples."""
 
     added: list[str]
     removed: list[str]
@@ -44,11 +43,11 @@ class SetDiff:
         return {"equal": self.equal, **asdict(self)}
 
 
-def diff(a: ShardSet, b: ShardSet) -> SetDiff:
+def diff_sets(a: ShardSet, b: ShardSet) -> SetDiff:
     """Compare two sets by key.
 
     Raises:
-        ShardError: a sample that has to be read is damaged.
+        ShardError: a sample that must be read is damaged.
     """
     keys_a, keys_b = a.index["key"], b.index["key"]
     _, rows_a, rows_b = np.intersect1d(keys_a, keys_b, return_indices=True)
@@ -90,12 +89,12 @@ def _parts(a: ShardSet, row_a: int, b: ShardSet, row_b: int) -> dict[str, str]:
 
 
 def _texts(first: Sample, second: Sample) -> str:
-    """The first text that differs, as it was and as it is."""
-    said = [[part for turn in turns_of(one) for part in turn.parts if isinstance(part, str)] for one in (first, second)]
-    if said[0] == said[1]:
+    """The first text that differs, in the first set and in the second."""
+    a, b = ([part for turn in turns_of(one) for part in turn.parts if isinstance(part, str)] for one in (first, second))
+    if a == b:
         return ""
-    pairs = zip(said[0], said[1], strict=False)
-    old, new = next(((x, y) for x, y in pairs if x != y), (f"{len(said[0])} texts", f"{len(said[1])} texts"))
+    pairs = zip(a, b, strict=False)
+    old, new = next(((x, y) for x, y in pairs if x != y), (f"{len(a)} texts", f"{len(b)} texts"))
     return f"{old} → {new}"
 
 
@@ -107,7 +106,7 @@ def _arrays(first: np.ndarray, second: np.ndarray, name: str) -> str:
 
 
 def _metadata(first: Sample, second: Sample) -> str:
-    """Names of fields that differ; roles of messages count, their texts have a part of their own."""
+    """Names of the fields that differ; of the messages the roles only, since texts are a part of their own."""
     roles = [[(turn.role, len(turn.parts)) for turn in turns_of(one)] for one in (first, second)]
     names = sorted((first.meta.keys() | second.meta.keys()) - {"messages"})
     differing = [name for name in names if first.meta.get(name) != second.meta.get(name)]

@@ -1,6 +1,6 @@
-"""Which pack of an epoch holds a sample, and with which neighbours: the trainer's own plan, made again.
+"""The pack of an epoch that holds a sample, and its neighbours there, by the same plan as the trainer's.
 
-In: a set and a row; the options of a run, or its folder. Out: the sample's place. Never: a torch import.
+In: a set and a row; the options of a run, or its folder. Out: the sample's place.
 """
 
 from __future__ import annotations
@@ -19,10 +19,11 @@ from higgs_tune.shards.reader import ShardSet
 
 @dataclass(frozen=True)
 class Packing:
-    """What decides on the packs of an epoch.
+    """The options that determine the packs of an epoch.
 
-    sets: all of the run; weights: their mix, or None to pack all together; features: whether the model takes the sets'
-    Whisper features, which then count as positions.
+    Attributes:
+        sets: all shard sets of the run. weights: their mix; None to pack all together.
+        features: the model takes the sets' Whisper features, which then count as positions.
     """
 
     sets: list[ShardSet]
@@ -32,7 +33,7 @@ class Packing:
     features: bool = True
 
     def lengths(self, shards: ShardSet) -> np.ndarray:
-        """int64 [samples]: positions of each sample."""
+        """int64 [samples]: length of each sample, in positions."""
         return packed_lengths(shards) if self.features else shards.index["tokens"].astype(np.int64)
 
 
@@ -48,9 +49,9 @@ class Neighbour:
 
 @dataclass(frozen=True)
 class Packed:
-    """A sample's pack: its number of `packs` in the epoch, its samples in order, its positions.
+    """The pack of a sample: its number among the `packs` of the epoch, its samples in order, its length in positions.
 
-    features: the Whisper features that the model takes of the sample.
+    features: kind of Whisper features that the model takes of the sample.
     """
 
     pack: int
@@ -70,15 +71,15 @@ def packing_of_run(folder: Path, shards: ShardSet) -> Packing:
     config = read_run(folder).config
     options: dict[str, Any] = config.get("options") or {}
     try:
-        given, budget, seed = options["train_data_dir"], options["tokens_per_pack"], options["seed"]
+        locations, budget, seed = options["train_data_dir"], options["tokens_per_pack"], options["seed"]
     except KeyError as error:
         raise UserError(f"the run's config lacks {error}", where=folder / "config.yaml") from error
-    sets = [ShardSet(location) for location in ([given] if isinstance(given, str) else given)]
+    sets = [ShardSet(location) for location in ([locations] if isinstance(locations, str) else locations)]
     if shards.manifest_hash not in [one.manifest_hash for one in sets]:
         names = ", ".join(one.location for one in sets)
         raise UserError("the run did not train on this set", where=folder, expected=shards.location, got=names)
-    taken = (config.get("resolved") or {}).get("whisper_features")
-    return Packing(sets, budget, seed, options.get("mix_weights"), features=taken != "none")
+    features = (config.get("resolved") or {}).get("whisper_features")
+    return Packing(sets, budget, seed, options.get("mix_weights"), features=features != "none")
 
 
 def find_pack(shards: ShardSet, row: int, packing: Packing, epoch: int) -> Packed:
@@ -94,7 +95,7 @@ def find_pack(shards: ShardSet, row: int, packing: Packing, epoch: int) -> Packe
         raise UserError("the sample is longer than a pack", where=f"key {key}", expected=expected, got=length)
     if row not in shards.rows_of(validation=False):
         raise UserError(
-            "the sample is held out for validation: it is in no pack", where=f"{shards.location}, key {key}"
+            "the sample is in no pack: it is held out for validation", where=f"{shards.location}, key {key}"
         )
     starts = np.cumsum([0, *[len(one) for one in packing.sets]])
     lengths = np.concatenate([packing.lengths(one) for one in packing.sets])

@@ -1,7 +1,9 @@
 """One sample on the terminal: its messages, and its sequence as a table.
 
-In: a sample of a set. Out: text on stdout. Never: control characters from the data, which could steer the terminal;
-texts are wrapped in Unicode isolates, so that right-to-left text stays within its cell.
+In: a sample of a set. Out: text on stdout. Texts are wrapped in Unicode isolates, which keep right-to-left text within
+its cell.
+
+Guarantees: control characters from the data never reach the terminal (tests/test_inspect.py).
 """
 
 from __future__ import annotations
@@ -36,7 +38,7 @@ def open_console() -> Console:
 
 
 def print_header(console: Console, sample: Sample, shards: ShardSet, row: int) -> None:
-    """Key, what the index says, messages, segments."""
+    """Print key, index row, messages and segments."""
     console.print(Text(f"{sample.key}  row {row}", "bold"))
     known = facts(sample, shards.index[row])
     shown = (f"{name} {isolated(printable(str(value)))}" for name, value in known.items() if value is not None)
@@ -50,9 +52,9 @@ def print_header(console: Console, sample: Sample, shards: ShardSet, row: int) -
 
 
 def print_sequence(console: Console, sample: Sample, shards: ShardSet, checkpoints: Checkpoints) -> None:
-    """Every position of the expanded sequence; a label stands at the position of the token that it names."""
+    """Print every position of the expanded sequence; a label stands at the position of the token that it names."""
     ids = shards.special_ids
-    console.print(Text("label: the id that is supervised at this position, predicted by the position before; ·: none"))
+    console.print(Text("label: id supervised at this position and predicted by the position before; ·: none"))
     rows = positions(sample, ids, shards.features)
     _print_table(console, ("position",), (((str(row.number),), row) for row in rows), checkpoints, ids)
 
@@ -86,7 +88,7 @@ def _cells(position: Position, checkpoints: Checkpoints, codebooks: int) -> tupl
 
 
 def print_raw(console: Console, sample: Sample, shards: ShardSet, row: int) -> None:
-    """What is stored, unchanged: where it is, metadata, tokens and labels, raw codes of each segment, features."""
+    """Print the stored values: location, metadata, tokens, labels, raw codes of each segment, features."""
     entry = shards.index[row]
     place = f"{shards.manifest['shards'][int(entry['shard'])]['name']}, bytes {entry['offset']} to "
     console.print(Text(f"{sample.key}  {place}{entry['offset'] + entry['length']}, xxh3 {int(entry['xxh3']):016x}"))
@@ -108,7 +110,7 @@ def print_raw(console: Console, sample: Sample, shards: ShardSet, row: int) -> N
 def print_as_trained(
     console: Console, sample: Sample, shards: ShardSet, checkpoints: Checkpoints, packed: Packed
 ) -> None:
-    """The sample's place in its pack, its neighbours, and its sequence with the labels as the loss takes them."""
+    """Print the sample's place in its pack, its neighbours, and its sequence with labels as in the loss."""
     fill = f"{packed.length} of {packed.tokens_per_pack} positions, fill {packed.length / packed.tokens_per_pack:.1%}"
     console.print(Text(f"pack {packed.pack} of {packed.packs}: {fill}"))
     homes = {neighbour.location for neighbour in packed.neighbours}
@@ -116,15 +118,15 @@ def print_as_trained(
         home = f"  {neighbour.location}" if len(homes) > 1 else ""
         console.print(Text(f"{'>' if neighbour.is_sample else ' '} {neighbour.start:>7}  {neighbour.key}{home}"))
     start = next(neighbour.start for neighbour in packed.neighbours if neighbour.is_sample)
-    console.print(Text("position: in the sample, as the rotary embedding gets it; attention does not leave the sample"))
-    console.print(Text("label: what this position is trained to predict, the token of the next position; ·: nothing"))
+    console.print(Text("position: in the sample, as used by the rotary embedding; attention stays within the sample"))
+    console.print(Text("label: the token of the next position, which this position is trained to predict; ·: none"))
     rows = list(positions(sample, shards.special_ids, packed.features))
     numbered = (((str(start + p.number), str(p.number)), p) for p in shifted(rows))
     _print_table(console, ("in pack", "position"), numbered, checkpoints, shards.special_ids)
 
 
 def shifted(rows: list[Position]) -> Iterable[Position]:
-    """The same positions, each with the labels of the next."""
+    """The positions, each with the labels of the next one."""
     for row, following in zip(rows, [*rows[1:], None], strict=True):
         text = following.text_label if following else None
         audio = following.audio_labels if following else None

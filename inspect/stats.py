@@ -1,7 +1,6 @@
-"""Statistics of a shard set: what the index knows at once, and what only a look into every sample tells.
+"""Statistics of a shard set, from its index and from a scan of its samples.
 
-In: a `ShardSet`. Out: plain numbers, ready for JSON. Never: a torch import; a sample passed over: a damaged one is an
-error.
+In: a `ShardSet`. Out: plain numbers, ready for JSON. A damaged sample ends the scan with an error.
 
 Shapes: K codebooks, C codes of a codebook.
 """
@@ -52,12 +51,16 @@ def letters_in(text: str) -> int:
 
 
 @dataclass
-class Scan:
-    """What samples hold, summed up.
+class ScanResult:
+    """Counts over the samples that were read.
 
-    counts_KC: how often each code occurs. scripts: samples by the script of what is said. positions, labelled: by
-    modality, of the expanded sequences; audio labels count a codebook. target_s, reference_s: seconds of each segment.
-    letters_per_s: speaking rate of each sample with one target.
+    Attributes:
+        counts_KC: number of uses of each code.
+        scripts: samples by the script of the target text.
+        positions, labelled: positions of the expanded sequences by modality, and those with a label; audio labels are
+            counted per codebook.
+        target_s, reference_s: seconds of each segment.
+        letters_per_s: speaking rate of each sample with one target.
     """
 
     counts_KC: np.ndarray
@@ -84,8 +87,8 @@ class Scan:
         flat = codes.astype(np.int64) + np.arange(books)[:, None] * size
         self.counts_KC += np.bincount(flat.ravel(), minlength=books * size).reshape(books, size)
         self.samples += 1
-        segments, said = segments_of(sample, ids), target_text(sample)
-        self.scripts[main_script(said)] += 1
+        segments, text = segments_of(sample, ids), target_text(sample)
+        self.scripts[main_script(text)] += 1
         self.positions["text"] += sample.tokens_2L.shape[1] - len(segments)
         self.positions["whisper"] += whisper_positions
         places = np.isin(sample.tokens_2L[0], (ids.audio_in, ids.audio_out))
@@ -98,33 +101,33 @@ class Scan:
             (self.target_s if segment.trained else self.reference_s).append(seconds)
         targets = [segment.seconds for segment in segments if segment.trained]
         if len(targets) == 1 and targets[0] > 0:
-            self.letters_per_s.append(letters_in(said) / targets[0])
+            self.letters_per_s.append(letters_in(text) / targets[0])
 
 
 def evenly(count: int, most: int | None) -> list[int]:
-    """Row numbers, at most `most`, spread evenly over `count`."""
+    """At most `most` row numbers, spread evenly over `count`."""
     if most is None or most >= count:
         return list(range(count))
     return np.unique(np.linspace(0, count - 1, most).round().astype(int)).tolist()
 
 
-def scan(shards: ShardSet, max_samples: int | None = None) -> Scan:
-    """Read samples and count what they hold, with progress on stderr."""
+def scan_samples(shards: ShardSet, max_samples: int | None = None) -> ScanResult:
+    """Read and count samples, with progress on stderr."""
     size = shards.provenance["model"].get("codebook_size") or shards.special_ids.stream_bos
-    found = Scan(np.zeros((shards.special_ids.codebooks, size), np.int64))
+    result = ScanResult(np.zeros((shards.special_ids.codebooks, size), np.int64))
     rows = evenly(len(shards), max_samples)
     with ProgressBar() as progress:
         progress.start("scan", len(rows), "samples")
         for done, row in enumerate(rows):
-            found.add(shards.read(row), shards.special_ids, int(shards.index["mel_tokens"][row]))
+            result.add(shards.read(row), shards.special_ids, int(shards.index["mel_tokens"][row]))
             if done % PROGRESS_EVERY == PROGRESS_EVERY - 1:
                 progress.advance(PROGRESS_EVERY)
         progress.advance(len(rows) % PROGRESS_EVERY)
-    return found
+    return result
 
 
-def statistics(shards: ShardSet, found: Scan, tokens_per_pack: int) -> dict[str, Any]:
-    """Everything that `higgs-inspect stats` tells."""
+def statistics(shards: ShardSet, scanned: ScanResult, tokens_per_pack: int) -> dict[str, Any]:
+    """The output of `higgs-inspect stats`, by name."""
     index, totals = shards.index, shards.manifest["totals"]
     lengths = packed_lengths(shards)
     speakers = np.bincount(index["speaker"], minlength=len(shards.manifest["speakers"]))
@@ -139,15 +142,15 @@ def statistics(shards: ShardSet, found: Scan, tokens_per_pack: int) -> dict[str,
         "audio_labels": totals["audio_labels"],
         "whisper_features": shards.features,
         "speakers": dict(sorted(by_speaker.items(), key=lambda item: (-item[1], item[0]))),
-        "scanned_samples": found.samples,
-        "languages_by_script": dict(found.scripts.most_common()),
+        "scanned_samples": scanned.samples,
+        "languages_by_script": dict(scanned.scripts.most_common()),
         "length_percentiles": percentiles(lengths),
-        "target_seconds_percentiles": percentiles(found.target_s),
-        "reference_seconds_percentiles": percentiles(found.reference_s),
-        "letters_per_second_percentiles": percentiles(found.letters_per_s),
+        "target_seconds_percentiles": percentiles(scanned.target_s),
+        "reference_seconds_percentiles": percentiles(scanned.reference_s),
+        "letters_per_second_percentiles": percentiles(scanned.letters_per_s),
         "pack_fill": pack_fill(shards, tokens_per_pack),
-        "label_shares": label_shares(found),
-        "code_usage": code_usage(found.counts_KC),
+        "label_shares": label_shares(scanned),
+        "code_usage": code_usage(scanned.counts_KC),
         "shards": len(shards.manifest["shards"]),
         "bytes": sum(shard["bytes"] for shard in shards.manifest["shards"]),
         "disk_bytes": disk_bytes(shards),
@@ -161,14 +164,14 @@ def packed_lengths(shards: ShardSet) -> np.ndarray:
 
 
 def percentiles(values: Any) -> dict[str, float]:
-    """Values by percentile; empty of nothing."""
+    """Values by percentile; empty without values."""
     if not len(values):
         return {}
     return {str(p): round(float(v), 3) for p, v in zip(PERCENTILES, np.percentile(values, PERCENTILES), strict=True)}
 
 
 def pack_fill(shards: ShardSet, tokens_per_pack: int) -> dict[str, Any]:
-    """How full the packs of the first epoch are at a budget; samples beyond the budget are counted and left out."""
+    """Fill of the first epoch's packs at a budget; samples longer than the budget are counted and left out."""
     rows = shards.rows_of(validation=False)
     lengths = packed_lengths(shards)[rows]
     fits = lengths <= tokens_per_pack
@@ -182,17 +185,17 @@ def pack_fill(shards: ShardSet, tokens_per_pack: int) -> dict[str, Any]:
     }
 
 
-def label_shares(found: Scan) -> dict[str, float]:
-    """Share of all positions that each modality takes, and share of its positions that the loss is taken on."""
-    every = sum(found.positions.values()) or 1
-    shares = {f"{name}_positions": count / every for name, count in found.positions.items()}
+def label_shares(scanned: ScanResult) -> dict[str, float]:
+    """Each modality's share of all positions, and the share of its positions that have a label."""
+    every = sum(scanned.positions.values()) or 1
+    shares = {f"{name}_positions": count / every for name, count in scanned.positions.items()}
     for name in ("text", "audio_out"):
-        shares[f"{name}_labelled"] = found.labelled[name] / (found.positions[name] or 1)
+        shares[f"{name}_labelled"] = scanned.labelled[name] / (scanned.positions[name] or 1)
     return shares
 
 
 def code_usage(counts_KC: np.ndarray) -> dict[str, Any]:
-    """Of each codebook: the entropy of its codes in bits, how many of its codes never occur, and how many there are."""
+    """Entropy of each codebook in bits, number of its codes that never occur, size of a codebook."""
     shares = counts_KC / np.maximum(counts_KC.sum(1, keepdims=True), 1)
     bits = -(shares * np.log2(shares, out=np.zeros_like(shares), where=shares > 0)).sum(1)
     return {

@@ -1,9 +1,9 @@
-"""One sample as people see it: its segments, its texts, every position of its sequence.
+"""One sample as people read it: its segments, its texts, every position of its sequence.
 
-In: a stored `Sample` and the special ids. Out: plain values for a table, a file or a page. Never: files, torch.
+In: a stored `Sample` and the special ids. Out: plain values for a table, a file or a page.
 
-Labels stand where boson's collator puts them: at the position of the token that they name. A position with a label is
-predicted by the position before it. Shapes: K codebooks, T frames of a segment.
+A label stands at the position of the token that it names, as in boson's collator; the position before predicts it.
+Shapes: K codebooks, T frames of a segment.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ class Segment:
 
     Attributes:
         number: its place in the sample, from 0.
-        role: of its message. source: the file that it was made of.
-        frames, seconds: of its codes, and of its source.
-        trained: the model is trained to say it.
+        role: of its message. source: the audio file that was encoded.
+        frames: length of its codes. seconds: length of its source.
+        trained: its codes have labels.
         codes_KT: uint16 [K, T], raw.
     """
 
@@ -45,7 +45,7 @@ class Segment:
 
     @property
     def kind(self) -> str:
-        """`target` for what the model is trained to say, `ref` for what it is given."""
+        """`target` for a trained segment, `ref` for one that the model is given."""
         return "target" if self.trained else "ref"
 
     @property
@@ -67,7 +67,7 @@ def segments_of(sample: Sample, ids: SpecialIds) -> list[Segment]:
 
 @dataclass(frozen=True)
 class Turn:
-    """One message: its role, whether its content is trained on, and its parts: a text, or a segment's number."""
+    """One message. trained: its content has labels. parts: texts, and the numbers of segments."""
 
     role: str
     trained: bool
@@ -88,15 +88,15 @@ def turns_of(sample: Sample) -> list[Turn]:
 
 
 def target_text(sample: Sample) -> str:
-    """What the model is trained to say; where it only says audio, the text that it was last asked for."""
+    """The text of the trained turns; where these hold only audio, the last text of the user."""
     turns = turns_of(sample)
-    said = [part for turn in turns if turn.trained for part in turn.parts if isinstance(part, str)]
-    asked = [part for turn in turns if turn.role == "user" for part in turn.parts if isinstance(part, str)]
-    return " ".join(said) or (asked[-1] if asked else "")
+    trained = [part for turn in turns if turn.trained for part in turn.parts if isinstance(part, str)]
+    user = [part for turn in turns if turn.role == "user" for part in turn.parts if isinstance(part, str)]
+    return " ".join(trained) or (user[-1] if user else "")
 
 
 def all_text(sample: Sample) -> str:
-    """Every text of a sample."""
+    """All texts of a sample, one a line."""
     return "\n".join(part for turn in turns_of(sample) for part in turn.parts if isinstance(part, str))
 
 
@@ -108,8 +108,10 @@ def speaker_of(sample: Sample) -> str:
 class Position:
     """One position of the expanded sequence.
 
-    modality: one of MODALITIES. token: id, at a text position. codes: K delayed codes, at an audio position.
-    text_label: id, or None where nothing is supervised; audio_labels: K codes, -100 where nothing is supervised.
+    Attributes:
+        modality: one of MODALITIES.
+        token: id, at a text position. codes: K delayed codes, at an audio position.
+        text_label: id; None without a label. audio_labels: K codes; -100 without a label.
     """
 
     number: int
@@ -121,34 +123,34 @@ class Position:
 
 
 def positions(sample: Sample, ids: SpecialIds, features: str = "none") -> Iterator[Position]:
-    """Every position of a sample, as the model sees it."""
-    seen = expand([sample], ids, [mel_positions(sample, features)])
-    tokens = dict(zip(seen.text_at.tolist(), seen.text_ids.tolist(), strict=True))
-    codes = dict(zip(seen.audio_at.tolist(), seen.codes_KA.T.tolist(), strict=True))
-    text_labels = dict(zip((seen.text_label_at + 1).tolist(), seen.text_labels.tolist(), strict=True))
-    audio_labels = dict(zip((seen.audio_label_at + 1).tolist(), seen.audio_labels_KB.T.tolist(), strict=True))
-    modality = np.full(seen.length, "text", dtype=object)
-    modality[seen.mel_at] = "whisper"
-    for start, width, is_out in seen.segments:
+    """Every position of a sample's expanded sequence."""
+    expanded = expand([sample], ids, [mel_positions(sample, features)])
+    tokens = dict(zip(expanded.text_at.tolist(), expanded.text_ids.tolist(), strict=True))
+    codes = dict(zip(expanded.audio_at.tolist(), expanded.codes_KA.T.tolist(), strict=True))
+    text_labels = dict(zip((expanded.text_label_at + 1).tolist(), expanded.text_labels.tolist(), strict=True))
+    audio_labels = dict(zip((expanded.audio_label_at + 1).tolist(), expanded.audio_labels_KB.T.tolist(), strict=True))
+    modality = np.full(expanded.length, "text", dtype=object)
+    modality[expanded.mel_at] = "whisper"
+    for start, width, is_out in expanded.segments:
         modality[start : start + width] = "audio_out" if is_out else "audio_in"
     unlabelled = [IGNORE] * ids.codebooks
-    for at in range(seen.length):
+    for at in range(expanded.length):
         row = codes.get(at)
         labels = audio_labels.get(at, unlabelled) if row else None
         yield Position(at, modality[at], tokens.get(at), row, text_labels.get(at), labels)
 
 
 def visible(text: str) -> str:
-    """A token's text so that every character shows: controls escaped, a lone combining mark on a dotted circle."""
+    """A token's text with every character visible: controls escaped, a lone combining mark on a dotted circle."""
     shown = "".join(_escaped(c) if unicodedata.category(c) in (*_CONTROLS, "Cf") else c for c in text)
     shown = shown.replace(" ", "␣")
     return DOTTED_CIRCLE + shown if shown and unicodedata.category(shown[0]).startswith("M") else shown
 
 
 def printable(text: str) -> str:
-    """A text without anything that could steer a terminal or the direction of what follows; its lines stay."""
-    steers = ((unicodedata.category(c) in _CONTROLS and c not in "\n\t") or c in _BIDI_CONTROLS for c in text)
-    return "".join(_escaped(c) if steer else c for c, steer in zip(text, steers, strict=True))
+    """A text with control characters and changes of direction escaped; line breaks and tabs stay."""
+    controls = ((unicodedata.category(c) in _CONTROLS and c not in "\n\t") or c in _BIDI_CONTROLS for c in text)
+    return "".join(_escaped(c) if control else c for c, control in zip(text, controls, strict=True))
 
 
 def _escaped(character: str) -> str:
@@ -156,7 +158,7 @@ def _escaped(character: str) -> str:
 
 
 def facts(sample: Sample, entry: Any) -> dict[str, Any]:
-    """What the index says of a sample, by name."""
+    """The index row of a sample, by name."""
     names = ("shard", "offset", "length", "tokens", "mel_tokens", "text_labels", "audio_labels", "audio_frames")
     return {
         "speaker": speaker_of(sample),

@@ -15,9 +15,6 @@ from rich.progress import Progress as RichBar
 if TYPE_CHECKING:  # encode imports torch, and inspect shows bars without it
     from higgs_tune.preprocess.encode import UnitReport
 
-if TYPE_CHECKING:
-    from higgs_tune.preprocess.encode import UnitReport  # imports torch
-
 PLAIN_EVERY_S = 15.0
 
 

@@ -50,7 +50,7 @@ def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def report(made: ShardSet, run_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("report") / "report.html"
-    cli.Report(str(made.folder), path, run_dir=run_folder).run()
+    cli.ReportCommand(str(made.folder), path, run_dir=run_folder).run()
     return path
 
 
@@ -67,8 +67,8 @@ def server(made: ShardSet, run_folder: Path) -> Iterator[str]:
 
 @pytest.fixture(scope="module")
 def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Chrome]:
-    with open_browser(tmp_path_factory.mktemp("profile")) as found:
-        yield found
+    with open_browser(tmp_path_factory.mktemp("profile")) as browser:
+        yield browser
 
 
 @pytest.fixture(params=["report", "served"])
@@ -107,15 +107,15 @@ def clips(page: Chrome, place: str) -> list[dict[str, Any]]:
 
 def loaded(page: Chrome, place: str) -> list[dict[str, Any]]:
     """Every player of a place, once all have a duration."""
-    return wait(lambda: (found := clips(page, place)) and all(c["duration"] for c in found) and found, "players", 60)
+    return wait(lambda: (shown := clips(page, place)) and all(c["duration"] for c in shown) and shown, "players", 60)
 
 
 def test_players_have_the_length_of_their_codes(page: Chrome, made: ShardSet) -> None:
-    found = loaded(page, "#samples")
-    assert len(found) == 50
+    shown = loaded(page, "#samples")
+    assert len(shown) == 50
     frames = [made.read(row).segment_frames for row in range(25)]
     expected = [count / 25 for sample in frames for count in sample]
-    for clip, seconds in zip(found, expected, strict=True):
+    for clip, seconds in zip(shown, expected, strict=True):
         assert clip["error"] is None
         assert clip["duration"] == pytest.approx(seconds, abs=0.03)
         assert clip["label"]
@@ -341,7 +341,7 @@ def test_right_to_left_text(browser: Chrome, report: Path) -> None:
 def test_two_thousand_samples_stay_fluent(browser: Chrome, toy: Path, tmp_path: Path) -> None:
     maker = SampleMaker(toy, frames=4)
     made = write_set(tmp_path / "set", toy, [[maker(number) for number in range(2000)]])
-    cli.Report(str(made.folder), tmp_path / "report.html", no_audio=True).run()
+    cli.ReportCommand(str(made.folder), tmp_path / "report.html", no_audio=True).run()
     assert (tmp_path / "report.html").stat().st_size < 25e6
     page = load(browser, (tmp_path / "report.html").as_uri())
     assert "of 2,000" in status(page)

@@ -62,7 +62,7 @@ def test_a_run_that_has_just_begun(tmp_path: Path) -> None:
     ("name", "content", "message"),
     [
         ("metrics.jsonl", "{}\n{nonsense}\n", "line 2 is not JSON"),
-        ("metrics.jsonl", "[1]\n", "line 1 is no object"),
+        ("metrics.jsonl", "[1]\n", "line 1 is not an object"),
         ("trainable.json", "[1, 2]", "a list of objects"),
         ("trainable.json", "nonsense", "not JSON"),
         ("samples/base/samples.json", "{}", "a list of objects"),

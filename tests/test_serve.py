@@ -65,9 +65,9 @@ def ask(port: int, target: str, method: str = "GET", body: bytes | None = None, 
         connection.putheader("Content-Length", str(len(body)))
     connection.endheaders(body)
     answer = connection.getresponse()
-    found = answer.status, answer.read()
+    answered = answer.status, answer.read()
     connection.close()
-    return found
+    return answered
 
 
 def ask_json(port: int, target: str) -> Any:
@@ -78,10 +78,10 @@ def ask_json(port: int, target: str) -> Any:
 
 @pytest.mark.fast
 def test_gives_what_is_stored(port: int, shards: ShardSet) -> None:
-    found = ask_json(port, "/api/sample/3")
+    answered = ask_json(port, "/api/sample/3")
     sample = shards.read(3)
-    assert found["ids"] == sample.tokens_2L[0].tolist()
-    assert found["labels"] == sample.tokens_2L[1].tolist()
+    assert answered["ids"] == sample.tokens_2L[0].tolist()
+    assert answered["labels"] == sample.tokens_2L[1].tolist()
     codes = [np.frombuffer(ask(port, f"/api/codes/3/{number}")[1], "<u2").reshape(8, -1) for number in range(2)]
     assert np.array_equal(np.concatenate(codes, axis=1), sample.codes_KT)
     status, clip = ask(port, "/api/clip/3/1")
@@ -97,9 +97,9 @@ def test_every_page_of_the_list_once(port: int, shards: ShardSet) -> None:
     pages = [ask_json(port, f"/api/samples?offset={at}&count=7&sort=seconds") for at in range(0, len(shards), 7)]
     rows = [row["row"] for page in pages for row in page["rows"]]
     assert rows == np.argsort(shards.index["seconds"], kind="stable").tolist()
-    found = ask_json(port, "/api/samples?query=" + "%D8%A7%D9%84%D8%B3%D9%84%D8%A7%D9%85&count=100")
+    answered = ask_json(port, "/api/samples?query=" + "%D8%A7%D9%84%D8%B3%D9%84%D8%A7%D9%85&count=100")
     texts = [json.dumps(shards.read(row).meta["messages"], ensure_ascii=False) for row in range(len(shards))]
-    assert [row["row"] for row in found["rows"]] == [n for n, text in enumerate(texts) if "السلام" in folded(text)]
+    assert [row["row"] for row in answered["rows"]] == [n for n, text in enumerate(texts) if "السلام" in folded(text)]
 
 
 @pytest.mark.fast
@@ -212,8 +212,8 @@ def test_answers_may_not_be_used_by_other_sites(port: int) -> None:
 
 def test_user_mistakes(port: int, shards: ShardSet) -> None:
     with pytest.raises(UserError, match="cannot listen"):
-        cli.Serve(str(shards.folder), port=port).run()
+        cli.ServeCommand(str(shards.folder), port=port).run()
     with pytest.raises(UserError, match="cannot listen"):
-        cli.Serve(str(shards.folder), port=70_000).run()
+        cli.ServeCommand(str(shards.folder), port=70_000).run()
     with pytest.raises(UserError, match="no run here"):
-        cli.Serve(str(shards.folder), run_dir=Path("nothing/here"), port=0).run()
+        cli.ServeCommand(str(shards.folder), run_dir=Path("nothing/here"), port=0).run()

@@ -1,52 +1,24 @@
-"""Names for damage: which field of a tar header, which member, which bytes.
+"""Diagnosis of damaged shards: the walk over a damaged tar, and the reason why a sample cannot be read, in words.
 
-In: bytes that are not what they should be. Out: findings in words. Never: a repair.
+In: bytes of a shard. Out: tar members, and a `Finding` on each damage.
 """
 
 from __future__ import annotations
 
-import json
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
 from higgs_tune.shards.errors import ShardError
-from higgs_tune.shards.format import (
-    CODES,
-    META,
-    TOKENS,
-    decode_mels,
-    parse_npy,
-)
 from higgs_tune.shards.ustar import TAR_BLOCK, parse_header, tar_end, tar_header
-
-# fields of a USTAR header (POSIX.1-1988): name, first byte, end
-USTAR_FIELDS = (
-    ("name", 0, 100),
-    ("mode", 100, 108),
-    ("uid", 108, 116),
-    ("gid", 116, 124),
-    ("size", 124, 136),
-    ("mtime", 136, 148),
-    ("chksum", 148, 156),
-    ("typeflag", 156, 157),
-    ("linkname", 157, 257),
-    ("magic", 257, 263),
-    ("version", 263, 265),
-    ("uname", 265, 297),
-    ("gname", 297, 329),
-    ("devmajor", 329, 337),
-    ("devminor", 337, 345),
-    ("prefix", 345, 500),
-    ("padding", 500, 512),
-)
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that is wrong.
+    """One fault of a set.
 
     Attributes:
         kind: a short fixed name, to count by.
-        detail: what was expected and what was found.
+        detail: the fault in words, with expected and got.
         file: name of the file within the set; key: of the sample; offset: in bytes of the file. Empty where none.
     """
 
@@ -62,7 +34,7 @@ class Finding:
 
 @dataclass(frozen=True)
 class Member:
-    """A tar member: its name, where its header starts, the bytes of its payload."""
+    """A tar member: name, offset of its header, payload size in bytes."""
 
     name: str
     offset: int
@@ -70,12 +42,12 @@ class Member:
 
     @property
     def end(self) -> int:
-        """Where the next header is."""
+        """Offset of the next header."""
         return self.offset + TAR_BLOCK + self.size + -self.size % TAR_BLOCK
 
 
 def walk(data: memoryview, file: str) -> tuple[list[Member], list[Finding]]:
-    """The members of a shard, read from header to header; after a damaged header, from the next sound one."""
+    """The members of a shard, read from header to header; after a damaged header, on from the next sound one."""
     members, findings, at = [], [], 0
     while at < len(data):
         header = bytes(data[at : at + TAR_BLOCK])
@@ -110,7 +82,7 @@ def _is_end(data: memoryview, at: int) -> bool:
 
 
 def _next_header(data: memoryview, at: int) -> int:
-    """Where the next sound header is, or the end of the archive starts; else the end of the data."""
+    """Offset of the next sound header or of the end marker; else the end of the data."""
     while at < len(data):
         header = bytes(data[at : at + TAR_BLOCK])
         if header[257:262] == b"ustar" or _is_end(data, at):
@@ -124,31 +96,22 @@ def _next_header(data: memoryview, at: int) -> int:
     return len(data)
 
 
-def changed_fields(header: bytes, name: str, size: int) -> list[str]:
-    """The fields in which a header differs from the one that this format writes."""
-    expected = tar_header(name, size)
-    return [field for field, start, end in USTAR_FIELDS if header[start:end] != expected[start:end]]
+def describe_damage(block: bytes, decode: Callable[[bytes, str], object]) -> str:
+    """The damage of a sample, or of its features, whose checksum is not the index's.
 
-
-def describe_sample(block: bytes, key: str) -> str:
-    """What is wrong with the members of a sample whose checksum is not the index's."""
-    found, at = zero_blocks(block), 0
-    for suffix in (CODES, META, TOKENS):
-        header = block[at : at + TAR_BLOCK]
-        size = _payload_size(block, at, suffix)
-        if len(header) < TAR_BLOCK or size is None:
-            found.append(f"{key}.{suffix} cannot be found at byte {at} of the sample")
-            break
-        name = f"{key}.{suffix}"
-        if fields := changed_fields(header, name, size):
-            found.append(f"header of {name}: {', '.join(fields)}")
-        found += _payload_damage(block[at + TAR_BLOCK : at + TAR_BLOCK + size], name, suffix)
-        at = Member(name, at, size).end
-    return "; ".join(found) or "a payload differs, the headers are sound"
+    Args:
+        decode: reads the bytes, and raises ShardError where it cannot.
+    """
+    reasons = zero_blocks(block)
+    try:
+        decode(block, "the sample")
+    except ShardError as error:
+        reasons.append(str(error))
+    return "; ".join(reasons) or "it can be read, but its checksum is not the index's"
 
 
 def zero_blocks(block: bytes) -> list[str]:
-    """Runs of whole 512-byte blocks of zeros, which no sample holds."""
+    """Runs of whole 512-byte blocks of zeros, in words; no intact sample holds one."""
     zero = [not any(block[at : at + TAR_BLOCK]) for at in range(0, len(block), TAR_BLOCK)]
     starts = [i for i, here in enumerate(zero) if here and (i == 0 or not zero[i - 1])]
     ends = [i + 1 for i, here in enumerate(zero) if here and (i + 1 == len(zero) or not zero[i + 1])]
@@ -156,39 +119,3 @@ def zero_blocks(block: bytes) -> list[str]:
         f"bytes {start * TAR_BLOCK} to {min(end * TAR_BLOCK, len(block))} of the sample are zero"
         for start, end in zip(starts, ends, strict=True)
     ]
-
-
-def _payload_size(block: bytes, at: int, suffix: str) -> int | None:
-    """Bytes of a payload, by its header where that is sound, else by the payload itself."""
-    try:
-        return parse_header(block[at : at + TAR_BLOCK], "")[1]
-    except ShardError:
-        payload = block[at + TAR_BLOCK :]
-    if suffix != META:
-        try:
-            return parse_npy(payload, "")[1]
-        except ShardError:
-            return None
-    following = next((i for i in range(0, len(payload), TAR_BLOCK) if payload[i + 257 : i + 262] == b"ustar"), None)
-    return None if following is None else len(payload[:following].rstrip(b"\0"))
-
-
-def _payload_damage(payload: bytes, name: str, suffix: str) -> list[str]:
-    try:
-        if suffix == META:
-            json.loads(payload)
-        elif (end := parse_npy(payload, name)[1]) != len(payload):
-            return [f"payload of {name}: {len(payload)} bytes, its array has {end}"]
-    except (ShardError, ValueError) as error:
-        return [f"payload of {name}: {error}"]
-    return []
-
-
-def describe_mel(block: bytes, key: str) -> str:
-    """What is wrong with a sample's Whisper features whose checksum is not the index's."""
-    found = zero_blocks(block)
-    try:
-        decode_mels(block, f"{key}'s features")
-    except ShardError as error:
-        found.append(str(error))
-    return "; ".join(found) or "the payload or its padding differs"

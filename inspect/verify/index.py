@@ -1,7 +1,7 @@
-"""The index of a set, its totals and its rejects, against the manifest and against what the shards ask for.
+"""Verification of the index, the totals and the rejects of a set.
 
-In: the files, and the rows that each shard was found to ask for. Out: findings. Never: a row compared that belongs to a
-damaged sample, which has a finding of its own.
+In: the files, and the index rows computed from the shards. Out: findings. Rows of damaged samples are not compared:
+the damage is a finding of its own.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ import numpy as np
 import xxhash
 from higgs_tune.inspect.verify.diagnose import Finding
 from higgs_tune.inspect.verify.manifest import Manifest
-from higgs_tune.inspect.verify.shard import Checked
+from higgs_tune.inspect.verify.shard import ShardResult
 from higgs_tune.shards.index import index_dtype, join_index, totals
 from higgs_tune.shards.writer import count_reasons
 
-MOST_ROWS = 20  # rows that are named one by one
+MOST_ROWS = 20  # wrong rows that get a finding each
 
 
 @dataclass
-class Index:
-    """The index file. rows: None where it cannot be read. trusted: it is the file that the manifest names."""
+class IndexFile:
+    """The index file as it was read. rows: None where it cannot be read. trusted: its SHA-256 is the manifest's."""
 
     name: str
     rows: np.ndarray | None = None
@@ -35,10 +35,10 @@ class Index:
     findings: list[Finding] = field(default_factory=list)
 
 
-def read_index(folder: Path, manifest: Manifest) -> Index:
-    """Read the index and compare it with what the manifest says of it."""
+def read_index(folder: Path, manifest: Manifest) -> IndexFile:
+    """Read the index and compare it with its entry in the manifest."""
     entry = manifest.content["index"]
-    index = Index(entry["name"])
+    index = IndexFile(entry["name"])
     path = folder / index.name
     if not path.is_file():
         index.findings.append(Finding("missing_file", "the manifest names it", index.name))
@@ -58,11 +58,11 @@ def read_index(folder: Path, manifest: Manifest) -> Index:
         detail = f"expected {entry['bytes']} bytes, sha256 {entry['sha256']}, got {len(data)} bytes, sha256 {got}"
         index.findings.append(Finding("stale_index", detail, index.name))
     elif index.rows is not None:
-        index.findings += _against_entry(index.rows, entry)
+        index.findings += _compare_with_entry(index.rows, entry)
     return index
 
 
-def _against_entry(rows: np.ndarray, entry: dict[str, Any]) -> Iterator[Finding]:
+def _compare_with_entry(rows: np.ndarray, entry: dict[str, Any]) -> Iterator[Finding]:
     if len(rows) != entry["rows"]:
         yield Finding("wrong_count", f"expected {entry['rows']} rows, got {len(rows)}", entry["name"])
     digest = xxhash.xxh3_64_hexdigest(rows.view(np.uint8).data)
@@ -70,12 +70,12 @@ def _against_entry(rows: np.ndarray, entry: dict[str, Any]) -> Iterator[Finding]
         yield Finding("wrong_manifest", f"xxh3 of the index: expected {digest}, got {entry['xxh3']}", "manifest.json")
 
 
-def against_shards(index: Index, checked: list[Checked], manifest: Manifest) -> list[Finding]:
-    """The rows of the index against those that the intact samples of the shards ask for."""
-    findings = list(_duplicates(checked, manifest))
+def compare_with_shards(index: IndexFile, results: list[ShardResult], manifest: Manifest) -> list[Finding]:
+    """Compare the rows of the index with the rows computed from the intact samples of the shards."""
+    findings = list(_duplicates(results, manifest))
     if index.rows is None or findings:
         return findings
-    made, names = join_index([one.array() for one in checked], [one.speakers for one in checked])
+    made, names = join_index([result.array() for result in results], [result.speakers for result in results])
     listed = manifest.content["speakers"]
     if names != listed and len(made) == len(index.rows):
         detail = f"speakers: expected {len(names)}, {names[:5]}, got {len(listed)}, {listed[:5]}"
@@ -86,9 +86,7 @@ def against_shards(index: Index, checked: list[Checked], manifest: Manifest) -> 
     differing += ["split"] if manifest.split else []
     wrong = np.flatnonzero(np.logical_or.reduce([rows[name] != made[name] for name in differing]))
     if not index.trusted:
-        detail = (
-            f"of its {len(index.rows)} rows, {len(rows) - len(wrong)} are those of the shards' {len(places)} samples"
-        )
+        detail = f"{len(rows) - len(wrong)} of its {len(index.rows)} rows fit the {len(places)} samples of the shards"
         return [*findings, Finding("stale_index", detail, index.name)]
     findings += _wrong_rows(index, rows, made, wrong, differing)
     findings += _wrong_speakers(index, rows, made, names, listed)
@@ -98,7 +96,7 @@ def against_shards(index: Index, checked: list[Checked], manifest: Manifest) -> 
 
 
 def _places(rows: np.ndarray, made: np.ndarray) -> np.ndarray:
-    """int64 [made]: where the key of each row stands in the index; -1 where it does not."""
+    """int64 [made]: position of each row's key in the index; -1 where it is not there."""
     if not len(rows):
         return np.full(len(made), -1)
     order = np.argsort(rows["key"], kind="stable")
@@ -106,18 +104,18 @@ def _places(rows: np.ndarray, made: np.ndarray) -> np.ndarray:
     return np.where(rows["key"][places] == made["key"], places, -1)
 
 
-def _duplicates(checked: list[Checked], manifest: Manifest) -> Iterator[Finding]:
+def _duplicates(results: list[ShardResult], manifest: Manifest) -> Iterator[Finding]:
     seen: dict[bytes, str] = {}
-    for one, entry in zip(checked, manifest.shards, strict=True):
-        for row in one.rows:
+    for result, entry in zip(results, manifest.shards, strict=True):
+        for row in result.rows:
             if row[0] in seen:
-                detail = f"the key is in {seen[row[0]]} too"
+                detail = f"the key is also in {seen[row[0]]}"
                 yield Finding("duplicate_key", detail, entry["name"], row[0].decode(), row[2])
             seen[row[0]] = entry["name"]
 
 
 def _wrong_rows(
-    index: Index, rows: np.ndarray, made: np.ndarray, wrong: np.ndarray, names: list[str]
+    index: IndexFile, rows: np.ndarray, made: np.ndarray, wrong: np.ndarray, names: list[str]
 ) -> Iterator[Finding]:
     for row in wrong[:MOST_ROWS].tolist():
         pairs = [(name, made[name][row], rows[name][row]) for name in names]
@@ -128,9 +126,9 @@ def _wrong_rows(
 
 
 def _wrong_speakers(
-    index: Index, rows: np.ndarray, made: np.ndarray, names: list[str], listed: list[str]
+    index: IndexFile, rows: np.ndarray, made: np.ndarray, names: list[str], listed: list[str]
 ) -> Iterator[Finding]:
-    """Speakers are compared by name: their numbers depend on which samples there are. The first that differs."""
+    """The first speaker that differs. Speakers are compared by name: their numbers depend on the other samples."""
     for key, number, own in zip(made["key"].tolist(), rows["speaker"].tolist(), made["speaker"].tolist(), strict=True):
         got = listed[number] if number < len(listed) else f"number {number} of {len(listed)}"
         if got != names[own]:
@@ -139,8 +137,8 @@ def _wrong_speakers(
             return
 
 
-def check_totals(index: Index, manifest: Manifest) -> list[Finding]:
-    """The manifest's totals against the index."""
+def check_totals(index: IndexFile, manifest: Manifest) -> list[Finding]:
+    """Compare the manifest's totals with the index."""
     if index.rows is None or not index.trusted:
         return []
     expected, got = totals(index.rows), manifest.content["totals"]
@@ -151,7 +149,7 @@ def check_totals(index: Index, manifest: Manifest) -> list[Finding]:
 
 
 def check_rejects(folder: Path, manifest: Manifest) -> list[Finding]:
-    """rejects.jsonl against the manifest."""
+    """Compare rejects.jsonl with the manifest."""
     entry = manifest.content["rejects"]
     path = folder / entry["name"]
     if not path.is_file():
@@ -165,7 +163,7 @@ def check_rejects(folder: Path, manifest: Manifest) -> list[Finding]:
         rejects = [json.loads(line) for line in data.splitlines()]
         reasons = count_reasons(rejects)
     except (ValueError, KeyError, TypeError) as error:
-        return [Finding("damaged_rejects", f"a line is no reject: {error}", path.name)]
+        return [Finding("damaged_rejects", f"a line cannot be read: {error}", path.name)]
     if len(rejects) != entry["rows"] or reasons != entry["by_reason"]:
         detail = f"rejects: expected {len(rejects)}, {reasons}, got {entry['rows']}, {entry['by_reason']}"
         return [Finding("wrong_manifest", detail, "manifest.json")]

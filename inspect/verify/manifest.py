@@ -1,6 +1,6 @@
-"""The manifest of a set: read, and its form checked, before anything in it is believed.
+"""Verification of the manifest: its form is checked before its content is used.
 
-In: a folder. Out: a `Manifest`, or findings. Never: a name in it that leads out of the folder.
+In: a folder. Out: a `Manifest`, or findings. File names that lead out of the folder are refused.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _FORM: dict[str, dict[str, type]] = {
 
 @dataclass(frozen=True)
 class Manifest:
-    """A manifest of sound form. hash: SHA-256 of its bytes."""
+    """A manifest whose form is sound. hash: SHA-256 of its bytes."""
 
     content: dict[str, Any]
     hash: str
@@ -45,7 +45,7 @@ class Manifest:
 
     @property
     def files(self) -> list[dict[str, Any]]:
-        """Every file that it names."""
+        """Entries of all files that it names."""
         return [*self.shards, *self.mel_shards, self.content["index"], self.content["rejects"]]
 
     @property
@@ -66,7 +66,7 @@ class Manifest:
 
     @property
     def split(self) -> ValidationSplit | None:
-        """The rule of the held-out samples; None where the provenance does not tell it."""
+        """The rule of the validation split; None where it is not in the provenance."""
         options = self.provenance.get("request", {}).get("options", {})
         if not {"val_fraction", "val_by"} <= options.keys():
             return None
@@ -74,7 +74,7 @@ class Manifest:
 
 
 def read_manifest(folder: Path) -> tuple[Manifest | None, list[Finding]]:
-    """The manifest of a set, or what is wrong with it.
+    """The manifest of a set, or findings on it.
 
     Raises:
         UserError: the folder holds no shard set at all.
@@ -96,7 +96,7 @@ def read_manifest(folder: Path) -> tuple[Manifest | None, list[Finding]]:
 
 
 def _problems(content: Any) -> Iterator[str]:
-    """What is wrong with the form of a manifest; after the first, what follows may not hold."""
+    """Faults in the form of a manifest. Later ones assume that there is no earlier one: take the first."""
     if not isinstance(content, dict):
         yield "expected an object"
     if content.get("format_version") != FORMAT_VERSION:

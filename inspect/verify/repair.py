@@ -1,7 +1,7 @@
-"""Rebuild a set's index from its shards.
+"""Repair of a set's index: `verify --repair-index` rebuilds it from the shards.
 
-In: a set whose shards are intact. Out: `index.npy`, and the manifest where what it says of the index was wrong. Never:
-a change to a shard; an index of a set with a damaged shard.
+In: a set whose shards are intact. Out: `index.npy`, and the manifest where its entries on the index were wrong.
+Guarantees: shards are not changed; a set with a damaged shard is refused (tests/test_verify.py).
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ from pathlib import Path
 import numpy as np
 import xxhash
 from higgs_tune.inspect.verify.diagnose import Finding
-from higgs_tune.inspect.verify.verify import Verdict, VerifyOptions, verify
+from higgs_tune.inspect.verify.verify import Verdict, VerifyOptions, verify_set
 from higgs_tune.shards import durable
 from higgs_tune.shards.errors import UserError
 from higgs_tune.shards.index import join_index, npy_bytes, totals
 from higgs_tune.shards.writer import INDEX, MANIFEST
 
-# findings that a new index, and the manifest's entries about it, can mend
-MENDABLE = {
+# kinds of findings that a new index, and new manifest entries on it, repair
+REPAIRABLE = {
     "damaged_index",
     "stale_index",
     "wrong_index_row",
@@ -29,26 +29,28 @@ MENDABLE = {
 }
 
 
-def mendable(finding: Finding) -> bool:
-    return finding.kind in MENDABLE or (finding.kind in ("missing_file", "wrong_count") and finding.file == INDEX)
+def is_repairable(finding: Finding) -> bool:
+    return finding.kind in REPAIRABLE or (finding.kind in ("missing_file", "wrong_count") and finding.file == INDEX)
 
 
 def repair_index(folder: Path, options: VerifyOptions) -> str:
-    """Rebuild the index and say what was done.
+    """Rebuild the index; the result in words.
 
     Raises:
-        UserError: something else than the index is wrong, or the rule of the held-out samples is not known.
+        UserError: more than the index is wrong, or the rule of the validation split is not known.
     """
-    verdict = verify(folder, options)
+    verdict = verify_set(folder, options)
     if not verdict.findings:
         return "nothing to repair"
     index = _rebuilt(folder, verdict)
     data = npy_bytes(index)
     durable.write_bytes(folder / INDEX, data)
-    done = f"{INDEX} rebuilt from {len(verdict.checked)} shards: {len(index)} rows"
+    done = f"{INDEX} rebuilt from {len(verdict.results)} shards: {len(index)} rows"
     manifest = verdict.manifest
     assert manifest is not None
-    names = join_index([one.array() for one in verdict.checked], [one.speakers for one in verdict.checked])[1]
+    names = join_index([result.array() for result in verdict.results], [result.speakers for result in verdict.results])[
+        1
+    ]
     entry = {
         "name": INDEX,
         "bytes": len(data),
@@ -56,25 +58,27 @@ def repair_index(folder: Path, options: VerifyOptions) -> str:
         "rows": len(index),
         "xxh3": xxhash.xxh3_64_hexdigest(index.view(np.uint8).data),
     }
-    mended = manifest.content | {"index": entry, "totals": totals(index), "speakers": names}
-    if mended == manifest.content:
+    corrected = manifest.content | {"index": entry, "totals": totals(index), "speakers": names}
+    if corrected == manifest.content:
         return f"{done}, byte for byte the one that the manifest names"
-    durable.write_bytes(folder / MANIFEST, durable.to_json(mended, indent=1) + b"\n")
+    durable.write_bytes(folder / MANIFEST, durable.to_json(corrected, indent=1) + b"\n")
     return f"{done}; the manifest named another index and was corrected, so runs on the old set cannot be resumed on it"
 
 
 def _rebuilt(folder: Path, verdict: Verdict) -> np.ndarray:
-    """The index that the shards ask for."""
-    others = [one for one in verdict.findings if not mendable(one)]
+    """The index computed from the shards."""
+    others = [one for one in verdict.findings if not is_repairable(one)]
     if verdict.manifest is None or others:
-        found = "; ".join(f"{one.file} {one.key} {one.kind}: {one.detail}" for one in (others or verdict.findings)[:5])
-        raise UserError("the index can only be rebuilt from intact shards", where=folder, got=found)
-    index, _ = join_index([one.array() for one in verdict.checked], [one.speakers for one in verdict.checked])
+        faults = "; ".join(f"{one.file} {one.key} {one.kind}: {one.detail}" for one in (others or verdict.findings)[:5])
+        raise UserError("the index can only be rebuilt from intact shards", where=folder, got=faults)
+    index, _ = join_index(
+        [result.array() for result in verdict.results], [result.speakers for result in verdict.results]
+    )
     if verdict.manifest.split is None:
         old = verdict.index.rows if verdict.index else None
         if old is None or not np.array_equal(old["key"], index["key"]):
             raise UserError(
-                "which samples are held out is not known",
+                "the validation split is not known",
                 where=folder,
                 expected="val_fraction and val_by in the provenance",
             )

@@ -1,7 +1,6 @@
-"""The strictest check of a sample's tokens: make them again from its messages.
+"""Comparison of stored tokens with a fresh tokenization of the messages: `verify --deep`.
 
-In: a stored sample and the checkpoint's tokenizer. Out: where boson's template gives other tokens or labels. Never:
-audio.
+In: a stored sample and the checkpoint's tokenizer. Out: the first difference in tokens or labels, in words.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ def _tokenizer(folder: Path, ids: SpecialIds) -> PreTrainedTokenizerBase:
 
 
 def tokens_differ(sample: Sample, tokenizer: Path, ids: SpecialIds) -> str:
-    """What differs between the stored tokens and those of the messages; empty where they are equal."""
+    """The difference between the stored tokens and those of the messages, in words; empty where they are equal."""
     try:
         made_2L = tokenize(_chat(sample), _tokenizer(tokenizer, ids), ids)
     except Reject as reject:

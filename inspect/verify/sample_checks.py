@@ -1,6 +1,6 @@
-"""The rules that a sample's content obeys, whatever its checksums say.
+"""Rules for the content of a sample: codes, tokens, segments, turns, labels. Checksums cannot tell these.
 
-In: a decoded sample. Out: findings. Never: a fix.
+In: a decoded sample. Out: (kind, detail) of each broken rule.
 
 Shapes: K codebooks, T frames of a segment, W positions of a segment, L tokens.
 """
@@ -20,11 +20,15 @@ ROLES = ("system", "user", "assistant")
 
 
 @dataclass(frozen=True)
-class Rules:
-    """What the set's provenance says of its samples.
+class SampleRules:
+    """Bounds and ids from the provenance of a set, and the rules that use them.
 
-    ids: special ids. codebook_size: codes of a codebook. vocabulary: token ids; 0: unknown. header: the token that
-    opens every message; None where the tokenizer is not at hand: then it is taken to be the second of each sample.
+    Attributes:
+        ids: special ids.
+        codebook_size: number of codes of a codebook.
+        vocabulary: number of token ids; 0: unknown.
+        header: the token that opens every message; None where the tokenizer is not at hand: then the second token of
+            a sample is taken for it.
     """
 
     ids: SpecialIds
@@ -33,10 +37,10 @@ class Rules:
     header: int | None
 
     def check(self, sample: Sample) -> Iterator[tuple[str, str]]:
-        """(kind, detail) of everything that is wrong with a sample."""
-        found = [*self._codes(sample), *self._tokens(sample), *self._segments(sample)]
-        yield from found
-        if found:  # what follows takes these for granted
+        """(kind, detail) of each broken rule."""
+        basic = [*self._codes(sample), *self._tokens(sample), *self._segments(sample)]
+        yield from basic
+        if basic:  # the other rules rely on these
             return
         yield from self._turns(sample)
         yield from self._audio_labels(sample)
@@ -67,7 +71,7 @@ class Rules:
             at = int(wrong.argmax())
             yield "wrong_label", f"expected {IGNORE} or {input_ids[at]}, got {label_ids[at]} at token {at}"
         if label_ids[0] != IGNORE:
-            yield "first_label", "the first token has a label, and nothing predicts it"
+            yield "first_label", "the first token has a label, but no position predicts it"
         at = np.flatnonzero((input_ids == self.ids.audio_in) & (label_ids != IGNORE))
         if len(at):
             yield "labelled_input_audio", f"an input segment has a label at token {at[0]}"
@@ -89,7 +93,7 @@ class Rules:
                 yield "wrong_segments", f"segment {number}: expected at least a frame, got {length}"
 
     def _turns(self, sample: Sample) -> Iterator[tuple[str, str]]:
-        """No label outside of the assistant's turns, nor before `start_index`."""
+        """No label outside of the assistant's turns, none before `start_index`."""
         messages, label_ids = sample.meta["messages"], sample.tokens_2L[1]
         starts = self._starts(sample)
         if len(starts) != len(messages):
@@ -106,16 +110,16 @@ class Rules:
                 yield "labelled_turn", f"{detail}{start + labelled[0]}; expected none"
 
     def _starts(self, sample: Sample) -> np.ndarray:
-        """Tokens at which the messages of a sample start."""
+        """Token positions at which the messages of a sample start."""
         input_ids = sample.tokens_2L[0]
         return np.flatnonzero(input_ids == (input_ids[1:2] if self.header is None else self.header))
 
     def turns_known(self, sample: Sample) -> bool:
-        """Whether it is known which tokens belong to which message."""
+        """Whether the tokens can be assigned to messages."""
         return len(self._starts(sample)) == len(sample.meta["messages"])
 
     def _audio_labels(self, sample: Sample) -> Iterator[tuple[str, str]]:
-        """First column without a label, each codebook's EOS once, nothing else but codes; and nothing for the rest."""
+        """A trained segment: no label in its first column, one EOS per codebook. Other segments: no labels."""
         try:
             seen = expand([sample], self.ids)
         except ShardError as error:
@@ -139,7 +143,7 @@ class Rules:
 
 
 def meta_problems(meta: Any) -> Iterator[str]:
-    """What a sample's metadata lacks for anything to be checked; after the first, what follows may not hold."""
+    """Faults in the form of a sample's metadata. Later ones assume that there is no earlier one: take the first."""
     if not isinstance(meta, dict) or not {"messages", "start_index", "speaker", "segments"} <= meta.keys():
         yield "expected an object with messages, start_index, speaker, segments"
     if not isinstance(meta["messages"], list) or not isinstance(meta["segments"], list):

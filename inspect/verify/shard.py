@@ -1,7 +1,7 @@
-"""One shard of a set against its manifest entry, its index rows and the rules; a task that any process can run.
+"""Verification of one shard: its files against the manifest and the index, its samples against the rules.
 
-In: a `Task`. Out: findings, and the index rows that the shard itself asks for. Never: trust in the index: samples are
-found by walking the tar, and the index only tells what should be there.
+In: a `ShardTask`, which any process can run. Out: a `ShardResult`: findings, and index rows computed from the shard.
+The index is not trusted: the tar is walked from header to header, and the index only says which samples to expect.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from higgs_tune.inspect.verify.diagnose import Finding, Member, describe_mel, describe_sample, walk
-from higgs_tune.inspect.verify.sample_checks import Rules, meta_problems
+from higgs_tune.inspect.verify.diagnose import Finding, Member, describe_damage, walk
+from higgs_tune.inspect.verify.sample_checks import SampleRules, meta_problems
 from higgs_tune.inspect.view import speaker_of
 from higgs_tune.shards.errors import ShardError
 from higgs_tune.shards.format import (
@@ -39,12 +39,16 @@ MOST_ROW_FINDINGS = 1000  # of a kind and shard: a broken index breaks every row
 
 
 @dataclass(frozen=True)
-class Task:
-    """What is needed to verify one shard.
+class ShardTask:
+    """The input of one shard's verification.
 
-    folder: of the set. number: of the shard. entry, mel_entry: what the manifest says of its files. rows: its index
-    rows, or None where the index is lost or not the manifest's. others: file names by SHA-256, to name swapped files.
-    split: the rule of the held-out samples, or None where it is unknown. tokenizer: for --deep, its folder.
+    Attributes:
+        folder: of the set. number: of the shard.
+        entry, mel_entry: the manifest's entries of its files.
+        rows: its index rows; None where the index is lost or is not the manifest's.
+        others: file names by SHA-256, to name swapped files.
+        split: the rule of the validation split; None where it is unknown.
+        tokenizer: its folder, for --deep.
     """
 
     folder: Path
@@ -52,7 +56,7 @@ class Task:
     entry: dict[str, Any]
     mel_entry: dict[str, Any] | None
     rows: np.ndarray | None
-    rules: Rules
+    rules: SampleRules
     features: str
     others: dict[str, str]
     split: ValidationSplit | None
@@ -61,11 +65,13 @@ class Task:
 
 
 @dataclass
-class Checked:
-    """What came of it.
+class ShardResult:
+    """The result of one shard's verification.
 
-    rows: the index rows that the intact samples ask for; speakers: of each of them. unknown_turns: samples of which it
-    is not known which tokens belong to which message. whole: the files are those of the manifest.
+    Attributes:
+        rows: index rows computed from the intact samples; speakers: the speaker of each.
+        unknown_turns: number of samples whose tokens cannot be assigned to messages.
+        whole: the files are those of the manifest.
     """
 
     findings: list[Finding] = field(default_factory=list)
@@ -79,8 +85,8 @@ class Checked:
 
 
 @contextmanager
-def opened(path: Path) -> Iterator[memoryview]:
-    """A file's bytes, mapped; empty for an empty file."""
+def mapped_file(path: Path) -> Iterator[memoryview]:
+    """A file's bytes, memory-mapped."""
     with path.open("rb") as file:
         if not path.stat().st_size:
             yield memoryview(b"")
@@ -90,50 +96,50 @@ def opened(path: Path) -> Iterator[memoryview]:
 
 
 def check_file(view: memoryview, entry: dict[str, Any], others: dict[str, str]) -> Finding | None:
-    """Size and SHA-256 of a file against the manifest's; `others` names files by their SHA-256."""
+    """Compare size and SHA-256 of a file with the manifest's; `others` names files by their SHA-256."""
     name = entry["name"]
     got = hashlib.sha256(view).hexdigest()
     if got == entry["sha256"] and len(view) == entry["bytes"]:
         return None
     if others.get(got, name) != name:
-        return Finding("swapped_file", f"it holds what the manifest says of {others[got]}", name)
+        return Finding("swapped_file", f"its content is that of {others[got]}", name)
     if len(view) != entry["bytes"]:
         return Finding("wrong_size", f"expected {entry['bytes']} bytes, got {len(view)}", name)
     return Finding("wrong_sha256", f"expected {entry['sha256']}, got {got}", name)
 
 
-def verify_shard(task: Task) -> Checked:
+def verify_shard(task: ShardTask) -> ShardResult:
     """Check one shard's codes file, and its mel file where it has one."""
-    checked = Checked()
-    mels = _mel_blocks(task, checked) if task.mel_entry else {}
+    result = ShardResult()
+    mels = _mel_blocks(task, result) if task.mel_entry else {}
     path = task.folder / task.entry["name"]
     if not path.is_file():
-        checked.findings.append(Finding("missing_file", "the manifest names it", path.name))
-        checked.whole = False
-        return checked
-    with opened(path) as view:
+        result.findings.append(Finding("missing_file", "the manifest names it", path.name))
+        result.whole = False
+        return result
+    with mapped_file(path) as view:
         if wrong := check_file(view, task.entry, task.others):
-            checked.findings.append(wrong)
-            checked.whole = False
+            result.findings.append(wrong)
+            result.whole = False
             if wrong.kind == "swapped_file":
-                return checked
+                return result
         members, damage = walk(view, path.name)
         blocks, loose = _samples(members, path.name)
-        damaged = _against_index(task, checked, view, blocks, damage + loose)
+        damaged = _compare_with_index(task, result, view, blocks, damage + loose)
         for key, (offset, length) in blocks.items():
             if key in damaged:
                 continue
-            _check_sample(task, checked, key, bytes(view[offset : offset + length]), offset, mels.get(key, (0, 0, 0)))
+            _check_sample(task, result, key, bytes(view[offset : offset + length]), offset, mels.get(key, (0, 0, 0)))
     count = len(blocks)
     if task.entry["samples"] != count:
-        checked.findings.append(
+        result.findings.append(
             Finding("wrong_count", f"expected {task.entry['samples']} samples, got {count}", path.name)
         )
-    return checked
+    return result
 
 
 def _samples(members: list[Member], file: str) -> tuple[dict[str, tuple[int, int]], list[Finding]]:
-    """Whole samples of a codes file: (offset, length) by key, in order; and members that belong to none."""
+    """Whole samples of a codes file: (offset, length) by key, in order; and findings on the other members."""
     blocks: dict[str, tuple[int, int]] = {}
     findings, at = [], 0
     while at < len(members):
@@ -155,18 +161,18 @@ def _samples(members: list[Member], file: str) -> tuple[dict[str, tuple[int, int
     return blocks, findings
 
 
-def _against_index(
-    task: Task, checked: Checked, view: memoryview, blocks: dict[str, tuple[int, int]], damage: list[Finding]
+def _compare_with_index(
+    task: ShardTask, result: ShardResult, view: memoryview, blocks: dict[str, tuple[int, int]], damage: list[Finding]
 ) -> set[str]:
-    """Add samples that are not where or what the index says, then the damage that lies in none of them.
+    """Add findings on samples that differ from their index rows, then on damage outside of those samples.
 
     Returns:
-        The keys of those samples.
+        The keys of the samples that differ.
     """
     if task.rows is None:
-        checked.findings += damage
+        result.findings += damage
         return set()
-    name, wrong, lost, intact = task.entry["name"], {}, [], checked.whole
+    name, wrong, lost, intact = task.entry["name"], {}, [], result.whole
     for entry in task.rows:
         key, offset, length = entry["key"].decode(), int(entry["offset"]), int(entry["length"])
         block = bytes(view[offset : offset + length])
@@ -174,25 +180,23 @@ def _against_index(
             continue
         wrong[key] = (offset, offset + length)
         if intact:
-            detail = (
-                f"bytes {offset} to {offset + length} of {name}, which is as the manifest says, are not this sample"
-            )
-            checked.findings.append(Finding("wrong_index_row", detail, INDEX, key, offset))
+            detail = f"bytes {offset} to {offset + length} of {name}, an intact file, are not this sample"
+            result.findings.append(Finding("wrong_index_row", detail, INDEX, key, offset))
         elif offset >= len(view):
             lost.append(key)
         elif len(wrong) <= MOST_ROW_FINDINGS:
-            checked.findings.append(_damaged(name, key, offset, length, block))
+            result.findings.append(_damaged(name, key, offset, length, block))
     if len(wrong) > MOST_ROW_FINDINGS and not intact:
         detail = f"and {len(wrong) - MOST_ROW_FINDINGS} more samples"
-        checked.findings.append(Finding("damaged_sample", detail, name))
+        result.findings.append(Finding("damaged_sample", detail, name))
     if lost:
         detail = f"{len(lost)} samples are cut off, from {lost[0]} to {lost[-1]}"
-        checked.findings.append(Finding("lost_samples", detail, name, lost[0], len(view)))
+        result.findings.append(Finding("lost_samples", detail, name, lost[0], len(view)))
     indexed = {key.decode() for key in task.rows["key"].tolist()}
     for key in sorted(blocks.keys() - indexed):
-        checked.findings.append(Finding("unindexed_sample", "the index does not name it", name, key, blocks[key][0]))
+        result.findings.append(Finding("unindexed_sample", "the index does not name it", name, key, blocks[key][0]))
     spans = wrong.values()
-    checked.findings += [one for one in damage if not any(start <= (one.offset or 0) < end for start, end in spans)]
+    result.findings += [one for one in damage if not any(start <= (one.offset or 0) < end for start, end in spans)]
     return set(wrong)
 
 
@@ -200,56 +204,58 @@ def _damaged(name: str, key: str, offset: int, length: int, block: bytes) -> Fin
     if len(block) < length:
         detail = f"the file ends after {len(block)} of its {length} bytes"
         return Finding("cut_sample", detail, name, key, offset)
-    return Finding("damaged_sample", describe_sample(block, key), name, key, offset)
+    return Finding("damaged_sample", describe_damage(block, decode_sample), name, key, offset)
 
 
-def _check_sample(task: Task, checked: Checked, key: str, block: bytes, offset: int, mel: tuple[int, int, int]) -> None:
-    """Decode one sample, check it against the rules, and add the index row that it asks for."""
+def _check_sample(
+    task: ShardTask, result: ShardResult, key: str, block: bytes, offset: int, mel: tuple[int, int, int]
+) -> None:
+    """Decode one sample, check it against the rules, and add the index row computed from it."""
     name = task.entry["name"]
 
-    def found(kind: str, detail: str) -> None:
-        checked.findings.append(Finding(kind, detail, name, key, offset))
+    def add(kind: str, detail: str) -> None:
+        result.findings.append(Finding(kind, detail, name, key, offset))
 
     try:
         sample = decode_sample(block, f"{name}, key {key}")
     except ShardError as error:
-        found("damaged_sample", str(error))
+        add("damaged_sample", str(error))
         return
     if problem := next(meta_problems(sample.meta), ""):
-        found("damaged_metadata", problem)
+        add("damaged_metadata", problem)
         return
     problems = list(task.rules.check(sample))
     for kind, detail in problems:
-        found(kind, detail)
-    checked.unknown_turns += not problems and not task.rules.turns_known(sample)
+        add(kind, detail)
+    result.unknown_turns += not problems and not task.rules.turns_known(sample)
     if not problems and task.deep and task.tokenizer:
         from higgs_tune.inspect.verify.retokenize import tokens_differ  # imports transformers
 
         if difference := tokens_differ(sample, task.tokenizer, task.rules.ids):
-            found("other_tokens", difference)
+            add("other_tokens", difference)
     try:
         counts = index_counts(sample, task.rules.ids, task.features)
     except ShardError:
-        return  # the rules have named it
+        return  # a rule has named the damage
     split = task.split.of(sample) if task.split else 0
-    checked.rows.append((key.encode(), task.number, offset, len(block), checksum(block), *mel, *counts, 0, split))
-    checked.speakers.append(speaker_of(sample))
+    result.rows.append((key.encode(), task.number, offset, len(block), checksum(block), *mel, *counts, 0, split))
+    result.speakers.append(speaker_of(sample))
     if task.deep and mel[1]:
-        checked.findings += _check_mel(task, sample, mel)
+        result.findings += _check_mel(task, sample, mel)
 
 
-def _mel_blocks(task: Task, checked: Checked) -> dict[str, tuple[int, int, int]]:
-    """Offset, length and checksum of each sample's Whisper features; adds what is wrong with the file."""
+def _mel_blocks(task: ShardTask, result: ShardResult) -> dict[str, tuple[int, int, int]]:
+    """(offset, length, checksum) of each sample's Whisper features by key; adds findings on the file."""
     assert task.mel_entry is not None
     path = task.folder / task.mel_entry["name"]
     if not path.is_file():
-        checked.findings.append(Finding("missing_file", "the manifest names it", path.name))
-        checked.whole = False
+        result.findings.append(Finding("missing_file", "the manifest names it", path.name))
+        result.whole = False
         return {}
-    with opened(path) as view:
+    with mapped_file(path) as view:
         if wrong := check_file(view, task.mel_entry, task.others):
-            checked.findings.append(wrong)
-            checked.whole = False
+            result.findings.append(wrong)
+            result.whole = False
             if wrong.kind == "swapped_file":
                 return {}
         members, damage = walk(view, path.name)
@@ -260,20 +266,22 @@ def _mel_blocks(task: Task, checked: Checked) -> dict[str, tuple[int, int, int]]
             if length and (len(block) < length or checksum(block) != entry["mel_xxh3"]):
                 key = entry["key"].decode()
                 known.add(key)
-                checked.findings.append(Finding("damaged_features", describe_mel(block, key), path.name, key, offset))
-        checked.findings += [one for one in damage if one.key not in known]
-        found = {}
+                result.findings.append(
+                    Finding("damaged_features", describe_damage(block, decode_mels), path.name, key, offset)
+                )
+        result.findings += [one for one in damage if one.key not in known]
+        blocks = {}
         for member in members:
             block = bytes(view[member.offset : member.end])
-            found[member.name.removesuffix(f".{MEL}")] = (member.offset, len(block), checksum(block))
-        return found
+            blocks[member.name.removesuffix(f".{MEL}")] = (member.offset, len(block), checksum(block))
+        return blocks
 
 
-def _check_mel(task: Task, sample: Sample, mel: tuple[int, int, int]) -> Iterator[Finding]:
+def _check_mel(task: ShardTask, sample: Sample, mel: tuple[int, int, int]) -> Iterator[Finding]:
     """Decompress a sample's Whisper features and compare their frames with its metadata."""
     assert task.mel_entry is not None
     name = task.mel_entry["name"]
-    with opened(task.folder / name) as view:
+    with mapped_file(task.folder / name) as view:
         block = bytes(view[mel[0] : mel[0] + mel[1]])
     try:
         _, arrays = decode_mels(block, name)

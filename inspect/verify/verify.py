@@ -1,13 +1,13 @@
-"""higgs-inspect verify: everything that can be wrong with a shard set, found and named.
+"""Verification of a whole shard set: `higgs-inspect verify`.
 
-In: a local folder. Out: findings (none for a sound set), and notes on what could not be checked.
+In: a local folder. Out: a `Verdict`: findings (none for a sound set), and a note for each check that was left out.
 
-1. manifest    its form, and the files it names: there, of the right size and SHA-256, nothing beside them
+1. manifest    its form, and the files it names: present, of the right size and SHA-256, no others beside them
 2. provenance  the checkpoint and the codec that the set was made for, where they are at hand
-3. shards      in `jobs` processes: every header, checksum and sample, the rules of codes and labels (verify_shard)
-4. index       every field of every row against what the shards ask for; totals, speakers, rejects
+3. shards      in `jobs` processes: every header, checksum and sample, the rules of codes and labels (shard.py)
+4. index       every field of every row against the row computed from the shard; totals, speakers, rejects
 
-Never: a change to the set; a check left out without a note.
+Guarantees: a changed byte in any file but the manifest gives a finding (tests/test_verify.py).
 """
 
 from __future__ import annotations
@@ -24,14 +24,16 @@ from typing import Any
 
 from higgs_tune.inspect.checkpoints import Checkpoints
 from higgs_tune.inspect.verify.diagnose import Finding
-from higgs_tune.inspect.verify.index import Index, against_shards, check_rejects, check_totals, read_index
+from higgs_tune.inspect.verify.index import IndexFile, check_rejects, check_totals, compare_with_shards, read_index
 from higgs_tune.inspect.verify.manifest import Manifest, read_manifest
-from higgs_tune.inspect.verify.sample_checks import Rules
-from higgs_tune.inspect.verify.shard import Checked, Task, verify_shard
+from higgs_tune.inspect.verify.sample_checks import SampleRules
+from higgs_tune.inspect.verify.shard import ShardResult, ShardTask, verify_shard
+from higgs_tune.preprocess.checkpoints.checkpoint import describe_checkpoint
+from higgs_tune.preprocess.codec.weights import weights_sha256
 from higgs_tune.preprocess.progress import ProgressBar
 from higgs_tune.shards.durable import TEMP_PREFIX
 from higgs_tune.shards.errors import UserError
-from higgs_tune.shards.writer import WORK
+from higgs_tune.shards.writer import MANIFEST, WORK
 
 COMPARED = ("special_ids", "codebook_size", "tokenizer_sha256", "text_vocabulary")
 HEADER_TOKEN = "<|start_header_id|>"  # opens every message of the Llama 3 template
@@ -39,7 +41,7 @@ HEADER_TOKEN = "<|start_header_id|>"  # opens every message of the Llama 3 templ
 
 @dataclass(frozen=True)
 class VerifyOptions:
-    """jobs: processes. deep: make tokens again from the messages, decompress features. The paths: as in Checkpoints."""
+    """jobs: processes. deep: tokenize the messages again, decompress features. The paths: as in Checkpoints."""
 
     jobs: int = 1
     deep: bool = False
@@ -49,30 +51,30 @@ class VerifyOptions:
 
 @dataclass
 class Verdict:
-    """What was found. manifest, index, checked: for the repair of an index."""
+    """The result of a verification. manifest, index, results: for the repair of an index."""
 
     findings: list[Finding] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     seconds: float = 0.0
     manifest: Manifest | None = None
-    index: Index | None = None
-    checked: list[Checked] = field(default_factory=list)
+    index: IndexFile | None = None
+    results: list[ShardResult] = field(default_factory=list)
 
     @property
     def samples(self) -> int:
-        """Intact samples."""
-        return sum(len(one.rows) for one in self.checked)
+        """Number of intact samples."""
+        return sum(len(result.rows) for result in self.results)
 
     @property
     def kinds(self) -> dict[str, int]:
-        """Findings by kind."""
+        """Number of findings by kind."""
         return dict(Counter(finding.kind for finding in self.findings))
 
     def to_dict(self) -> dict[str, Any]:
         return {
             "ok": not self.findings,
             "samples": self.samples,
-            "shards": len(self.checked),
+            "shards": len(self.results),
             "seconds": round(self.seconds, 3),
             "kinds": self.kinds,
             "findings": [finding.to_dict() for finding in self.findings],
@@ -80,11 +82,11 @@ class Verdict:
         }
 
 
-def verify(folder: Path, options: VerifyOptions) -> Verdict:
-    """Check a set.
+def verify_set(folder: Path, options: VerifyOptions) -> Verdict:
+    """Verify a shard set.
 
     Raises:
-        UserError: there is no shard set in the folder, or a checkpoint that was asked for is not there.
+        UserError: there is no shard set in the folder, or a checkpoint that the user named is missing.
     """
     began, verdict = time.monotonic(), Verdict()
     verdict.manifest, problems = read_manifest(folder)
@@ -92,29 +94,29 @@ def verify(folder: Path, options: VerifyOptions) -> Verdict:
     if verdict.manifest is None:
         verdict.notes.append("nothing else can be checked without a sound manifest")
     else:
-        _verify_set(folder, verdict.manifest, options, verdict)
+        _verify_contents(folder, verdict.manifest, options, verdict)
     verdict.seconds = time.monotonic() - began
     return verdict
 
 
-def _verify_set(folder: Path, manifest: Manifest, options: VerifyOptions, verdict: Verdict) -> None:
+def _verify_contents(folder: Path, manifest: Manifest, options: VerifyOptions, verdict: Verdict) -> None:
     verdict.findings += unlisted_files(folder, manifest)
     verdict.notes += leftovers(folder)
     tokenizer = check_provenance(manifest, options, verdict)
     index = verdict.index = read_index(folder, manifest)
     verdict.findings += index.findings
-    verdict.checked = run_tasks(make_tasks(folder, manifest, index, tokenizer, deep=options.deep), options.jobs)
-    for checked in verdict.checked:
-        verdict.findings += checked.findings
-    verdict.findings += against_shards(index, verdict.checked, manifest)
+    verdict.results = run_tasks(make_tasks(folder, manifest, index, tokenizer, deep=options.deep), options.jobs)
+    for result in verdict.results:
+        verdict.findings += result.findings
+    verdict.findings += compare_with_shards(index, verdict.results, manifest)
     verdict.findings += check_totals(index, manifest)
     verdict.findings += check_rejects(folder, manifest)
-    if unknown := sum(checked.unknown_turns for checked in verdict.checked):
+    if unknown := sum(result.unknown_turns for result in verdict.results):
         verdict.notes.append(
             f"{unknown} samples have no known template: their labels were not compared with their turns"
         )
     if manifest.split is None:
-        verdict.notes.append("which samples are held out was not checked: the provenance does not tell the rule")
+        verdict.notes.append("the validation split was not checked: its rule is not in the provenance")
 
 
 def unlisted_files(folder: Path, manifest: Manifest) -> Iterator[Finding]:
@@ -126,39 +128,35 @@ def unlisted_files(folder: Path, manifest: Manifest) -> Iterator[Finding]:
 
 
 def leftovers(folder: Path) -> list[str]:
-    """A note on what a killed writer left."""
-    found = sorted(path.name for path in folder.iterdir() if path.name.startswith(TEMP_PREFIX) or path.name == WORK)
-    return [f"left by an interrupted run, and harmless: {', '.join(found)}"] if found else []
+    """A note on the files of a killed writer."""
+    names = sorted(path.name for path in folder.iterdir() if path.name.startswith(TEMP_PREFIX) or path.name == WORK)
+    return [f"left by an interrupted run, and harmless: {', '.join(names)}"] if names else []
 
 
 def check_provenance(manifest: Manifest, options: VerifyOptions, verdict: Verdict) -> Path | None:
-    """Compare the provenance with the checkpoints that are named, or remembered and still there.
+    """Compare the provenance with the checkpoints: those that the user named, else those of the manifest.
 
     Returns:
-        The folder of the tokenizer that made the set; None where it is not at hand.
+        The folder of the tokenizer of the set; None where it is not at hand.
 
     Raises:
-        UserError: a checkpoint that was named, or that --deep needs, is not there.
+        UserError: a checkpoint that the user named, or that --deep needs, is missing.
     """
     checkpoints = Checkpoints(manifest.provenance, options.model_path, options.audio_tokenizer_path)
     tokenizer = None
-    if model := _find(checkpoints.model_folder, options.model_path is not None or options.deep, verdict):
-        from higgs_tune.preprocess.checkpoints.checkpoint import describe_checkpoint  # imports transformers
-
-        have = describe_checkpoint(model)
-        wrong = _differing(manifest.model, have, COMPARED, "other_checkpoint", model)
-        verdict.findings += wrong
-        tokenizer = model if not any("tokenizer" in finding.detail for finding in wrong) else None
-    if codec := _find(checkpoints.codec_folder, options.audio_tokenizer_path is not None, verdict):
-        from higgs_tune.preprocess.codec.checkpoint import weights_sha256  # imports torch
-
+    if model := _folder_or_note(checkpoints.model_folder, options.model_path is not None or options.deep, verdict):
+        actual = describe_checkpoint(model)
+        differences = _differences(manifest.model, actual, COMPARED, "other_checkpoint", model)
+        verdict.findings += differences
+        tokenizer = model if not any("tokenizer" in finding.detail for finding in differences) else None
+    if codec := _folder_or_note(checkpoints.codec_folder, options.audio_tokenizer_path is not None, verdict):
         made_for = manifest.provenance.get("codec", {})
-        have = {"weights_sha256": weights_sha256(codec)}
-        verdict.findings += _differing(made_for, have, tuple(have), "other_codec", codec)
+        actual = {"weights_sha256": weights_sha256(codec)}
+        verdict.findings += _differences(made_for, actual, tuple(actual), "other_codec", codec)
     return tokenizer
 
 
-def _find(folder_of: Any, needed: bool, verdict: Verdict) -> Path | None:
+def _folder_or_note(folder_of: Any, needed: bool, verdict: Verdict) -> Path | None:
     try:
         return folder_of()
     except UserError as error:
@@ -168,22 +166,22 @@ def _find(folder_of: Any, needed: bool, verdict: Verdict) -> Path | None:
         return None
 
 
-def _differing(
-    made_for: dict[str, Any], have: dict[str, Any], names: tuple[str, ...], kind: str, where: Path
+def _differences(
+    made_for: dict[str, Any], actual: dict[str, Any], names: tuple[str, ...], kind: str, where: Path
 ) -> list[Finding]:
     return [
-        Finding(
-            kind, f"{name}: the set was made with {made_for.get(name)}, {where} has {have.get(name)}", "manifest.json"
-        )
+        Finding(kind, f"{name}: the set was made with {made_for.get(name)}, {where} has {actual.get(name)}", MANIFEST)
         for name in names
-        if made_for.get(name) != have.get(name)
+        if made_for.get(name) != actual.get(name)
     ]
 
 
-def make_tasks(folder: Path, manifest: Manifest, index: Index, tokenizer: Path | None, *, deep: bool) -> list[Task]:
-    """One task a shard."""
+def make_tasks(
+    folder: Path, manifest: Manifest, index: IndexFile, tokenizer: Path | None, *, deep: bool
+) -> list[ShardTask]:
+    """One task per shard."""
     model = manifest.model
-    rules = Rules(
+    rules = SampleRules(
         ids=manifest.ids,
         codebook_size=model.get("codebook_size") or manifest.ids.stream_bos,
         vocabulary=model.get("text_vocabulary") or 0,
@@ -192,7 +190,7 @@ def make_tasks(folder: Path, manifest: Manifest, index: Index, tokenizer: Path |
     others = {entry["sha256"]: entry["name"] for entry in manifest.files}
     mel_entries = manifest.mel_shards or [None] * len(manifest.shards)
     return [
-        Task(
+        ShardTask(
             folder=folder,
             number=number,
             entry=entry,
@@ -216,16 +214,16 @@ def _header_token(tokenizer: Path | None) -> int | None:
     return next((token["id"] for token in added if token["content"] == HEADER_TOKEN), None)
 
 
-def run_tasks(tasks: list[Task], jobs: int) -> list[Checked]:
-    """Run the tasks in `jobs` processes; results in their order."""
+def run_tasks(tasks: list[ShardTask], jobs: int) -> list[ShardResult]:
+    """Run the tasks in `jobs` processes; results in the order of the tasks."""
     with ProgressBar() as progress:
         progress.start("verify", len(tasks), "shards")
         if jobs == 1 or len(tasks) < 2:
-            done = []
+            results = []
             for task in tasks:
-                done.append(verify_shard(task))
+                results.append(verify_shard(task))
                 progress.advance(1)
-            return done
+            return results
         with ProcessPoolExecutor(min(jobs, len(tasks)), get_context("spawn")) as pool:
             futures = [pool.submit(verify_shard, task) for task in tasks]
             for _ in as_completed(futures):

@@ -1,7 +1,7 @@
 """Charts of a shard set, as figures for plotly.js.
 
-In: statistics. Out: dicts `{id, title, note, data, layout}`; the page adds colours. Never: a text from the data that
-plotly would read as markup: names are escaped here.
+In: statistics. Out: dicts `{id, title, note, data, layout}`; the page adds colours. Names from the data are escaped
+here, since plotly reads texts as markup.
 
 Shapes: K codebooks, C codes of a codebook, B bins.
 """
@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from higgs_tune.inspect.stats import Scan, code_usage, packed_lengths
+from higgs_tune.inspect.stats import ScanResult, code_usage, packed_lengths
 from higgs_tune.shards.reader import ShardSet
 
 BINS = 40
@@ -35,18 +35,18 @@ def figure(
     yaxis: dict[str, Any] | None = None,
     **layout: Any,
 ) -> dict[str, Any]:
-    """One chart: x and y are the titles of its axes, xaxis and yaxis what else plotly is to know of them."""
+    """One chart. x, y: titles of the axes; xaxis, yaxis: other plotly options of the axes."""
     axes = {"xaxis": {"title": {"text": x}, **(xaxis or {})}, "yaxis": {"title": {"text": y}, **(yaxis or {})}}
     return {"id": name, "title": title, "note": note, "data": data, "layout": {**axes, **layout}}
 
 
 def bins_of(values: Any) -> np.ndarray:
-    """Edges of a histogram, float64 [B + 1]: as many as the values can fill, at most BINS."""
+    """Edges of a histogram, float64 [B + 1]: about the square root of the number of values, at most BINS."""
     return np.histogram_bin_edges(values, min(BINS, 1 + int(np.sqrt(len(values)))))
 
 
 def histogram(values: Any, name: str = "", bins: np.ndarray | None = None) -> dict[str, Any]:
-    """Bars of a histogram, counted here: the page gets bins, not values. Bars side by side are given common bins."""
+    """Bars of a histogram: the page gets bins, not values. bins: common edges for bars side by side."""
     counts, edges = np.histogram(values, bins if bins is not None else bins_of(values))
     bar = {"type": "bar", "x": _short((edges[:-1] + edges[1:]) / 2), "y": counts.tolist(), "name": name}
     if bins is None:
@@ -58,11 +58,11 @@ def _short(values: np.ndarray) -> list[float]:
     return [float(f"{value:.6g}") for value in values.tolist()]
 
 
-def data_charts(shards: ShardSet, found: Scan) -> list[dict[str, Any]]:
+def data_charts(shards: ShardSet, scanned: ScanResult) -> list[dict[str, Any]]:
     """Lengths, speaking rate, speakers, scripts."""
-    every = [*found.target_s, *found.reference_s]
+    every = [*scanned.target_s, *scanned.reference_s]
     bins = bins_of(every)
-    parts = [histogram(found.target_s, "targets", bins), histogram(found.reference_s, "references", bins)]
+    parts = [histogram(scanned.target_s, "targets", bins), histogram(scanned.reference_s, "references", bins)]
     lengths = packed_lengths(shards)
     charts = [
         figure(
@@ -77,18 +77,20 @@ def data_charts(shards: ShardSet, found: Scan) -> list[dict[str, Any]]:
         figure(
             "positions",
             "Length of a sample",
-            "What it takes of a pack",
+            "Positions that a sample takes of a pack",
             [histogram(lengths)],
             x="positions",
             y="samples",
         ),
     ]
-    if found.letters_per_s:
+    if scanned.letters_per_s:
         note = "Letters and digits of the target's text for each second of its audio; outliers are often wrong pairs"
-        rate = histogram(found.letters_per_s)
+        rate = histogram(scanned.letters_per_s)
         charts.append(figure("rate", "Speaking rate", note, [rate], x="letters a second", y="samples"))
-    scripts = found.scripts.most_common()
-    charts.append(figure("scripts", "Script", "Of most letters of what is to be said", [_bars(scripts)], x="samples"))
+    scripts = scanned.scripts.most_common()
+    charts.append(
+        figure("scripts", "Script", "The script of most letters of the target text", [_bars(scripts)], x="samples")
+    )
     charts.append(_speakers(shards))
     return charts
 
@@ -112,7 +114,7 @@ def _speakers(shards: ShardSet) -> dict[str, Any]:
     order = np.argsort(-hours, kind="stable")[:MOST_SPEAKERS].tolist()
     unit, size = ("hours", 1) if hours.max() >= 1 else ("minutes", 60)
     items = [(f"{number}. {_clip(names[row])}", float(hours[row]) * size) for number, row in enumerate(order, 1)]
-    note = f"The {len(items)} with most audio of {len(names):,}"
+    note = f"The {len(items)} of {len(names):,} with most audio"
     return figure("speakers", "Speakers", note, [_bars(items)], x=f"{unit}, references included")
 
 
@@ -120,10 +122,10 @@ def _clip(name: str, most: int = 24) -> str:
     return name if len(name) <= most else name[: most - 1] + "…"
 
 
-def code_charts(found: Scan) -> list[dict[str, Any]]:
-    """How evenly the codec's codes are used."""
-    usage = code_usage(found.counts_KC)
-    books, size = found.counts_KC.shape
+def code_charts(scanned: ScanResult) -> list[dict[str, Any]]:
+    """Use of the codec's codes."""
+    usage = code_usage(scanned.counts_KC)
+    books, size = scanned.counts_KC.shape
     names = [str(k) for k in range(books)]
     dead = [f"{count} dead" for count in usage["dead_codes"]]
     bars = {"type": "bar", "x": names, "y": usage["entropy_bits"], "text": dead}
@@ -132,14 +134,14 @@ def code_charts(found: Scan) -> list[dict[str, Any]]:
     )
     entropy = figure("entropy", "Entropy of the codes", note, [bars], x="codebook", y="bits", xaxis=CATEGORIES)
     group = max(size // HEAT_BINS, 1)
-    grouped_KB = np.add.reduceat(found.counts_KC, np.arange(0, size, group), axis=1)
+    grouped_KB = np.add.reduceat(scanned.counts_KC, np.arange(0, size, group), axis=1)
     shares_KB = grouped_KB / np.maximum(grouped_KB.sum(1, keepdims=True), 1)
     columns = (np.arange(grouped_KB.shape[1]) * group).tolist()
     heat = {"type": "heatmap", "x": columns, "y": names, "z": [_short(row) for row in shares_KB]}
     heat |= {"hovertemplate": "codebook %{y}, from code %{x}: %{z:.3%}<extra></extra>"}
     note = f"Share of a codebook's frames, in groups of {group} codes"
     heatmap = figure("codes", "Which codes occur", note, [heat], x="code", y="codebook", yaxis=CATEGORIES)
-    ranked = -np.sort(-found.counts_KC, axis=1)
+    ranked = -np.sort(-scanned.counts_KC, axis=1)
     shown = np.unique(np.geomspace(1, size, 80).round().astype(int)) - 1
     lines = [
         {"type": "scatter", "mode": "lines", "name": f"codebook {k}", "x": (shown + 1).tolist(), "y": uses}

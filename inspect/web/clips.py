@@ -1,7 +1,7 @@
-"""Audio for a page: compressed clips that browsers play.
+"""Audio clips for the page, compressed.
 
-In: codes or waveforms. Out: Ogg Vorbis, which Chromium, Firefox and Safari play, and which takes a tenth of Opus's time
-to encode. Never: louder than full scale.
+In: codes or waveforms. Out: Ogg Vorbis, which Chromium, Firefox and Safari play and which encodes ten times as fast as
+Opus.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ COMPRESSION = 0.8  # of libsndfile, 0 to 1: about 40 kbit/s for mono speech at 2
 
 
 def ogg(wave_S: np.ndarray, sample_rate_hz: int) -> bytes:
-    """Encode a mono clip."""
+    """Encode a mono clip; samples beyond full scale are clipped."""
     buffer = io.BytesIO()
     wave_S = np.clip(wave_S, -1, 1)
     soundfile.write(buffer, wave_S, sample_rate_hz, format="OGG", subtype="VORBIS", compression_level=COMPRESSION)
@@ -44,9 +44,9 @@ def ogg_of_file(path: Path) -> bytes:
 
 
 def decode_all(codec: Any, clips: Iterable[tuple[str, np.ndarray]]) -> Iterator[tuple[str, bytes]]:
-    """Decode and compress named codes [K, T], in order, a clip on each core.
+    """Decode and compress named codes [K, T], in order, one clip per core.
 
-    One thread a clip: on a busy machine the threads of one convolution wait for each other far longer than they work.
+    One thread per clip: on a busy machine the threads of one convolution wait for each other longer than they work.
     """
     import torch
 

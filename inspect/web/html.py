@@ -1,8 +1,10 @@
-"""The page around the data: one HTML document with its styles and scripts inside, for the report and the server.
+"""The HTML document of report and server, with its styles and scripts inside.
 
-In: values, and blobs that the page reads when it needs them. Out: the document, piece by piece. Never: text from the
-data as markup. Values and blobs stand in script elements of type application/json, with every `<` escaped; the page
-makes text nodes of them; a content security policy lets only the scripts run whose hashes it names.
+In: values, and blobs that the page reads on demand. Out: the document, piece by piece. Values and blobs stand in script
+elements of type application/json with every `<` escaped, and the page makes text nodes of them. A content security
+policy lets only the scripts run whose hashes it names.
+
+Guarantees: text from the data is never read as markup (tests/test_page.py).
 """
 
 from __future__ import annotations
@@ -24,14 +26,14 @@ SCRIPTS = ("dom", "source", "sound", "codes", "charts", "detail", "samples", "ru
 
 @dataclass(frozen=True)
 class Blob:
-    """Something that the page reads on demand, by its id; `text` holds no markup (JSON of `for_html`, or base64)."""
+    """A value that the page reads on demand, by its id. text: JSON of `for_html`, or base64; no markup."""
 
     name: str
     text: str
 
 
 def for_html(value: Any) -> str:
-    """JSON that no HTML parser sees an end of a script or a comment in."""
+    """JSON in which no HTML parser reads the end of a script or a comment."""
     text = to_json(value).decode()
     return text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")
 
@@ -47,7 +49,7 @@ def page_script() -> str:
 
 
 def policy(scripts: Iterable[str], connect: str) -> str:
-    """A content security policy under which only these scripts run, and nothing is loaded but from `connect`."""
+    """A content security policy: only these scripts run, and data is loaded from `connect` only."""
     hashes = " ".join(f"'sha256-{base64.b64encode(hashlib.sha256(s.encode()).digest()).decode()}'" for s in scripts)
     rules = {
         "default-src": "'none'",
@@ -67,9 +69,9 @@ def render(title: str, info: dict[str, Any], blobs: Iterable[Blob] = (), *, conn
 
     Args:
         title: of the page.
-        info: what the page needs at once.
-        blobs: what it reads on demand; drawn from while the page is written.
-        connect: where it may fetch from: `'none'`, or `'self'` for the server's.
+        info: values that the page needs at once.
+        blobs: values that it reads on demand; the iterable is consumed while the page is written.
+        connect: the source that it may fetch from: `'none'`, or `'self'` for the server's page.
     """
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(PAGE), autoescape=True, undefined=jinja2.StrictUndefined

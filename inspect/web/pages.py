@@ -1,6 +1,6 @@
-"""What a page shows of samples, as plain values: list rows and details. The report embeds them, the server sends them.
+"""The samples of a page as plain values: list rows and details. The report embeds them, the server sends them.
 
-In: samples of a set. Out: dicts for JSON. Never: markup; the page makes text nodes of every string.
+In: samples of a set. Out: dicts for JSON, without markup: the page makes text nodes of every string.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ ClipId = Callable[[Segment], str]
 
 
 def list_row(shards: ShardSet, row: int, sample: Sample, clip_id: ClipId) -> dict[str, Any]:
-    """One line of the table: numbers, the text to be said, the first reference, the first target."""
+    """One line of the table: numbers, the target text, the first reference, the first target."""
     first: dict[str, Any] = {}
     for segment in segments_of(sample, shards.special_ids):
         seconds = segment.frames / FRAME_RATE_HZ
         first.setdefault(segment.kind, {"clip": clip_id(segment), "seconds": seconds, "number": segment.number})
-    said = {"text": target_text(sample), "ref": first.get("ref"), "target": first.get("target")}
-    return _indexed(shards, row) | {"speaker": speaker_of(sample)} | said
+    content = {"text": target_text(sample), "ref": first.get("ref"), "target": first.get("target")}
+    return _indexed(shards, row) | {"speaker": speaker_of(sample)} | content
 
 
 def damaged_row(shards: ShardSet, row: int, error: ShardError) -> dict[str, Any]:
-    """The line of a sample that cannot be read: what the index knows, and the error in place of the text."""
+    """The line of a sample that cannot be read: its index row, with the error in place of the text."""
     return _indexed(shards, row) | {"text": str(error), "ref": None, "target": None}
 
 
@@ -50,7 +50,7 @@ def _indexed(shards: ShardSet, row: int) -> dict[str, Any]:
 
 
 def detail(shards: ShardSet, row: int, sample: Sample, checkpoints: Checkpoints, clip_id: ClipId) -> dict[str, Any]:
-    """Everything about one sample but its codes and audio, which have ids of their own."""
+    """One sample without its codes and audio, which have ids of their own."""
     input_ids, label_ids = sample.tokens_2L.tolist()
     texts = [visible(checkpoints.token_text(token)) for token in input_ids]
     return {
@@ -82,7 +82,7 @@ def detail(shards: ShardSet, row: int, sample: Sample, checkpoints: Checkpoints,
 
 
 def set_info(shards: ShardSet) -> dict[str, Any]:
-    """What the page says of the whole set before anything is scanned."""
+    """Facts of the whole set that need no scan of its samples."""
     totals, provenance = shards.manifest["totals"], shards.provenance
     model, codec = provenance.get("model", {}), provenance.get("codec", {})
     return {
@@ -108,18 +108,18 @@ def set_info(shards: ShardSet) -> dict[str, Any]:
 
 
 def folded(text: str) -> str:
-    """A text as search compares it: lower case, without accents and vowel signs. page/samples.js does the same."""
+    """A text in the form that search compares: lower case, no accents, no vowel signs. page/source.js does the same."""
     decomposed = unicodedata.normalize("NFKD", text.replace("\u0640", ""))  # without the Arabic stretching stroke
     return "".join(c for c in decomposed if not unicodedata.category(c).startswith("M")).lower()
 
 
 def searchable(sample: Sample) -> str:
-    """What a search looks through."""
+    """The text of a sample that a search goes through."""
     return folded(f"{sample.key}\n{speaker_of(sample)}\n{all_text(sample)}")
 
 
 def packed_codes(codes_KT: np.ndarray) -> bytes:
-    """Raw codes as the page reads them: little-endian uint16, codebook after codebook."""
+    """Raw codes in the page's format: little-endian uint16, codebook after codebook."""
     return codes_KT.astype("<u2").tobytes()
 
 

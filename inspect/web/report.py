@@ -1,7 +1,7 @@
 """The report: one HTML page that needs no network and no other file.
 
-In: a shard set, its codec, perhaps a run folder. Out: the page. Never: all audio in memory; each distinct clip is
-decoded, compressed and written once, however many samples share it.
+In: a shard set, its codec, perhaps a run folder. Out: the page. Each distinct clip is decoded and written once, however
+many samples share it, and only a few clips are in memory at a time.
 """
 
 from __future__ import annotations
@@ -13,19 +13,19 @@ from typing import Any
 
 import numpy as np
 from higgs_tune.inspect.checkpoints import Checkpoints
-from higgs_tune.inspect.stats import evenly, scan
+from higgs_tune.inspect.stats import evenly, scan_samples
 from higgs_tune.inspect.view import Segment
 from higgs_tune.inspect.web.charts import code_charts, data_charts
 from higgs_tune.inspect.web.clips import decode_all, ogg_of_file
 from higgs_tune.inspect.web.html import Blob, for_html, render
 from higgs_tune.inspect.web.pages import as_base64, detail, list_row, packed_codes, searchable, set_info
-from higgs_tune.inspect.web.run import Run, run_page
+from higgs_tune.inspect.web.run import RunFolder, run_page
 from higgs_tune.preprocess.progress import ProgressBar
 from higgs_tune.shards.durable import atomic_file
 from higgs_tune.shards.format import checksum
 from higgs_tune.shards.reader import ShardSet
 
-SCAN_SAMPLES = 20_000  # more would not change a chart, and cost minutes
+SCAN_SAMPLES = 20_000  # more would take minutes and change no chart
 
 
 @dataclass
@@ -46,33 +46,33 @@ def write_report(
     path: Path,
     *,
     max_samples: int,
-    run: Run | None,
+    run: RunFolder | None,
     audio: bool,
 ) -> int:
     """Write the page.
 
     Args:
-        max_samples: samples on it, taken evenly over the set.
+        max_samples: number of samples on it, spread evenly over the set.
         run: a training run to show.
         audio: decode the clips; else the page has no players for them.
 
     Returns:
-        How many samples it shows.
+        Number of samples on the page.
     """
     rows = evenly(len(shards), max_samples)
     clips, lines, details = _Clips(), [], []
     for row in rows:
         sample = shards.read(row)
         lines.append(list_row(shards, row, sample, clips.name) | {"search": searchable(sample)})
-        found = detail(shards, row, sample, checkpoints, clips.name)
-        details.append(Blob(f"sample-{row}", for_html(found)))
+        content = for_html(detail(shards, row, sample, checkpoints, clips.name))
+        details.append(Blob(f"sample-{row}", content))
     codec = checkpoints.codec if audio else None
-    seen = scan(shards, SCAN_SAMPLES)
+    scanned = scan_samples(shards, SCAN_SAMPLES)
     info: dict[str, Any] = set_info(shards) | {
         "rows": lines,
         "audio": audio,
-        "scanned": seen.samples,
-        "charts": {"data": data_charts(shards, seen), "codes": code_charts(seen)},
+        "scanned": scanned.samples,
+        "charts": {"data": data_charts(shards, scanned), "codes": code_charts(scanned)},
         "run": run_page(run) if run else None,
     }
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -82,8 +82,8 @@ def write_report(
     return len(rows)
 
 
-def _blobs(details: list[Blob], clips: _Clips, codec: Any, run: Run | None) -> Iterator[Blob]:
-    """Details, then codes and audio of each clip, then the run's audio."""
+def _blobs(details: list[Blob], clips: _Clips, codec: Any, run: RunFolder | None) -> Iterator[Blob]:
+    """Details of the samples, codes and audio of each clip, audio of the run."""
     yield from details
     for name, codes_KT in clips.codes.items():
         yield Blob(f"codes-{name}", as_base64(packed_codes(codes_KT)))

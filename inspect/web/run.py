@@ -1,7 +1,8 @@
-"""A training run's output folder, as the page shows it: curves, validation, generated samples, what trained.
+"""A training run's output folder on the page: curves, validation, generated samples, trained modules.
 
-In: the folder. Every part may be absent. Out: plain values, and the audio files by number. Never: a file outside of
-the folder, whatever its lists or links say.
+In: the folder; every part may be absent. Out: plain values, and the audio files by number.
+
+Guarantees: no file outside of the folder is read, whatever its lists and links name (tests/test_run_page.py).
 """
 
 from __future__ import annotations
@@ -24,11 +25,14 @@ MOST_POINTS = 2000  # of a curve
 
 
 @dataclass(frozen=True)
-class Run:
-    """What a run folder holds.
+class RunFolder:
+    """The content of a run folder.
 
-    lines: of metrics.jsonl. trained: dicts of module, shape, count. generated: lists of samples.json, by step name.
-    audio: files that the page may play; a clip is named by its place in this list.
+    Attributes:
+        lines: of metrics.jsonl.
+        trained: dicts of module, shape, count.
+        generated: content of each samples.json, by the name of its step.
+        audio: files that the page may play; a clip is named by its place in this list.
     """
 
     folder: Path
@@ -39,11 +43,11 @@ class Run:
     audio: list[Path] = field(default_factory=list)
 
 
-def read_run(folder: Path) -> Run:
+def read_run(folder: Path) -> RunFolder:
     """Read a run folder.
 
     Raises:
-        UserError: it is no run folder, or a file in it is damaged.
+        UserError: it is not a run folder, or a file in it is damaged.
     """
     metrics = folder / "metrics.jsonl"
     if not metrics.is_file():
@@ -55,10 +59,10 @@ def read_run(folder: Path) -> Run:
     except yaml.YAMLError as error:
         raise UserError(f"not YAML: {error}", where=config) from error
     samples = folder / "samples"
-    found = [path for path in samples.glob(f"*/{GENERATED}") if inside(samples, str(path.relative_to(samples)))]
-    generated = {path.parent.name: _objects(path) for path in found}
+    lists = [path for path in samples.glob(f"*/{GENERATED}") if inside(samples, str(path.relative_to(samples)))]
+    generated = {path.parent.name: _objects(path) for path in lists}
     steps = sorted(generated, key=lambda name: (name != "base", name))
-    return Run(
+    return RunFolder(
         folder=folder,
         config=options if isinstance(options, dict) else {},
         lines=_metrics(metrics),
@@ -70,32 +74,32 @@ def read_run(folder: Path) -> Run:
 def _objects(path: Path) -> list[dict[str, Any]]:
     """A JSON file that holds a list of objects."""
     try:
-        found = json.loads(path.read_bytes())
+        value = json.loads(path.read_bytes())
     except ValueError as error:
         raise UserError(f"not JSON: {error}", where=path) from error
-    if not isinstance(found, list) or not all(isinstance(one, dict) for one in found):
-        raise UserError("not what a run holds here", where=path, expected="a list of objects")
-    return found
+    if not isinstance(value, list) or not all(isinstance(item, dict) for item in value):
+        raise UserError("damaged file of a run", where=path, expected="a list of objects")
+    return value
 
 
 def _metrics(path: Path) -> list[Line]:
-    """The lines of metrics.jsonl; a last line without its end is still being written, and left out."""
+    """The lines of metrics.jsonl; a last line without a line break is still being written and is left out."""
     complete = path.read_bytes().rpartition(b"\n")[0].split(b"\n")
     lines = []
     for number, line in enumerate(complete, 1):
         if line.strip():
             try:
-                found = json.loads(line)
+                value = json.loads(line)
             except ValueError as error:
                 raise UserError(f"line {number} is not JSON: {error}", where=path) from error
-            if not isinstance(found, dict):
-                raise UserError(f"line {number} is no object", where=path, got=found)
-            lines.append(found)
+            if not isinstance(value, dict):
+                raise UserError(f"line {number} is not an object", where=path, got=value)
+            lines.append(value)
     return lines
 
 
 def inside(folder: Path, name: str) -> Path | None:
-    """The file that a name within a folder stands for; None where it is missing or, links followed, outside."""
+    """The file of that name within a folder; None where it is missing or, after links are followed, outside."""
     try:
         path = (folder / name).resolve(strict=True)
     except (OSError, ValueError, RuntimeError):  # missing, a null byte, a loop of links
@@ -103,8 +107,8 @@ def inside(folder: Path, name: str) -> Path | None:
     return path if path.is_file() and path.is_relative_to(folder.resolve()) else None
 
 
-def run_page(run: Run) -> dict[str, Any]:
-    """Everything that the page shows of a run; fills `run.audio`."""
+def run_page(run: RunFolder) -> dict[str, Any]:
+    """The run's part of the page; fills `run.audio`."""
     return {
         "name": run.folder.resolve().name,
         "config": [[name, _shown(value)] for name, value in _flat(run.config)],
@@ -129,12 +133,12 @@ def _shown(value: Any) -> str:
 
 
 def number(value: Any) -> float | None:
-    """A metric as a finite number; None for what is missing, NaN or infinite (gaps in a curve)."""
+    """A metric as a finite number; None where it is missing, NaN or infinite (a gap in the curve)."""
     try:
-        found = float(value)
+        result = float(value)
     except (TypeError, ValueError):
         return None
-    return found if math.isfinite(found) else None
+    return result if math.isfinite(result) else None
 
 
 def curve(lines: list[Line], name: str, values: Iterable[Any], **style: Any) -> dict[str, Any] | None:
@@ -158,7 +162,7 @@ def _per_codebook(lines: list[Line], name: str) -> Iterable[dict[str, Any] | Non
 
 
 def thinning(lines: list[Line]) -> int:
-    """n, where charts draw every n-th line so that a curve has at most MOST_POINTS: none is wider than a screen."""
+    """n, where charts draw every n-th line, so that a curve has at most MOST_POINTS."""
     return -(-sum(line.get("kind") == "train" for line in lines) // MOST_POINTS) or 1
 
 
@@ -180,7 +184,7 @@ def run_charts(lines: list[Line]) -> list[dict[str, Any]]:
     by_book, hits = "audio_loss_per_codebook", "audio_accuracy_per_codebook"
     likely = "Share of next tokens that are the most likely one"
     rows: list[tuple[str, str, str, Iterable[dict[str, Any] | None], dict[str, Any]]] = [
-        ("loss", "Loss by part", "Cross entropy of the next token, in nats", losses, {}),
+        ("loss", "Loss by part", "Cross-entropy of the next token, in nats", losses, {}),
         ("books", "Audio loss by codebook", "Training, in nats", _per_codebook(train, by_book), {}),
         ("val-books", "Audio loss by codebook, validation", "In nats", _per_codebook(val, by_book), {}),
         ("accuracy", "Accuracy, validation", likely, _curves(val, ACCURACIES), share),
@@ -189,13 +193,13 @@ def run_charts(lines: list[Line]) -> list[dict[str, Any]]:
         ("wait", "Data wait", "Share of a step spent waiting", _curves(train, ["data_wait_fraction"]), wait),
         ("time", "Time of a step", "In seconds", _curves(train, ["step_time_s"]), from_zero),
         ("rate", "Learning rate", "", _curves(train, ["learning_rate"]), small),
-        ("norm", "Gradient norm", "Before it is clipped", _curves(train, ["grad_norm"]), from_zero),
+        ("norm", "Gradient norm", "Before clipping", _curves(train, ["grad_norm"]), from_zero),
     ]
     charts = []
     for name, title, note, curves, layout in rows:
-        found = [one for one in curves if one]
-        if found:
-            charts.append(figure(f"run-{name}", title, note, found, x="step", **layout))
+        drawn = [one for one in curves if one]
+        if drawn:
+            charts.append(figure(f"run-{name}", title, note, drawn, x="step", **layout))
     return charts
 
 
@@ -216,7 +220,7 @@ def validation_table(lines: list[Line]) -> list[list[str]]:
 
 
 def trained_table(trained: list[dict[str, Any]]) -> dict[str, Any]:
-    """What trained, the layers of a stack joined: rows of pattern, shape, modules, parameters; and the sum."""
+    """Trained modules with equal layers joined: rows of pattern, shape, modules, parameters; and the sum."""
     groups: dict[tuple[str, str], list[int]] = {}
     for entry in trained:
         pattern = re.sub(r"\.\d+(?=\.|$)", ".*", str(entry.get("module")))
@@ -226,7 +230,7 @@ def trained_table(trained: list[dict[str, Any]]) -> dict[str, Any]:
     return {"rows": rows, "parameters": sum(row[3] for row in rows)}
 
 
-def generated_table(run: Run) -> dict[str, Any]:
+def generated_table(run: RunFolder) -> dict[str, Any]:
     """Generated samples: one row a key; its audio by step, beside target and reference."""
     samples = run.folder / "samples"
     numbers: dict[Path, int] = {}
@@ -248,9 +252,9 @@ def generated_table(run: Run) -> dict[str, Any]:
                 fixed = {kind: clip(f"target/{key}.{kind}.wav") for kind in ("reference", "target")}
                 text = str(entry.get("target_text") or entry.get("text") or "")
                 rows[key] = {"key": key, "text": text, **fixed, "steps": {}}
-            told = {name: entry.get(name) for name in ("reached_eos", "duration_s", "duration_ratio", "silence_ratio")}
-            if entry.get("text") != entry.get("target_text"):  # a run without audio: what was written instead of it
-                told["text"] = str(entry.get("text"))
+            facts = {name: entry.get(name) for name in ("reached_eos", "duration_s", "duration_ratio", "silence_ratio")}
+            if entry.get("text") != entry.get("target_text"):  # a run without audio generates text
+                facts["text"] = str(entry.get("text"))
             wav = entry.get("wav")
-            rows[key]["steps"][step] = {**told, "clip": clip(f"{step}/{wav}") if wav else None}
+            rows[key]["steps"][step] = {**facts, "clip": clip(f"{step}/{wav}") if wav else None}
     return {"steps": list(run.generated), "rows": list(rows.values())}

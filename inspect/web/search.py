@@ -1,7 +1,7 @@
-"""Search and order over a set of any size, for the server.
+"""Search and sorting over a set of any size, for the server.
 
-In: a shard set. Out: row numbers, a page at a time. Sorting needs the index alone; searching reads every sample's texts
-once, in the background, and says how far it is. Never: a damaged sample passed over without a word.
+In: a shard set. Out: row numbers in order. Sorting uses the index alone. Searching reads every sample's texts once, in
+the background; a note tells how many are read so far, and how many are damaged.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from higgs_tune.shards.reader import ShardSet
 
 SORTS = ("row", "key", "speaker", "seconds", "positions", "split")
 SPLITS = {"training": SPLIT_TRAIN, "validation": SPLIT_VAL}
-WAIT_S = 2.0  # a search waits so long for the texts, then goes by what is there
+WAIT_S = 2.0  # a search waits this long for the texts, then uses those that are read
 
 
-class Catalogue:
+class SampleSearch:
     """Rows of a set by search words, split and order."""
 
     def __init__(self, shards: ShardSet) -> None:
@@ -34,7 +34,7 @@ class Catalogue:
         self._ranks = cache(self._rank)
 
     def find(self, query: str, split: str, sort: str, *, descending: bool) -> tuple[np.ndarray, str]:
-        """Row numbers in order, and a note on what could not be searched.
+        """Row numbers in order, and a note on samples that could not be searched.
 
         Raises:
             UserError: no such split or order.
@@ -65,16 +65,16 @@ class Catalogue:
                 self._reader.start()
         self._reader.join(WAIT_S)
         texts = self._texts[:]
-        found = [row for row, text in enumerate(texts) if all(word in text for word in words)]
+        rows = [row for row, text in enumerate(texts) if all(word in text for word in words)]
         notes = []
         if len(texts) < len(self._shards):
             notes.append(f"texts of {len(texts):,} of {len(self._shards):,} samples are read so far: search again")
             keys = self._shards.index["key"][len(texts) :].tolist()
             unread = (key.decode().lower() for key in keys)
-            found += [row for row, key in enumerate(unread, len(texts)) if all(word in key for word in words)]
+            rows += [row for row, key in enumerate(unread, len(texts)) if all(word in key for word in words)]
         if self._damaged:
             notes.append(f"{self._damaged} damaged samples could not be searched, see higgs-inspect verify")
-        return np.array(found, np.int64), "; ".join(notes)
+        return np.array(rows, np.int64), "; ".join(notes)
 
     def _read_texts(self) -> None:
         for row in range(len(self._shards)):

@@ -1,11 +1,11 @@
-"""higgs-inspect serve: the page of the report for a set of any size, loaded on demand.
+"""The web server of `higgs-inspect serve`: the page of the report for a set of any size, loaded on demand.
 
-In: a shard set, its codec, perhaps a run folder. Out: a web server on 127.0.0.1 that answers GET for the routes below.
-Never: a path of a file in a request. Samples and clips are asked for by number, a run's audio by its place in a list
-that was made, links followed, from files inside of its folder; nothing else can be named, so nothing else is reachable.
+In: a shard set, its codec, perhaps a run folder. Out: a server on 127.0.0.1 that answers GET for the routes below.
+Requests name samples, clips and a run's audio by number, never by path; the audio of a run is listed once, from files
+inside of its folder after links are followed.
 
-Refused: a Host other than this one (a web site that points its name at 127.0.0.1), methods other than GET and HEAD,
-bodies, and requests with long targets or headers.
+Guarantees: refuses a Host other than its own (a web site whose name points at 127.0.0.1), methods other than GET and
+HEAD, bodies, and long targets or headers (tests/test_serve.py).
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from higgs_tune.inspect.checkpoints import Checkpoints
-from higgs_tune.inspect.stats import scan
+from higgs_tune.inspect.stats import scan_samples
 from higgs_tune.inspect.view import Segment, segments_of
 from higgs_tune.inspect.web.charts import code_charts, data_charts
 from higgs_tune.inspect.web.clips import MEDIA_TYPE, ogg, ogg_of_file
 from higgs_tune.inspect.web.html import render
 from higgs_tune.inspect.web.pages import damaged_row, detail, list_row, packed_codes, set_info
 from higgs_tune.inspect.web.report import SCAN_SAMPLES
-from higgs_tune.inspect.web.run import Run, run_page
-from higgs_tune.inspect.web.search import Catalogue
+from higgs_tune.inspect.web.run import RunFolder, run_page
+from higgs_tune.inspect.web.search import SampleSearch
 from higgs_tune.shards.durable import to_json
 from higgs_tune.shards.errors import ShardError, UserError
 from higgs_tune.shards.format import Sample
@@ -69,7 +69,7 @@ ROUTES = Map(
 
 
 def clip_id(row: int) -> Callable[[Segment], str]:
-    """How the page names a sample's clips."""
+    """The names of a sample's clips on the page."""
     return lambda segment: f"{row}/{segment.number}"
 
 
@@ -80,14 +80,16 @@ class App:
         shards: the set.
         checkpoints: its tokenizer and codec.
         run: a training run to show, or None.
-        audio: whether there is a codec to decode with.
-        port: on which it is served; requests must name it as their host.
+        audio: there is a codec to decode with.
+        port: of the server; requests must name it in their Host.
     """
 
-    def __init__(self, shards: ShardSet, checkpoints: Checkpoints, run: Run | None, *, audio: bool, port: int) -> None:
+    def __init__(
+        self, shards: ShardSet, checkpoints: Checkpoints, run: RunFolder | None, *, audio: bool, port: int
+    ) -> None:
         self.shards, self.checkpoints, self.run, self.audio = shards, checkpoints, run, audio
         self.hosts = {f"{name}:{port}" for name in (HOST, "localhost")}
-        self.catalogue = Catalogue(shards)
+        self.search = SampleSearch(shards)
         self._run_page = run_page(run) if run else None  # lists the run's audio
         self._charts: dict[str, Any] | None = None
         self._clips: OrderedDict[bytes, bytes] = OrderedDict()  # by their codes
@@ -109,7 +111,7 @@ class App:
         return response(environ, start_response)
 
     def _check(self, request: Request) -> None:
-        """Refuse what no page of ours asks for.
+        """Refuse requests that our page does not send.
 
         Raises:
             HTTPException: another host, method, a body, or something too long.
@@ -138,7 +140,7 @@ class App:
             raise NotFound
         return segments[number]
 
-    # one method an endpoint
+    # one method per endpoint
 
     def page(self, request: Request) -> Response:
         info = set_info(self.shards) | {
@@ -153,20 +155,20 @@ class App:
     def charts(self, request: Request) -> Response:
         with self._counting:
             if self._charts is None:
-                seen = scan(ShardSet(self.shards.location, self.shards.source.cache), SCAN_SAMPLES)
-                self._charts = {"data": data_charts(self.shards, seen), "codes": code_charts(seen)}
+                scanned = scan_samples(ShardSet(self.shards.location, self.shards.source.cache), SCAN_SAMPLES)
+                self._charts = {"data": data_charts(self.shards, scanned), "codes": code_charts(scanned)}
         return _json(self._charts)
 
     def samples(self, request: Request) -> Response:
-        asked = request.args
+        query = request.args
         try:
-            offset, count = int(asked.get("offset", 0)), int(asked.get("count", 25))
+            offset, count = int(query.get("offset", 0)), int(query.get("count", 25))
         except ValueError as error:
             raise BadRequest from error
         if offset < 0 or not 0 < count <= MAX_PAGE:
             raise BadRequest
-        words = (asked.get("query", ""), asked.get("split", ""), asked.get("sort", "row"))
-        rows, note = self.catalogue.find(*words, descending=asked.get("descending") == "1")
+        selection = (query.get("query", ""), query.get("split", ""), query.get("sort", "row"))
+        rows, note = self.search.find(*selection, descending=query.get("descending") == "1")
         shown = [self._row(row) for row in rows[offset : offset + count].tolist()]
         return _json({"rows": shown, "total": len(rows), "note": note})
 
@@ -177,9 +179,9 @@ class App:
             return damaged_row(self.shards, row, error)
 
     def sample(self, request: Request, row: int) -> Response:
-        found = self._sample(row)
+        content = self._sample(row)
         with self._decoding:  # the tokenizer, like the codec, is loaded once
-            return _json(detail(self.shards, row, found, self.checkpoints, clip_id(row)))
+            return _json(detail(self.shards, row, content, self.checkpoints, clip_id(row)))
 
     def codes(self, request: Request, row: int, number: int) -> Response:
         data = packed_codes(self._segment(row, number).codes_KT)
@@ -210,7 +212,7 @@ def _json(value: Any) -> Response:
 
 
 class _Handler(WSGIRequestHandler):
-    """Answers without a line for each request; a client that stays silent for long is dropped."""
+    """Logs errors only, and drops a client that stays silent."""
 
     timeout = 30
 
@@ -220,9 +222,9 @@ class _Handler(WSGIRequestHandler):
 
 
 def open_server(
-    shards: ShardSet, checkpoints: Checkpoints, run: Run | None, *, audio: bool, port: int
+    shards: ShardSet, checkpoints: Checkpoints, run: RunFolder | None, *, audio: bool, port: int
 ) -> BaseWSGIServer:
-    """A server that listens but does not answer yet; its `port` is a free one where 0 was asked for.
+    """A server that listens but does not answer yet. port: 0 for any free one.
 
     Raises:
         UserError: the port is taken.

@@ -32,7 +32,7 @@ FLAGS = (
 @contextmanager
 def open_browser(profile: Path) -> Iterator[Chrome]:
     """A fresh browser; skips the test where there is none."""
-    binary = next((found for name in BINARIES if (found := shutil.which(name))), None)
+    binary = next(filter(None, map(shutil.which, BINARIES)), None)
     chromedriver = shutil.which("chromedriver")
     if not binary or not chromedriver:
         pytest.skip("needs Chromium and chromedriver (Debian: apt-get install chromium chromium-driver)")
@@ -60,10 +60,10 @@ def resize(browser: Chrome, width: int, *, dark: bool = False) -> None:
 def wait(condition: Callable[[], Any], what: str, seconds: float = 60.0) -> Any:
     """Wait until a condition holds, and return what it gave."""
     end = time.monotonic() + seconds
-    while not (found := condition()):
+    while not (value := condition()):
         assert time.monotonic() < end, f"waited in vain for {what}"
         time.sleep(0.05)
-    return found
+    return value
 
 
 def console_errors(browser: Chrome) -> list[str]:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from conftest import EXAMPLES
 from higgs_tune.preprocess.checkpoints.checkpoint import describe_checkpoint, load_tokenizer, read_config, special_ids
-from higgs_tune.preprocess.codec.checkpoint import weights_sha256
+from higgs_tune.preprocess.codec.weights import weights_sha256
 from higgs_tune.preprocess.input.chatml import parse_entry, stored_messages, tokenize
 from higgs_tune.shards.format import Sample
 from higgs_tune.shards.reader import ShardSet

@@ -1,24 +1,24 @@
-// Codes, the delay pattern, and the sequence that the model sees. shards/sequence.py defines it; a test compares both.
+// Codes, the delay pattern, and the expanded sequence. shards/sequence.py defines them; tests/test_page.py compares both.
 
 const IGNORE = -100;
 
 /** Positions of a segment of `frames` frames. */
 const widthOf = (frames, ids) => frames + 2 + ids.codebooks - 1;
 
-/** What codebook k holds at column j of a segment: BOS, a code, EOS. */
+/** The content of codebook k at column j of a segment: BOS, a code, EOS. */
 function delayed(codes, frames, ids, k, j) {
   const frame = j - k - 1;
   if (frame < 0) return ids.stream_bos;
   return frame < frames ? codes[k * frames + frame] : ids.stream_eos;
 }
 
-/** What codebook k is supervised with at column j: its codes, and its EOS once. */
+/** The label of codebook k at column j: its codes, and its EOS once. */
 function delayedLabel(codes, frames, ids, k, j) {
   const frame = j - k - 1;
   return frame >= 0 && frame <= frames ? delayed(codes, frames, ids, k, j) : IGNORE;
 }
 
-/** Every position: {at, modality, id, text, label, codes, labels, segment}; labels stand where their tokens do. */
+/** Every position: {at, modality, id, text, label, codes, labels, segment}; a label stands at its token's position. */
 function sequence(sample, codes, ids) {
   const rows = [];
   let next = 0;
@@ -45,7 +45,7 @@ function sequence(sample, codes, ids) {
   return rows;
 }
 
-/** A colour for each code: neighbours differ, equal codes are equal. */
+/** A colour for each code; neighbouring codes differ clearly. */
 const codeColor = (code) => `hsl(${(code * 137.508) % 360} 50% ${42 + (code % 7) * 4}%)`;
 
 /** A grid of `columns` by codebooks; `get(k, j)` gives a code, or IGNORE for an empty cell. */
@@ -104,7 +104,7 @@ function sequenceTable(rows, ids) {
   const group = (text) => head(text, { scope: "colgroup", colspan: ids.codebooks, class: "group" });
   return el("div", { class: "scroll tall", tabindex: "0", role: "region", "aria-label": "Sequence" },
     el("table", { class: "sequence" },
-      el("caption", { class: "hidden", text: "Every position of the sequence, with what is supervised there" }),
+      el("caption", { class: "hidden", text: "Every position of the sequence, with its labels" }),
       el("thead", {},
         el("tr", {}, ...["position", "modality", "id", "token", "label"].map((text) => head(text, { rowspan: 2 })), group("codes"), group("labels")),
         el("tr", {}, ...books("code"), ...books("label"))),

@@ -1,4 +1,4 @@
-// Everything about one sample: what it knows, its messages, its segments with their pictures, its sequence.
+// One opened sample: its index row, its messages, its segments with their pictures, its sequence.
 
 function turnBlock(turn, sample) {
   const parts = turn.parts.map((part) => typeof part === "string"
@@ -31,9 +31,9 @@ function segmentBlock(source, segment, codes, signal) {
     if (pattern.children.length > 1) return;
     const label = (k, j) => (segment.trained ? delayedLabel(codes, frames, ids, k, j) : IGNORE);
     pattern.append(
-      el("p", { class: "muted", text: "As the model sees it: codebook k is late by k, between BOS (grey) and EOS (orange)." }),
+      el("p", { class: "muted", text: "The input of the model: codebook k starts k positions late, after BOS (grey), and ends with EOS (orange)." }),
       grid("Delayed codes", ids, width, (k, j) => delayed(codes, frames, ids, k, j)),
-      el("p", { class: "muted", text: segment.trained ? "What is supervised; pale: nothing." : "Nothing of this segment is supervised." }),
+      el("p", { class: "muted", text: segment.trained ? "Labels; pale: no label." : "This segment has no labels." }),
       grid("Labels", ids, width, label));
   });
   block.append(stack, pattern);
@@ -45,16 +45,16 @@ const LEGEND = [["text", "text"], ["audio_in", "audio in"], ["audio_out", "audio
 function legend() {
   return el("p", { class: "legend" },
     ...LEGEND.map(([cls, name]) => el("span", { class: `swatch ${cls}`, text: name })),
-    el("span", { class: "swatch label", text: "supervised" }), el("span", { class: "swatch masked", text: "·  no label" }));
+    el("span", { class: "swatch label", text: "label" }), el("span", { class: "swatch masked", text: "·  no label" }));
 }
 
-/** The opened sample; `signal` aborts what it still loads. */
+/** The opened sample; `signal` aborts its downloads. */
 async function detailBlock(source, row, signal) {
   const sample = await source.sample(row);
   const codes = await Promise.all(sample.segments.map((segment) => source.codes(segment.clip)));
-  const known = Object.entries(sample.facts).filter(([, value]) => value !== null && value !== "")
+  const facts = Object.entries(sample.facts).filter(([, value]) => value !== null && value !== "")
     .map(([name, value]) => [name.replaceAll("_", " "), String(value)]);
-  if (sample.misc) known.push(["misc", JSON.stringify(sample.misc)]);
+  if (sample.misc) facts.push(["misc", JSON.stringify(sample.misc)]);
   const opener = el("details", { class: "sequence-box" }, el("summary", { text: "Sequence: ids, labels, codes by position" }));
   opener.addEventListener("toggle", () => {
     if (opener.children.length > 1) return;
@@ -64,7 +64,7 @@ async function detailBlock(source, row, signal) {
   return el("div", { class: "detail" },
     el("div", { class: "columns" },
       el("div", {}, el("h3", { text: "Messages" }), el("ol", { class: "turns" }, ...sample.turns.map((turn) => turnBlock(turn, sample)))),
-      el("div", {}, el("h3", { text: "In the set" }), pairs(known))),
+      el("div", {}, el("h3", { text: "Index row" }), pairs(facts))),
     el("h3", { text: "Audio and codes" }),
     el("div", { class: "segments" }, ...sample.segments.map((segment, at) => segmentBlock(source, segment, codes[at], signal))),
     opener);

@@ -1,4 +1,4 @@
-// Building the page. Every string becomes a text node or an attribute's value: nothing from the data is markup.
+// Building blocks of the page. Every string becomes a text node or an attribute's value, never markup.
 
 /** An element. Properties: class, text, on<event>, and attributes; children: elements and strings. */
 function el(name, properties = {}, ...children) {
@@ -42,7 +42,7 @@ function section(id, title, ...children) {
   return el("section", { id, "aria-labelledby": `${id}-title` }, el("h2", { id: `${id}-title`, text: title }), ...children);
 }
 
-/** A value of the style sheet, as the theme has it. */
+/** A colour of the style sheet in the current theme. */
 function color(name) {
   const probe = el("span", { style: `color: var(--${name})`, hidden: true });
   document.body.append(probe);
@@ -51,7 +51,7 @@ function color(name) {
   return value;
 }
 
-/** Whether the page is dark now, by the system's wish or the reader's choice. */
+/** Whether the page is dark now, by the system's setting or the reader's choice. */
 const isDark = () => color("page").match(/\d+/g).slice(0, 3).every((part) => Number(part) < 128);
 
 const themeListeners = new Set();

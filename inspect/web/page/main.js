@@ -6,7 +6,7 @@ function tiles(info) {
     ["Audio", info.hours < 1 ? `${number(60 * info.hours, 1)} min` : `${number(info.hours, info.hours < 10 ? 2 : 0)} h`, "references included"],
     ["Speakers", number(info.speakers), ""],
     ["Positions", number(info.positions), `${number(info.positions / Math.max(info.samples, 1))} a sample`],
-    ["Left out", number(info.rejects), info.rejects ? "rejected, by reason below" : "nothing was rejected"],
+    ["Rejected", number(info.rejects), info.rejects ? "by reason below" : "no sample was rejected"],
   ];
   return el("dl", { class: "tiles" }, ...items.map(([name, value, note]) =>
     el("div", {}, el("dt", { text: name }), el("dd", {}, el("b", { text: value }), note ? el("span", { class: "muted", text: note }) : null))));
@@ -16,7 +16,7 @@ function summary(info) {
   const rejects = Object.entries(info.rejects_by_reason);
   return section("summary", "Summary", tiles(info),
     rejects.length ? table("Rejects by reason", ["Reason", "Samples"], rejects.map(([reason, count]) => [bdi(reason), number(count)])) : null,
-    el("details", {}, el("summary", { text: "What made this set" }), pairs(Object.entries(info.provenance).filter(([, value]) => value))));
+    el("details", {}, el("summary", { text: "Provenance" }), pairs(Object.entries(info.provenance).filter(([, value]) => value))));
 }
 
 /** Sections whose charts come later. */
@@ -39,14 +39,14 @@ function start() {
   document.getElementById("name").textContent = info.name;
   const loaded = source.charts();
   const shown = info.served ? info.samples : info.rows.length;
-  const note = shown < info.samples ? `${number(shown)} of ${number(info.samples)} samples, taken evenly over the set. ` : "";
-  const heard = info.audio ? "Audio is decoded from the stored codes: it is what the model hears." : "Made without audio.";
+  const note = shown < info.samples ? `${number(shown)} of ${number(info.samples)} samples, spread evenly over the set. ` : "";
+  const audio = info.audio ? "Audio is decoded from the stored codes: the model gets the same." : "This page has no audio.";
   const sections = [
     summary(info),
     info.run ? runSection(source, info.run) : null,
     chartSection("data", "Data", loaded, (all) => all.data, null),
     chartSection("codes", "Codes", loaded, (all) => all.codes, info.scanned < info.samples ? `Counted over ${number(info.scanned)} samples.` : null),
-    section("samples", "Samples", el("p", { class: "muted", text: note + heard }), new SampleTable(source).node),
+    section("samples", "Samples", el("p", { class: "muted", text: note + audio }), new SampleTable(source).node),
   ].filter(Boolean);
   document.getElementById("main").append(...sections);
   document.getElementById("nav").append(...sections.map((part) => el("a", { href: `#${part.id}`, text: part.querySelector("h2").textContent })));

@@ -1,4 +1,4 @@
-// A training run: curves, validation, generated samples, what trained.
+// A training run: curves, validation, generated samples, trained modules.
 
 function generatedBlock(source, run) {
   const { steps, rows } = run.generated;
@@ -12,8 +12,8 @@ function generatedBlock(source, run) {
   const cell = (row, title, given) => {
     const clip = typeof given === "string" ? { clip: given } : given;
     const props = { role: "cell", "data-label": title };
-    if (!clip?.clip) return el("td", props, clip?.text ? bdi(clip.text, "p", "said") : el("span", { class: "muted", text: "none" }), told(clip));
-    return el("td", props, player(source, clip.clip, `${title} of ${row.key}`, loads.signal).box, told(clip));
+    if (!clip?.clip) return el("td", props, clip?.text ? bdi(clip.text, "p", "said") : el("span", { class: "muted", text: "none" }), clipFacts(clip));
+    return el("td", props, player(source, clip.clip, `${title} of ${row.key}`, loads.signal).box, clipFacts(clip));
   };
   const fill = () => {
     loads.abort();
@@ -34,8 +34,8 @@ function generatedBlock(source, run) {
       el("thead", { role: "rowgroup" }, head), body));
 }
 
-/** What is known of a generated clip. */
-function told(clip) {
+/** How a generated clip ended, its length, its silence. */
+function clipFacts(clip) {
   if (!clip || clip.reached_eos === undefined) return null;
   const parts = [clip.reached_eos ? "ended by itself" : "did not end"];
   if (clip.duration_ratio != null) parts.push(`${number(clip.duration_ratio, 2)} × the target's length`);
@@ -50,13 +50,13 @@ function runSection(source, run) {
     : el("p", { class: "muted", text: "No validation lines in metrics.jsonl." });
   const { rows, parameters } = run.trained;
   const trained = rows.length
-    ? table("What trained", ["Module", "Shape", "Tensors", "Parameters"], rows.map((row) => [row[0], row[1], number(row[2]), number(row[3])]))
+    ? table("Trained modules", ["Module", "Shape", "Tensors", "Parameters"], rows.map((row) => [row[0], row[1], number(row[2]), number(row[3])]))
     : el("p", { class: "muted", text: "No trainable.json." });
   return section("run", "Training run",
     el("p", {}, bdi(run.name), run.every > 1 ? ` (one in ${number(run.every)} logged steps is drawn)` : null),
     charts(run.charts),
     el("h3", { text: "Validation" }), validation,
     el("h3", { text: "Generated samples" }), generatedBlock(source, run),
-    el("h3", { text: rows.length ? `What trained: ${number(parameters)} parameters` : "What trained" }), trained,
+    el("h3", { text: rows.length ? `Trained modules: ${number(parameters)} parameters` : "Trained modules" }), trained,
     el("details", {}, el("summary", { text: "Options of the run" }), pairs(run.config)));
 }

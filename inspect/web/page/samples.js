@@ -65,13 +65,13 @@ class SampleTable {
     return this.show();
   }
 
-  /** Show the wanted page; a later call overtakes this one. */
+  /** Show the selected page; a later call replaces this one. */
   async show() {
     this.loads.abort();
     const loads = (this.loads = new AbortController());
-    let found;
+    let page;
     try {
-      found = await this.source.page(this.state);
+      page = await this.source.page(this.state);
     } catch (error) {
       this.status.textContent = `cannot list samples: ${error.message}`;
       return;
@@ -82,11 +82,11 @@ class SampleTable {
       const sorted = head.dataset.sort === this.state.sort;
       head.setAttribute("aria-sort", sorted ? (this.state.descending ? "descending" : "ascending") : "none");
     }
-    this.body.replaceChildren(...found.rows.map((row) => this.row(row, loads.signal)));
-    const { offset, count } = this.state, last = Math.min(offset + count, found.total);
-    this.status.textContent = found.total ? `${number(offset + 1)} to ${number(last)} of ${number(found.total)} samples` : "no sample matches";
-    if (found.note) this.status.textContent += `; ${found.note}`;
-    this.pager.replaceChildren(...this.pagerButtons(found.total));
+    this.body.replaceChildren(...page.rows.map((row) => this.row(row, loads.signal)));
+    const { offset, count } = this.state, last = Math.min(offset + count, page.total);
+    this.status.textContent = page.total ? `${number(offset + 1)} to ${number(last)} of ${number(page.total)} samples` : "no sample matches";
+    if (page.note) this.status.textContent += `; ${page.note}`;
+    this.pager.replaceChildren(...this.pagerButtons(page.total));
   }
 
   row(sample, signal) {

@@ -1,11 +1,11 @@
-// Where the data comes from: this file (the report), or the server that sent it (higgs-inspect serve).
+// Sources of the page's data: this file (the report), or the server that sent it (higgs-inspect serve).
 
 const fromBase64 = (text) => Uint8Array.from(atob(text), (character) => character.charCodeAt(0)).buffer;
 
-/** As search compares texts: lower case, without accents and vowel signs. pages.py does the same. */
+/** A text in the form that search compares: lower case, no accents, no vowel signs. pages.py does the same. */
 const folded = (text) => text.replaceAll("\u0640", "").normalize("NFKD").replace(/\p{M}/gu, "").toLowerCase();
 
-/** Everything stands in this file, in script elements that are parsed when they are asked for. */
+/** All data stands in this file, in script elements that are parsed on demand. */
 class Embedded {
   constructor(info) {
     this.info = info;
@@ -49,7 +49,7 @@ class Embedded {
   }
 }
 
-/** Everything comes from the server, when it is asked for. */
+/** All data comes from the server, on demand. */
 class Served {
   constructor(info) {
     this.info = info;
