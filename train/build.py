@@ -28,7 +28,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 
 def build_run(config: TrainConfig, context: DistContext, inputs: Inputs) -> tuple[Run, StepStats, dict[str, Any]]:
-    """The run, sums of an unfinished logging stats, and the checkpoint's state (empty for a fresh start).
+    """The run, the sums of an unfinished logging interval, and the checkpoint's state (empty for a fresh start).
 
     Raises:
         UserError: weights do not fit, or the checkpoint is of another run.
@@ -87,11 +87,11 @@ def wrap(
         return module
     for layer in model.layers if not config.lora.full_finetune else ():
         stack_layer(layer)
-    module = PackModel(model, trainable(peft_model).values(), loss, way_to_run(config, context, model))
+    module = PackModel(model, trainable(peft_model).values(), loss, choose_execution(config, context, model))
     return DistributedDataParallel(module, gradient_as_bucket_view=True) if several else module
 
 
-def way_to_run(config: TrainConfig, context: DistContext, model: HiggsAudioModel) -> ExecOptions:
+def choose_execution(config: TrainConfig, context: DistContext, model: HiggsAudioModel) -> ExecOptions:
     """Compiled or not, and the checkpointing that is asked for or that fits; the same on every rank."""
     if config.model.activation_checkpointing != "auto":
         return ExecOptions(config.model.compile, config.model.activation_checkpointing)

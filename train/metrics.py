@@ -1,7 +1,6 @@
 """The numbers of a report, under the keys of metrics.jsonl.
 
-In: sums over all ranks. Out: names and values. Never: a mean of means; every loss is a sum divided by its own label
-count.
+In: sums over all ranks. Out: names and values. Every loss is a sum over labels divided by their number.
 """
 
 from __future__ import annotations
