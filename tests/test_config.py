@@ -34,6 +34,7 @@ def from_yaml(tmp_path: Path, text: str, rest: list[str] = REST) -> TrainConfig:
     return parse_arguments(["--config", str(path), *rest])
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize(
     ("text", "name", "expected"),
     [
@@ -112,6 +113,7 @@ def test_hints_name_only_options_that_exist() -> None:
         assert {name.removeprefix("--") for name in named} <= known
 
 
+@pytest.mark.fast
 def test_every_option_survives_its_own_file(tmp_path: Path) -> None:
     """config.yaml of a run with every option away from its default gives the same options."""
     config = parse_arguments([*REST, "--save_total_limit", "None", "--mix_weights", "2", "--report_to", "--no-debug"])
