@@ -26,7 +26,8 @@ import soundfile
 import torch
 import tyro
 import webdataset
-from higgs_tune.preprocess.audio.audio import Clip, load_clip
+from higgs_tune.preprocess.audio.audio import load_clip
+from higgs_tune.preprocess.audio.clip import Clip
 from higgs_tune.preprocess.audio.options import AudioOptions
 from higgs_tune.preprocess.codec.codec import CodecConfig, HiggsCodec
 from higgs_tune.shards.format import Sample

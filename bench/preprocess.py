@@ -28,7 +28,7 @@ import numpy as np
 import soundfile
 import torch
 import tyro
-from higgs_tune.preprocess.audio.resample import resample_sinc
+from higgs_tune.preprocess.codec.resample import resample_sinc
 from higgs_tune.preprocess.config import PreprocessConfig
 from higgs_tune.preprocess.pipeline import build_shards
 from higgs_tune.shards.reader import ShardSet

@@ -18,7 +18,7 @@ from higgs_tune.preprocess.config import Job
 from higgs_tune.preprocess.input.chatml import ChatSample, parse_entry, stored_messages, tokenize
 from higgs_tune.preprocess.input.manifest import DISTINCT
 from higgs_tune.preprocess.reject import Reject
-from higgs_tune.preprocess.workdir import Encoded, Features, Work
+from higgs_tune.preprocess.workdir import Encoded, Features, WorkFolder
 from higgs_tune.shards.format import FRAME_RATE_HZ, Sample
 from higgs_tune.shards.sequence import SpecialIds
 from higgs_tune.shards.split import ValidationSplit
@@ -47,7 +47,7 @@ def set_writer(job: Job) -> SetWriter:
 
 def assemble_shard(job: Job, number: int) -> None:
     """Task: write the files of one shard and commit its index rows."""
-    work, writer = Work(job.out), set_writer(job)
+    work, writer = WorkFolder(job.out), set_writer(job)
     tokenizer = cached_tokenizer(job.model, writer.ids)
     rejects: list[dict[str, Any]] = []
 
@@ -68,7 +68,7 @@ def cached_tokenizer(path: Path, ids: SpecialIds) -> PreTrainedTokenizerBase:
 
 
 def make_sample(
-    line: dict[str, Any], job: Job, work: Work, tokenizer: PreTrainedTokenizerBase, ids: SpecialIds
+    line: dict[str, Any], job: Job, work: WorkFolder, tokenizer: PreTrainedTokenizerBase, ids: SpecialIds
 ) -> Sample:
     """One line of samples-*.jsonl as a stored sample.
 
@@ -101,7 +101,7 @@ def make_sample(
     )
 
 
-def _encoded(work: Work, clip: int, clips_per_unit: int, source: str) -> Encoded:
+def _encoded(work: WorkFolder, clip: int, clips_per_unit: int, source: str) -> Encoded:
     """An encoded clip, its source named as in the sample; inline audio keeps its own name.
 
     Raises:

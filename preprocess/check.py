@@ -18,19 +18,19 @@ from typing import Any
 
 import numpy as np
 from higgs_tune.preprocess.assemble import cached_tokenizer, make_sample, set_writer
-from higgs_tune.preprocess.audio.audio import Clip
+from higgs_tune.preprocess.audio.clip import Clip
 from higgs_tune.preprocess.audio.resample import resampled_length
 from higgs_tune.preprocess.audio.whisper import HOP, RATE_HZ, channels_of
 from higgs_tune.preprocess.check_stats import dominant_script, language_table, percentiles, rate_outliers
 from higgs_tune.preprocess.codec.checkpoint import CODEC_RATE_HZ
 from higgs_tune.preprocess.config import Job, PreprocessConfig
-from higgs_tune.preprocess.encode import UnitReport, codec_for, load_for_codec, one_thread
+from higgs_tune.preprocess.encode import codec_for, load_for_codec, one_thread
 from higgs_tune.preprocess.engine import Stop, auto_processes, run_tasks
 from higgs_tune.preprocess.listing import list_work
 from higgs_tune.preprocess.pipeline import make_job
-from higgs_tune.preprocess.progress import ProgressBar
+from higgs_tune.preprocess.progress import ProgressBar, UnitStats
 from higgs_tune.preprocess.reject import Reject
-from higgs_tune.preprocess.workdir import Encoded, Features, Work
+from higgs_tune.preprocess.workdir import Encoded, Features, WorkFolder
 from higgs_tune.shards.format import FRAME_RATE_HZ, Sample, encode_sample
 from higgs_tune.shards.sequence import mel_positions, packed_length
 from transformers import PreTrainedTokenizerBase
@@ -75,12 +75,12 @@ def check_data(config: PreprocessConfig) -> dict[str, Any]:
     """
     with tempfile.TemporaryDirectory(prefix="higgs-check-") as folder, Stop() as stop, ProgressBar() as progress:
         job = replace(make_job(config), out=Path(folder))
-        work = Work(job.out)
+        work = WorkFolder(job.out)
         work.folder.mkdir()
-        listing = list_work(job, work, stop.go_on)
+        listing = list_work(job, work, stop.check)
         progress.start("read", listing["clips"], "clips")
-        for report in run_tasks(partial(measure_unit, job), list(range(listing["units"])), config, stop):
-            progress.encoded(report)
+        for stats in run_tasks(partial(measure_unit, job), list(range(listing["units"])), config, stop):
+            progress.add_unit(stats)
         progress.start("measure", listing["shards"], "shards")
         shards: dict[int, list[SampleFacts]] = {}
         for number, facts in run_tasks(partial(measure_shard, job), list(range(listing["shards"])), config, stop):
@@ -90,16 +90,16 @@ def check_data(config: PreprocessConfig) -> dict[str, Any]:
         return make_report(clips, [facts for number in sorted(shards) for facts in shards[number]], job)
 
 
-def measure_unit(job: Job, unit: int) -> UnitReport:
+def measure_unit(job: Job, unit: int) -> UnitStats:
     """Task: decode the clips of a unit; store their facts and zeros for codes."""
-    work, report = Work(job.out), UnitReport()
+    work, stats = WorkFolder(job.out), UnitStats()
     clips = work.clips(unit)
     whisper = work.whisper(unit * job.config.clips_per_unit, len(clips))
     results = [_measure(clip, job, whisper=bool(wanted)) for clip, wanted in zip(clips, whisper, strict=True)]
     for result in results:
-        report.add(result)
+        stats.add_result(result)
     work.commit_unit(unit, results)
-    return report
+    return stats
 
 
 def _measure(clip: Clip, job: Job, *, whisper: bool) -> Encoded | Reject:
@@ -123,7 +123,7 @@ def _measure(clip: Clip, job: Job, *, whisper: bool) -> Encoded | Reject:
 
 def measure_shard(job: Job, number: int) -> tuple[int, list[SampleFacts]]:
     """Task: the facts of one shard's samples, in order."""
-    work, writer = Work(job.out), set_writer(job)
+    work, writer = WorkFolder(job.out), set_writer(job)
     tokenizer, facts = cached_tokenizer(job.model, writer.ids), []
     for line in work.read_lines("samples", number):
         try:

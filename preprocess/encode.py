@@ -1,105 +1,72 @@
-"""Step 2: the clips of one unit become codes and, where wanted, Whisper features.
+"""Step 2: encode the clips of one unit to codes and, if requested, Whisper features.
 
 In: a unit's number. Out: its committed files. Threads read, resample and take the log-mel of the clips ahead, so that
-the codec does not wait for them. Never: clips padded to a batch; more than one CPU thread in a sum, since their number
-changes its last bits, and with them one code in very many.
+the codec does not wait for them. Clips are encoded one by one (padding would change every feature) and on one CPU
+thread (the number of threads changes the last bits of a sum, and with them a code now and then).
 """
 
 from __future__ import annotations
 
 import time
-from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
 import torch
-from higgs_tune.preprocess.audio.audio import Clip, Waveform, load_clip
+from higgs_tune.preprocess.audio.audio import load_clip
+from higgs_tune.preprocess.audio.clip import Clip, Waveform
 from higgs_tune.preprocess.audio.whisper import Tower, log_mel, mel_bins_of
 from higgs_tune.preprocess.codec.checkpoint import load_codec
 from higgs_tune.preprocess.codec.codec import HiggsCodec
 from higgs_tune.preprocess.config import Job
+from higgs_tune.preprocess.progress import UnitStats
 from higgs_tune.preprocess.reject import Reject
-from higgs_tune.preprocess.workdir import Encoded, Features, Work
+from higgs_tune.preprocess.workdir import Encoded, Features, WorkFolder
 from higgs_tune.shards.errors import UserError
 from higgs_tune.shards.format import FRAME_RATE_HZ
 from higgs_tune.shards.memory import keep_memory
 
-SHORTEST_FRAMES = 2  # of a clip that the codec takes
+MIN_FRAMES = 2  # length of the shortest clip that the codec takes
 
 
-@dataclass
-class UnitReport:
-    """What the encoding of one unit came to.
-
-    clips, rejects: counts. seconds: of encoded audio. flags: clips by flag. spent: seconds of work by what they went
-    to; `decode` and `mel` are those of the threads, beside the others.
-    """
-
-    clips: int = 0
-    rejects: int = 0
-    seconds: float = 0.0
-    flags: Counter[str] = field(default_factory=Counter)
-    spent: dict[str, float] = field(default_factory=dict)
-
-    @contextmanager
-    def spend(self, what: str) -> Iterator[None]:
-        began = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.count(what, time.perf_counter() - began)
-
-    def count(self, what: str, seconds: float) -> None:
-        self.spent[what] = self.spent.get(what, 0.0) + seconds
-
-    def add(self, result: Encoded | Reject) -> None:
-        self.clips += 1
-        if isinstance(result, Reject):
-            self.rejects += 1
-            return
-        self.seconds += result.info["seconds"]
-        self.flags.update(result.info.get("flags", ()))
-
-
-def encode_unit(job: Job, unit: int) -> UnitReport:
-    """Task: encode the clips of one unit and commit them; of a unit that was committed with rejects, only these."""
-    report, work = UnitReport(), Work(job.out)
+def encode_unit(job: Job, unit: int) -> UnitStats:
+    """Task: encode the clips of one unit and commit them; of a committed unit only the rejected ones again."""
+    stats, work = UnitStats(), WorkFolder(job.out)
     clips = work.clips(unit)
     whisper = work.whisper(unit * job.config.clips_per_unit, len(clips))
-    before = [old if isinstance(old, Encoded) else None for old in work.take_back(unit) or [None] * len(clips)]
+    earlier = [old if isinstance(old, Encoded) else None for old in work.reopen_unit(unit) or [None] * len(clips)]
     with one_thread(), ThreadPoolExecutor(job.config.decode_threads) as threads:
-        with report.spend("load codec"):
+        with stats.timed("load codec"):
             codec = codec_for(job)
         mel_bins = mel_bins_of(job.tower) if any(whisper) else 0
-        ahead = [
-            old or threads.submit(_read, clip, codec.config.sample_rate_hz, job, mel_bins if wanted else 0)
-            for clip, wanted, old in zip(clips, whisper, before, strict=True)
+        pending = [
+            old or threads.submit(_read, clip, codec.config.sample_rate_hz, job, mel_bins if with_mel else 0)
+            for clip, with_mel, old in zip(clips, whisper, earlier, strict=True)
         ]
         results: list[Encoded | Reject] = []
-        for clip, waiting in zip(clips, ahead, strict=True):
+        for clip, waiting in zip(clips, pending, strict=True):
             if isinstance(waiting, Encoded):
                 results.append(waiting)
-                report.clips += 1
+                stats.clips += 1
                 continue
             try:
-                with report.spend("wait for decode"):
+                with stats.timed("wait for decode"):
                     ready = waiting.result()
-                results.append(_encode(clip, ready, codec, job, report))
+                results.append(_encode(clip, ready, codec, job, stats))
             except Reject as reject:
                 results.append(reject)
-            report.add(results[-1])
-        with report.spend("commit"):
+            stats.add_result(results[-1])
+        with stats.timed("commit"):
             work.commit_unit(unit, results)
-    return report
+    return stats
 
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """Sums on one CPU thread; what runs beside them has its own process or thread."""
+    """Run PyTorch's sums on one CPU thread; parallel work has its own process or thread."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -110,7 +77,7 @@ def one_thread() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class _Ready:
-    """A clip that waits for the codec, and the seconds that its thread spent on it."""
+    """A clip that is ready for the codec, and the seconds that its thread spent on it."""
 
     wave: Waveform
     mels: tuple[Features, ...]
@@ -134,20 +101,20 @@ def load_for_codec(clip: Clip, rate_hz: int, job: Job) -> Waveform:
         Reject: the clip cannot be used, or is too short for the codec.
     """
     wave = load_clip(clip, rate_hz, job.audio)
-    expected, got = SHORTEST_FRAMES * rate_hz // FRAME_RATE_HZ, len(wave.samples_S)
+    expected, got = MIN_FRAMES * rate_hz // FRAME_RATE_HZ, len(wave.samples_S)
     if got < expected:
         raise Reject("too_short", f"expected at least {expected} samples for the codec, got {got}", clip.source)
     return wave
 
 
-def _encode(clip: Clip, ready: _Ready, codec: HiggsCodec, job: Job, report: UnitReport) -> Encoded:
+def _encode(clip: Clip, ready: _Ready, codec: HiggsCodec, job: Job, stats: UnitStats) -> Encoded:
     wave, mels = ready.wave, ready.mels
-    report.count("decode", ready.decode_s)
-    report.count("mel", ready.mel_s)
-    with report.spend("encode"):
+    stats.add_time("decode", ready.decode_s)
+    stats.add_time("mel", ready.mel_s)
+    with stats.timed("encode"):
         codes_KT = codec.encode(wave.samples_S)
     if job.config.whisper_features == "encoder" and mels:
-        with report.spend("tower"):
+        with stats.timed("tower"):
             tower = _cached_tower(job.tower, device_of(job))
             mels = tuple(tower(mel) for mel in mels)
     info = {"source": clip.source, "seconds": round(wave.seconds, 6), "sha256": wave.sha256}
@@ -155,10 +122,10 @@ def _encode(clip: Clip, ready: _Ready, codec: HiggsCodec, job: Job, report: Unit
 
 
 def device_of(job: Job) -> str:
-    """Where this process encodes. `cuda` is the GPU that the engine gave to it.
+    """The device on which this process encodes; `cuda` is the GPU that the engine gave to it.
 
     Raises:
-        UserError: a GPU that is not there.
+        UserError: PyTorch does not see that GPU.
     """
     device, gpus = job.config.device, torch.cuda.device_count()
     if device.startswith("cuda") and int(device[5:] or 0) >= gpus:
@@ -169,7 +136,7 @@ def device_of(job: Job) -> str:
 
 
 def codec_for(job: Job) -> HiggsCodec:
-    """This process's codec; also sets the process's GPU to the precision that was asked for."""
+    """This process's codec; also sets the precision of this process's GPU."""
     assert job.codec is not None
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = job.config.tf32
     torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False

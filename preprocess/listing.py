@@ -16,20 +16,20 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from higgs_tune.preprocess.audio.audio import Clip
+from higgs_tune.preprocess.audio.clip import Clip
 from higgs_tune.preprocess.config import Job
 from higgs_tune.preprocess.input.arrow import arrow_cell
 from higgs_tune.preprocess.input.chatml import key_of, parse_entry, storable
 from higgs_tune.preprocess.input.entries import read_entries
 from higgs_tune.preprocess.reject import Reject
-from higgs_tune.preprocess.workdir import Work, batches
+from higgs_tune.preprocess.workdir import WorkFolder, batches
 from higgs_tune.shards.errors import UserError
 
 
 class ClipNumbers:
     """Numbers the distinct clips in order of first use; writes them unit by unit."""
 
-    def __init__(self, work: Work, clips_per_unit: int) -> None:
+    def __init__(self, work: WorkFolder, clips_per_unit: int) -> None:
         self.work, self.clips_per_unit = work, clips_per_unit
         self.units = self.missing = 0
         self.whisper = bytearray()
@@ -57,7 +57,7 @@ class ClipNumbers:
             self._waiting = []
 
 
-def list_work(job: Job, work: Work, go_on: Callable[[], None]) -> dict[str, int]:
+def list_work(job: Job, work: WorkFolder, go_on: Callable[[], None]) -> dict[str, int]:
     """Check every entry, number the clips, write the tasks.
 
     Args:

@@ -35,7 +35,7 @@ from higgs_tune.preprocess.engine import Stop, run_tasks
 from higgs_tune.preprocess.input import arrow
 from higgs_tune.preprocess.listing import list_work
 from higgs_tune.preprocess.progress import ProgressBar
-from higgs_tune.preprocess.workdir import Work, refuse_other
+from higgs_tune.preprocess.workdir import WorkFolder, refuse_other
 from higgs_tune.shards import durable
 from higgs_tune.shards.errors import UserError
 from higgs_tune.shards.remote import Cache, Source, is_url
@@ -56,7 +56,7 @@ def build_shards(config: PreprocessConfig) -> dict[str, Any]:
     with Stop() as stop:
         job = make_job(config)
         provenance = make_provenance(job)
-        stop.go_on()
+        stop.check()
         made = finished(job.url or str(job.out), provenance["request"])
         if made is None:
             return _run_steps(job, provenance, stop)
@@ -66,20 +66,20 @@ def build_shards(config: PreprocessConfig) -> dict[str, Any]:
 
 def _run_steps(job: Job, provenance: dict[str, Any], stop: Stop) -> dict[str, Any]:
     """Run the four steps; reuse what an earlier run committed, but try its rejects again."""
-    config, work, writer = job.config, Work(job.out), set_writer(job)
+    config, work, writer = job.config, WorkFolder(job.out), set_writer(job)
     with ProgressBar() as progress, work.locked():
         writer.begin()
         work.begin(provenance["request"])
         listing = work.listing
         if listing is None or listing["unsettled"] or any(work.done(listing["units"]).values()):
-            listing = list_work(job, work, stop.go_on)
+            listing = list_work(job, work, stop.check)
 
         done = {unit for unit, rejected in work.done(listing["units"]).items() if not rejected}
         progress.start("encode", listing["clips"], "clips")
         progress.skip(min(len(done) * config.clips_per_unit, listing["clips"]))
         waiting = [unit for unit in range(listing["units"]) if unit not in done]
-        for report in run_tasks(partial(encode_unit, job), waiting, config, stop):
-            progress.encoded(report)
+        for stats in run_tasks(partial(encode_unit, job), waiting, config, stop):
+            progress.add_unit(stats)
 
         numbers = range(listing["shards"])
         waiting = [number for number in numbers if (shard := writer.committed(number)) is None or shard.rejects]

@@ -1,25 +1,71 @@
-"""What a person sees of a running higgs-preprocess: a live bar on a terminal, a plain line now and then elsewhere."""
+"""Progress display of a long command: a live bar on a terminal, a plain line every 15 s elsewhere.
+
+Also the counts of one encoded unit, which the display sums up. Nothing heavy is imported here: higgs-inspect shows the
+same bar.
+"""
 
 from __future__ import annotations
 
 import sys
 import time
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from types import TracebackType
 from typing import TYPE_CHECKING
 
+from higgs_tune.preprocess.reject import Reject
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
-from rich.progress import Progress as RichBar
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
-if TYPE_CHECKING:  # encode imports torch, and inspect shows bars without it
-    from higgs_tune.preprocess.encode import UnitReport
+if TYPE_CHECKING:
+    from higgs_tune.preprocess.workdir import Encoded
 
 PLAIN_EVERY_S = 15.0
 
 
+@dataclass
+class UnitStats:
+    """Counts and times of one encoded unit of clips.
+
+    Attributes:
+        clips, rejects: counts.
+        seconds: encoded audio, in seconds.
+        flags: clips by flag.
+        spent: seconds of work by kind; `decode` and `mel` ran in threads beside the others.
+    """
+
+    clips: int = 0
+    rejects: int = 0
+    seconds: float = 0.0
+    flags: Counter[str] = field(default_factory=Counter)
+    spent: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def timed(self, kind: str) -> Iterator[None]:
+        """Count the time of the block as work of this kind."""
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.add_time(kind, time.perf_counter() - began)
+
+    def add_time(self, kind: str, seconds: float) -> None:
+        self.spent[kind] = self.spent.get(kind, 0.0) + seconds
+
+    def add_result(self, result: Encoded | Reject) -> None:
+        """Count one clip."""
+        self.clips += 1
+        if isinstance(result, Reject):
+            self.rejects += 1
+            return
+        self.seconds += result.info["seconds"]
+        self.flags.update(result.info.get("flags", ()))
+
+
 class ProgressBar:
-    """Counts of one phase at a time: clips or shards done, audio encoded, speed, rejects, time left.
+    """Display of one phase at a time: clips or shards done, audio encoded, speed, rejects, time left.
 
     Attributes:
         encoded_seconds, rejects, flags, spent: sums over the units that this run encoded.
@@ -28,7 +74,7 @@ class ProgressBar:
     def __init__(self) -> None:
         note = TextColumn("{task.fields[note]}")
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), note)
-        self._bar = RichBar(*columns, console=Console(stderr=True), disable=not sys.stderr.isatty())
+        self._bar = Progress(*columns, console=Console(stderr=True), disable=not sys.stderr.isatty())
         self._task, self._unit = self._bar.add_task("list", total=None, note=""), ""
         self._total, self._done, self._skipped = 0, 0, 0
         self._phase, self._began, self._printed = "", time.monotonic(), time.monotonic()
@@ -52,23 +98,23 @@ class ProgressBar:
         self._bar.reset(self._task, total=total, description=phase, note="")
 
     def skip(self, count: int) -> None:
-        """Units that an earlier run has done."""
+        """Count `count` units as done by an earlier run."""
         self._done = self._skipped = count
         self._bar.update(self._task, completed=count)
 
-    def encoded(self, report: UnitReport) -> None:
-        """A unit of clips is done."""
-        self.encoded_seconds += report.seconds
-        self.rejects += report.rejects
-        self.flags.update(report.flags)
-        for name, seconds in report.spent.items():
+    def add_unit(self, stats: UnitStats) -> None:
+        """Count a unit of clips as done."""
+        self.encoded_seconds += stats.seconds
+        self.rejects += stats.rejects
+        self.flags.update(stats.flags)
+        for name, seconds in stats.spent.items():
             self.spent[name] = self.spent.get(name, 0.0) + seconds
         hours, elapsed = self.encoded_seconds / 3600, max(time.monotonic() - self._began, 1e-9)
         speed = self.encoded_seconds / elapsed
-        self.advance(report.clips, f"{hours:.2f} h, {speed:.1f}x real time, {self.rejects} rejects")
+        self.advance(stats.clips, f"{hours:.2f} h, {speed:.1f}x real time, {self.rejects} rejects")
 
     def advance(self, count: int, note: str = "") -> None:
-        """`count` more units are done."""
+        """Count `count` more units as done."""
         self._done += count
         note = ", ".join(part for part in (note, f"{self._left()} left") if part)
         self._bar.update(self._task, completed=self._done, note=note)

@@ -1,11 +1,13 @@
-"""The work folder of an unfinished shard set: what is listed, what is encoded, what is committed.
+"""The work folder of an unfinished shard set: task lists and encoded units.
 
-`OUT/.work/` holds `request.json` (what was asked for), `samples-NNNNNN.jsonl` (one file a shard),
-`clips-NNNNNN.jsonl` (one file a unit of clips), `whisper.bin` (one byte a clip: 1 where it gets Whisper features),
-`listing.json` (written when these are complete), `unit-NNNNNN.npz` (codes of a unit) and `mel-NNNNNN.npy` (its
-Whisper features), beside what the shards' writer keeps there. Each appears whole or not at all, so a restarted run
-takes up what is there. What was rejected is tried again, since the files may have been put right; where anything was,
-the lists are written anew, and what was made from other lists is removed. The folder goes when the set is finished.
+`OUT/.work/` holds `request.json` (data, checkpoints and options of the build), `samples-NNNNNN.jsonl` (one file a
+shard), `clips-NNNNNN.jsonl` (one file a unit of clips), `whisper.bin` (one byte a clip: 1 where it gets Whisper
+features), `listing.json` (written when these are complete), `unit-NNNNNN.npz` (codes of a unit) and `mel-NNNNNN.npy`
+(its Whisper features), beside the files of the shards' writer. Each appears whole or not at all, so a restarted run
+continues from them. Rejected samples and clips are tried again, since the files may have been mended: then the lists
+are written anew, and units and shards made from other lists are removed. The folder goes when the set is finished.
+
+Shapes: K codebooks, T frames of codes, C mel bins or tower channels, F frames of features.
 """
 
 from __future__ import annotations
@@ -21,19 +23,23 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from higgs_tune.preprocess.audio.audio import Clip
+from higgs_tune.preprocess.audio.clip import Clip
 from higgs_tune.preprocess.reject import Reject
 from higgs_tune.shards import durable
 from higgs_tune.shards.errors import UserError, few
 from higgs_tune.shards.writer import WORK
 
-MADE_FROM = {"clips": "unit", "samples": "shard"}  # what is committed of each list
-HINT = "Choose another --out, or remove the folder."
+RESULT_OF = {"clips": "unit", "samples": "shard"}  # the committed file that is made from each list
 
 
 @dataclass(frozen=True)
 class Features:
-    """Whisper features of one chunk. values_CF: float [C, F and up to MEL_TAIL]; frames: F, its true frames."""
+    """Whisper features of one chunk of at most 30 s.
+
+    Attributes:
+        values_CF: float [C, F and up to MEL_TAIL more].
+        frames: F, without the tail.
+    """
 
     values_CF: np.ndarray
     frames: int
@@ -41,15 +47,20 @@ class Features:
 
 @dataclass(frozen=True)
 class Encoded:
-    """One encoded clip. codes_KT: uint16 [K, T]; features: of each chunk of 30 s, or none; info: `source`, `seconds`,
-    `sha256`, and `flags` where something was noticed."""
+    """One encoded clip.
+
+    Attributes:
+        codes_KT: uint16 [K, T].
+        features: one for each chunk of 30 s; empty if none were requested.
+        info: `source`, `seconds`, `sha256`, and `flags` if there are any.
+    """
 
     codes_KT: np.ndarray
     features: tuple[Features, ...]
     info: dict[str, Any]
 
 
-class Work:
+class WorkFolder:
     """Paths and files of `OUT/.work`; cheap to pickle."""
 
     def __init__(self, out: Path) -> None:
@@ -59,20 +70,20 @@ class Work:
         return self.folder / f"{kind}-{number:06d}.{suffix}"
 
     def begin(self, request: dict[str, Any]) -> None:
-        """Open or take up the work folder.
+        """Begin a set, or continue the one that the folder holds.
 
         Raises:
             UserError: the folder holds unfinished work on another set.
         """
         file = self.folder / "request.json"
-        begun = self.listing is not None or any(self.folder.glob("*.npz"))  # else it came to nothing: data unreadable
+        begun = self.listing is not None or any(self.folder.glob("*.npz"))  # else reading the data failed
         if file.is_file() and begun:
             refuse_other(json.loads(file.read_bytes()), request, "unfinished work on", self.out)
         durable.write_bytes(file, durable.to_json(request))
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Keep a second run out of the folder; the system lifts the lock of a killed one.
+        """Keep a second run out of the folder; the operating system releases the lock of a killed run.
 
         Raises:
             UserError: another run holds it, or the folder cannot be made or written.
@@ -89,13 +100,13 @@ class Work:
                 raise UserError("another higgs-preprocess is writing here", where=self.out) from None
             yield
 
-    # what is to be done
+    # task lists
 
     def write_lines(self, kind: str, number: int, lines: Iterable[Any]) -> None:
-        """Write the `samples` of a shard or the `clips` of a unit; what was made from other ones goes first."""
+        """Write the `samples` of a shard or the `clips` of a unit; a result made from another list is removed first."""
         path, data = self.path(kind, number, "jsonl"), b"".join(durable.to_json(line) + b"\n" for line in lines)
         if not path.is_file() or path.read_bytes() != data:
-            self.path(MADE_FROM[kind], number, "npz").unlink(missing_ok=True)
+            self.path(RESULT_OF[kind], number, "npz").unlink(missing_ok=True)
             durable.write_bytes(path, data)
 
     def read_lines(self, kind: str, number: int) -> list[Any]:
@@ -106,7 +117,7 @@ class Work:
         return [Clip(**line) for line in self.read_lines("clips", unit)]
 
     def whisper(self, first: int, count: int) -> bytes:
-        """For each of `count` clips from clip `first` on: 1 where it gets Whisper features."""
+        """One byte for each of `count` clips from clip `first` on: 1 if the clip gets Whisper features."""
         with (self.folder / "whisper.bin").open("rb") as file:
             file.seek(first)
             return file.read(count)
@@ -118,7 +129,7 @@ class Work:
         return json.loads(file.read_bytes()) if file.is_file() else None
 
     def forget_listing(self) -> None:
-        """Before the lists are written again: they are not complete until `commit_listing`."""
+        """Mark the lists as incomplete until `commit_listing`."""
         (self.folder / "listing.json").unlink(missing_ok=True)
         durable.fsync_folder(self.folder)
 
@@ -130,10 +141,10 @@ class Work:
         durable.write_bytes(file, whisper)
         durable.write_bytes(self.folder / "listing.json", durable.to_json(listing))
 
-    # what is done
+    # results
 
     def commit_unit(self, unit: int, results: list[Encoded | Reject]) -> None:
-        """Store the codes and features of a unit's clips, or why a clip has none."""
+        """Store the codes and features of a unit's clips, or the reason why a clip was rejected."""
         encoded = [result for result in results if isinstance(result, Encoded)]
         features = [feature for result in encoded for feature in result.features]
         if features:
@@ -155,38 +166,39 @@ class Work:
         durable.write_bytes(self.path("unit", unit, "npz"), buffer.getvalue())
 
     def done(self, units: int) -> dict[int, bool]:
-        """The committed units, of `units`; true where a clip of the unit was rejected."""
-        found = {path.name for path in self.folder.glob("unit-*.npz")}
+        """The committed ones of the units 0 to `units`; the value is true if a clip of the unit was rejected."""
+        committed = {path.name for path in self.folder.glob("unit-*.npz")}
         paths = [(unit, self.path("unit", unit, "npz")) for unit in range(units)]
-        return {unit: any("reject" in note for note in _notes(path)) for unit, path in paths if path.name in found}
+        return {unit: any("reject" in note for note in _notes(path)) for unit, path in paths if path.name in committed}
 
-    def take_back(self, unit: int) -> list[Encoded | Reject]:
-        """What an earlier run made of a unit, for it to be committed again; nothing, where it made nothing."""
+    def reopen_unit(self, unit: int) -> list[Encoded | Reject]:
+        """An earlier run's results for a unit, which is then to be committed again; empty if there are none."""
         path = self.path("unit", unit, "npz")
         if not path.is_file():
             return []
         results = self.encoded(unit)
-        path.unlink()  # it and its features are two files: the old one must not be found beside new features
+        path.unlink()  # codes and features are two files: old codes must not stand beside new features
         return results
 
     def encoded(self, unit: int) -> list[Encoded | Reject]:
-        """What `commit_unit` stored; features are mapped from the file."""
+        """The results that `commit_unit` stored; features are memory-mapped."""
         path = self.path("unit", unit, "npz")
         return _read_unit(path, path.stat().st_mtime_ns)
 
 
 def refuse_other(stored: Any, request: dict[str, Any], what: str, where: object) -> None:
-    """Refuse a folder that is for another request than this.
+    """Make sure that a folder was begun for the same request.
 
     Raises:
-        UserError: it is; names what differs.
+        UserError: it was begun for another one; names the options that differ.
     """
     if stored == request:
         return
     stored = stored if isinstance(stored, dict) else {}
     new, old = ({**side, **(side.get("options") or {}), "options": None} for side in (request, stored))
     other = few([name for name in {**new, **old} if new.get(name) != old.get(name)])
-    raise UserError(f"this folder holds {what} other data or options", where=where, got=f"another {other}", hint=HINT)
+    hint = "Choose another --out, or remove the folder."
+    raise UserError(f"this folder holds {what} other data or options", where=where, got=f"another {other}", hint=hint)
 
 
 def _notes(unit: Path) -> list[dict[str, Any]]:

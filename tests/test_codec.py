@@ -15,11 +15,13 @@ import pytest
 import soundfile
 import torch
 from helpers.boson_codec import boson_tokenizer, naive_resample, save_boson
-from higgs_tune.preprocess.audio.audio import Clip, load_clip
+from higgs_tune.preprocess.audio.audio import load_clip
+from higgs_tune.preprocess.audio.clip import Clip
 from higgs_tune.preprocess.audio.options import AudioOptions
-from higgs_tune.preprocess.audio.resample import resample_sinc, resample_soxr
+from higgs_tune.preprocess.audio.resample import resample_soxr
 from higgs_tune.preprocess.codec.checkpoint import load_codec
 from higgs_tune.preprocess.codec.codec import HiggsCodec
+from higgs_tune.preprocess.codec.resample import resample_sinc
 from higgs_tune.shards.errors import UserError
 from safetensors.torch import save_file
 from transformers import HubertConfig

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 from boson_multimodal.data_types import AudioContent, ChatMLSample, Message, TextContent
-from higgs_tune.preprocess.audio.audio import Clip
+from higgs_tune.preprocess.audio.clip import Clip
 from higgs_tune.preprocess.checkpoints.checkpoint import load_tokenizer
 from higgs_tune.preprocess.input.chatml import ChatSample, tokenize
 from higgs_tune.preprocess.reject import Reject

@@ -1,8 +1,8 @@
-"""Whether an audio file is as long as its own header says.
+"""Compares the length of an audio file with its header.
 
-In: an open file. Out: nothing, or what does not fit. libsndfile plays what is left of a WAV, AIFF, AU or Ogg file whose
-end is missing without a word, and what a WAV's data chunk claims where more samples follow it.
-Never: samples decoded; a file refused whose header leaves its length open, as those written to a pipe do.
+In: an open file; nothing is decoded. Out: the mismatch in words, or an empty text. libsndfile silently plays the rest
+of a WAV, AIFF, AU or Ogg file whose end is missing, and only the stated part of a WAV file with more samples.
+Guarantees: headers that leave the length open, as those written to a pipe, are accepted (tests/test_bad_input.py).
 """
 
 from __future__ import annotations
@@ -16,21 +16,21 @@ MAX_CHUNKS = 64  # of a WAV file, before its samples
 OGG_PAGE, OGG_END = 65307, 4  # longest page in bytes; the flag of a stream's last page
 
 
-def misfit(file: BinaryIO) -> str:
-    """What the header states and the file does not hold; empty where they fit, or where the header states nothing."""
+def container_mismatch(file: BinaryIO) -> str:
+    """How the file's length differs from its header; empty if they agree or the header states no length."""
     head, size = file.read(32), file.seek(0, os.SEEK_END)
     if head[:4] == b"OggS":
-        return _ogg_misfit(file, size)
+        return _ogg_mismatch(file, size)
     stated = _stated_bytes(head)
     if stated > size + 1:  # of the last chunk's padding, one byte may be missing
         return f"the header states {stated} bytes, the file has {size}"
     if head[:4] in (b"RIFF", b"RIFX") and head[8:12] == b"WAVE":
-        return _data_misfit(file, "little" if head[:4] == b"RIFF" else "big", stated, size)
+        return _data_mismatch(file, "little" if head[:4] == b"RIFF" else "big", stated, size)
     return ""
 
 
 def _stated_bytes(head: bytes) -> int:
-    """Length of the whole file by its header; 0 where it states none, or is of another format."""
+    """Length of the whole file by its header, in bytes; 0 if it states none or is of another format."""
     kind, form = head[:4], head[8:12]
     if kind in (b"RIFF", b"RIFX") and form == b"WAVE":
         body = int.from_bytes(head[4:8], "little" if kind == b"RIFF" else "big")
@@ -48,7 +48,7 @@ def _stated_bytes(head: bytes) -> int:
     return 0
 
 
-def _data_misfit(file: BinaryIO, order: Literal["little", "big"], stated: int, size: int) -> str:
+def _data_mismatch(file: BinaryIO, order: Literal["little", "big"], stated: int, size: int) -> str:
     """A WAV's data chunk that ends after the file, or before its samples do."""
     file.seek(12)
     for _ in range(MAX_CHUNKS):
@@ -71,7 +71,7 @@ def _data_misfit(file: BinaryIO, order: Literal["little", "big"], stated: int, s
     return f"the header states {length} bytes of samples, but {stated - begin - length} more follow"
 
 
-def _ogg_misfit(file: BinaryIO, size: int) -> str:
+def _ogg_mismatch(file: BinaryIO, size: int) -> str:
     file.seek(max(0, size - OGG_PAGE))
     tail = file.read()
     page = tail[tail.rfind(b"OggS") :]

@@ -1,4 +1,4 @@
-"""Which clips are taken: the options that reading audio needs, importable without a numeric library."""
+"""Options of reading audio, importable without a numeric library."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ class AudioOptions:
     """Which clips are taken, and how loud.
 
     Attributes:
-        min_seconds, max_seconds: lengths that are taken.
-        loudness_lufs: integrated loudness to bring clips to; None: as they are.
+        min_seconds, max_seconds: shortest and longest clip that is taken, in seconds.
+        loudness_lufs: integrated loudness that clips are brought to; None: clips keep their level.
         roots: folders that no path may leave; empty: no limit.
         reject_flags: flags that a clip may not have.
     """

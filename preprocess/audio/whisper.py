@@ -1,11 +1,11 @@
 """Whisper features of a clip: log-mel as `WhisperFeatureExtractor` gives it, or the output of a frozen audio tower.
 
-In: mono float32 at the codec's rate. Out: one float16 array for each chunk of at most 30 s, as boson's collator splits
-long audio, and its number of true frames. Never: what the padding to 30 s holds (`shards.sequence.mel_window` puts
-it back), weights other than the tower's.
+In: mono float32 at the codec's rate. Out: one array for each chunk of at most 30 s, as boson's collator splits long
+audio, and its number of frames without padding. The padding to 30 s is not stored: `shards.sequence.mel_window`
+restores it.
 
-A chunk of F true frames keeps up to two more: the extractor's windows are 400 samples wide at a hop of 160, so the
-first two frames of the padding still hear the end of the signal, and so does the tower.
+A chunk of F frames keeps up to two more: the extractor's windows are 400 samples wide at a hop of 160, so the first two
+frames of the padding still contain the end of the signal, and the tower sees them.
 
 Shapes: S samples, C mel bins or tower channels, F frames (100 a second; after the tower 25).
 """
@@ -31,11 +31,11 @@ from transformers import WhisperFeatureExtractor
 RATE_HZ = 16_000
 HOP = 160
 CHUNK_SAMPLES = MEL_WINDOW * HOP
-PREFIXES = ("audio_tower.", "model.encoder.", "encoder.")  # of the tower in a Higgs model, a Whisper model, its base
+TOWER_PREFIXES = ("audio_tower.", "model.encoder.", "encoder.")  # in a Higgs model, WhisperFor…, WhisperModel
 
 
 def log_mel(wave_S: np.ndarray, rate_hz: int, mel_bins: int) -> list[Features]:
-    """Log-mel of each chunk, float32, before it is stored.
+    """Log-mel of each chunk, float32 [C, F and up to MEL_TAIL].
 
     Args:
         wave_S: float32 [S], mono.
@@ -47,7 +47,7 @@ def log_mel(wave_S: np.ndarray, rate_hz: int, mel_bins: int) -> list[Features]:
 def _chunk(wave_S: np.ndarray, mel_bins: int) -> Features:
     frames = -(-len(wave_S) // HOP)
     kept = min(frames + MEL_TAIL, MEL_WINDOW)
-    # silence beyond the kept frames cannot change them, or their maximum: it is left out
+    # silence beyond the kept frames changes neither them nor their maximum, so it is left out
     samples = min((kept + 2) * HOP, CHUNK_SAMPLES)
     values = _extractor(mel_bins)(
         [wave_S], sampling_rate=RATE_HZ, padding="max_length", max_length=samples, return_tensors="np"
@@ -61,13 +61,13 @@ def _extractor(mel_bins: int) -> WhisperFeatureExtractor:
 
 
 def extractor_settings(mel_bins: int) -> dict[str, Any]:
-    """What the provenance says of the log-mel."""
+    """Settings of the log-mel, for the provenance."""
     names = ("feature_size", "sampling_rate", "hop_length", "n_fft", "chunk_length", "padding_value")
     return {name: getattr(_extractor(mel_bins), name) for name in names}
 
 
 def mel_bins_of(model: Path) -> int:
-    """Mel bins of the checkpoint's audio tower, or of the one that its config describes."""
+    """Mel bins of the audio tower that the checkpoint's config describes."""
     return _tower_config(model).get("num_mel_bins", 128)
 
 
@@ -80,7 +80,7 @@ def channels_of(folder: Path, kind: str) -> int:
 
 
 def _tower_config(folder: Path) -> dict[str, Any]:
-    """The tower's settings: of a Higgs model under `audio_encoder_config`, of a Whisper model at the top."""
+    """The tower's settings: `audio_encoder_config` of a Higgs model, the whole config of a Whisper model."""
     file = folder / "config.json"
     if not file.is_file():
         raise UserError("no checkpoint here", where=folder, expected=file.name)
@@ -115,7 +115,7 @@ class Tower:
 
     @torch.inference_mode()
     def __call__(self, mel: Features) -> Features:
-        """The tower's output for one chunk: float32 [d_model, F], with the attention mask that boson's model makes."""
+        """The tower's output for one chunk, float32 [d_model, F], under the attention mask of boson's model."""
         features_1CF = torch.from_numpy(mel_window(mel.values_CF))[None].to(self.device)
         length = (mel.frames - 1) // 2 + 1
         mask = torch.arange(MEL_WINDOW // 2, device=self.device) < length
@@ -131,28 +131,30 @@ def _tower_weights(folder: Path) -> dict[str, torch.Tensor]:
     for file in sorted(folder.glob("*.safetensors")):
         with safe_open(file, framework="pt") as tensors:
             for name in tensors.keys():  # noqa: SIM118  (safe_open is no mapping)
-                prefix = next((p for p in PREFIXES if name.startswith(p)), None)
+                prefix = next((p for p in TOWER_PREFIXES if name.startswith(p)), None)
                 if prefix:
                     weights[name.removeprefix(prefix)] = tensors.get_tensor(name)
     return weights
 
 
 def require_tower(folder: Path) -> None:
-    """Make sure that a checkpoint has a tower.
+    """Make sure that a checkpoint has an audio tower.
 
     Raises:
-        UserError: it has no safetensors, or no tower in them.
+        UserError: its safetensors hold no tower, or it has none.
     """
     for file in folder.glob("*.safetensors"):
         with safe_open(file, framework="pt") as tensors:
-            if any(name.startswith(PREFIXES) for name in tensors.keys()):  # noqa: SIM118
+            if any(name.startswith(TOWER_PREFIXES) for name in tensors.keys()):  # noqa: SIM118
                 return
     hint = "Name one that has it with --whisper_path, or use --whisper_features mel."
-    raise UserError("the checkpoint has no audio tower", where=folder, expected=f"weights {PREFIXES[0]}*", hint=hint)
+    raise UserError(
+        "the checkpoint has no audio tower", where=folder, expected=f"weights {TOWER_PREFIXES[0]}*", hint=hint
+    )
 
 
 def tower_sha256(folder: Path) -> str:
-    """SHA-256 over the tower's tensors, by name: what the provenance of its features names."""
+    """SHA-256 over the tower's tensors in order of their names, for the provenance of its features."""
     digest = hashlib.sha256()
     for name, value in sorted(_tower_weights(folder).items()):
         digest.update(f"{name} {value.dtype} {list(value.shape)}\n".encode())

@@ -1,7 +1,7 @@
-"""What preprocessing and training need of a language-model checkpoint besides its weights: config and tokenizer.
+"""Config and tokenizer of a language-model checkpoint. Shared by preprocess, train, inspect and evaluate.
 
-In: a checkpoint folder. Out: its config as a dict, its special ids, its tokenizer, and hashes that name them in the
-provenance. Never: weights, remote code, constants for ids.
+In: a checkpoint folder in either layout. Out: its config in Boson's terms, its special ids, its tokenizer, and the
+description that provenance stores. Ids come from the config, never from constants; no remote code is run.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ _ID_FIELDS = {
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """A checkpoint's config, in Boson's terms, whichever layout it has.
+    """A checkpoint's config in Boson's terms, from either layout.
 
     Raises:
-        UserError: it is missing, no JSON, or another model's.
+        UserError: config.json is missing, is not JSON, or describes another model.
     """
     file = path / "config.json"
     if not file.is_file():
@@ -53,7 +53,7 @@ def special_ids(config: dict[str, Any], where: Path) -> SpecialIds:
     """The ids that expansion and loss need.
 
     Raises:
-        UserError: the config does not name one of them.
+        UserError: the config lacks one of them.
     """
     missing = [field for field in _ID_FIELDS.values() if not isinstance(config.get(field), int)]
     if missing:
@@ -65,7 +65,7 @@ def load_tokenizer(path: Path, ids: SpecialIds) -> PreTrainedTokenizerBase:
     """The text tokenizer of a checkpoint folder.
 
     Raises:
-        UserError: no tokenizer files, or not a tokenizer's; or its audio placeholders are not the config's.
+        UserError: the tokenizer files are missing or unreadable, or disagree with the config on an audio placeholder.
     """
     from transformers import AutoTokenizer
 
@@ -84,7 +84,7 @@ def load_tokenizer(path: Path, ids: SpecialIds) -> PreTrainedTokenizerBase:
 
 
 def describe_checkpoint(path: Path) -> dict[str, Any]:
-    """What the provenance says of a language model: equal for a base model and what was fine-tuned from it."""
+    """A language model's entry in the provenance; equal for a base model and the models tuned from it."""
     config = read_config(path)
     tokenizer = path / "tokenizer.json"
     return {

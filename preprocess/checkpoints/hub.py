@@ -1,7 +1,7 @@
-"""Checkpoints by name: a local folder, or a repository of the Hugging Face Hub at a pinned revision.
+"""Checkpoints by name: a local folder, or a repository of the Hugging Face Hub. Shared by all commands.
 
-In: a path, or `owner/name[@revision]`. Out: a local folder. Never: a repository's newest revision where we know one
-whose layout is Boson's original; remote code.
+In: a path, or `owner/name[@revision]`. Out: a local folder. Boson's repositories are taken at their last revisions in
+the original layout unless a revision is given (tests/test_preprocess.py).
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from pathlib import Path
 
 from higgs_tune.shards.errors import UserError, first_line
 
-# the last revisions in Boson's original layout; later ones replaced it in place
+# the last revisions in Boson's original layout, which later ones replaced
 PINNED = {
     "bosonai/higgs-audio-v2-generation-3B-base": "10840182ca4ad5d9d9113b60b9bb3c1ef1ba3f84",
     "bosonai/higgs-audio-v2-tokenizer": "9d4988fbd4ad07b4cac3a5fa462741a41810dbec",
@@ -23,14 +23,14 @@ TIMEOUT_S = 10.0
 
 
 def local_checkpoint(given: Path, files: tuple[str, ...] = WEIGHT_FILES) -> Path:
-    """The folder of a checkpoint, absolute; downloaded where `given` is the name of a repository.
+    """The absolute folder of a checkpoint, downloaded if `given` names a repository.
 
     Args:
         given: a folder, or `owner/name[@revision]`.
-        files: patterns of what is needed of a repository.
+        files: patterns of the files that are needed of a repository.
 
     Raises:
-        UserError: neither a folder nor a repository that can be had.
+        UserError: `given` is neither a folder nor a repository that can be downloaded.
     """
     if given.is_dir():
         return given.absolute()
@@ -53,7 +53,7 @@ def local_checkpoint(given: Path, files: tuple[str, ...] = WEIGHT_FILES) -> Path
 
 
 def name_of(given: Path) -> dict[str, str]:
-    """What the provenance says of where a checkpoint came from: its name, and the revision of a repository."""
+    """Origin of a checkpoint, for the provenance: a folder's name, or a repository's name and revision."""
     named = None if given.exists() else _NAME.fullmatch(given.as_posix())
     if named is None:
         return {"name": given.resolve().name}

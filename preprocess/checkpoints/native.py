@@ -1,8 +1,8 @@
-"""The transformers-native layout of a language-model checkpoint, said in Boson's terms.
+"""The transformers-native layout of a language-model checkpoint, translated to Boson's terms.
 
 In: the config of `model_type: higgs_audio_v2` (transformers 5.3 and later), its tokenizer, the names of its weights.
-Out: the config that Boson's layout would have, and Boson's names for its weights. Never: a guess at an id that the
-tokenizer can be asked for.
+Out: the config that Boson's layout would have, and Boson's names for its weights. Ids of audio tokens come from the
+tokenizer. Shared by preprocess, train and inspect.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 from higgs_tune.shards.errors import UserError
 
 NATIVE_TYPE = "higgs_audio_v2"
-# our field, the token that it is the id of
+# Boson's field for an id, and the token with that id
 _TOKENS = {
     "audio_in_token_idx": "<|AUDIO|>",
     "audio_out_token_idx": "<|AUDIO_OUT|>",
@@ -69,7 +69,7 @@ def boson_config(native: dict[str, Any], folder: Path) -> dict[str, Any]:
         "audio_ffn_hidden_size": hidden,
         "audio_ffn_intermediate_size": native["intermediate_size"],
         "audio_num_codebooks": codebooks,
-        "audio_codebook_size": stream_bos,  # codes lie below the two ids of the stream
+        "audio_codebook_size": stream_bos,  # codes are below the two ids of the stream
         "audio_stream_bos_id": stream_bos,
         "audio_stream_eos_id": stream_eos,
         "encode_whisper_embed": False,
@@ -95,7 +95,7 @@ def _token_ids(folder: Path) -> dict[str, int]:
 
 
 def boson_weight_name(name: str) -> str:
-    """Boson's name of a native weight; a name of Boson's stays as it is."""
+    """Boson's name of a native weight; one of Boson's names is returned unchanged."""
     for pattern, replacement in _NAMES:
         name = re.sub(pattern, replacement, name)
     return name

@@ -2,7 +2,8 @@
 
 Boson's original: `config.json` (no model_type) and `model.pth`. Transformers-native: `config.json` with
 `model_type: higgs_audio_v2_tokenizer` and safetensors. Sizes that Boson's config leaves out are read from the weights.
-Never: remote code, pickled objects; a weight that is missing, unknown or of a wrong shape is an error that lists it.
+Guarantees (tests/test_codec.py): no pickled code is run; a missing or unknown weight, or one of a wrong shape, is an
+error that lists it.
 """
 
 from __future__ import annotations
@@ -26,21 +27,18 @@ from transformers.modeling_utils import no_init_weights
 
 NATIVE_TYPE = "higgs_audio_v2_tokenizer"
 CODEC_RATE_HZ = 24_000
-RATES_HZ = {
-    "sample_rate": CODEC_RATE_HZ,
-    "semantic_sample_rate": 16_000,
-}  # what the encoder's strides and padding are for
+RATES_HZ = {"sample_rate": CODEC_RATE_HZ, "semantic_sample_rate": 16_000}  # the encoder's strides presume them
 Weights = dict[str, torch.Tensor]
 
-# weights of training, or of parts that neither encode nor decode uses
+# weights that neither encoding nor decoding uses
 _UNUSED = re.compile(r"^(decoder_semantic|fc_post1|fc1)\.|\.(inited|cluster_size|embed_avg)$|masked_spec_embed$")
 
 
 def load_codec(path: str | Path, device: str | torch.device = "cpu") -> HiggsCodec:
     """Load a codec for inference, in float32.
 
-    Both layouts get Boson's padding of 320 samples where a clip is no whole number of frames, which is what the
-    language model was trained on; transformers' own class for the native layout (5.23) pads by 480 there.
+    Both layouts pad a clip that is no whole number of frames by 320 samples, as Boson's class does and as the language
+    model was trained; transformers' own class for the native layout (5.23) pads by 480.
 
     Raises:
         UserError: no config, an unknown layout, or weights that do not fit.
@@ -99,7 +97,7 @@ def _read_weights(folder: Path) -> Weights:
 
 
 def fuse_weight_norm(weights: Weights) -> Weights:
-    """Replace each weight-normed pair (direction, magnitude) by the weight that it stands for."""
+    """Replace each weight-normed pair (direction, magnitude) by its product."""
     fused = dict(weights)
     for name in weights:
         for suffix, other in (("weight_v", "weight_g"), ("parametrizations.weight.original1", "original0")):
@@ -113,13 +111,13 @@ def fuse_weight_norm(weights: Weights) -> Weights:
 
 
 def native_name(name: str) -> str:
-    """A name of `HiggsCodec` as the transformers-native layout has it."""
+    """The transformers-native name of a weight of `HiggsCodec`."""
     name = re.sub(r"^(quantizers\.\d+)\.embed$", r"\1.codebook.embed", name)
     return re.sub(r"^quantizers\.", "quantizer.quantizers.", name)
 
 
 def boson_name(name: str) -> str:
-    """A name of `HiggsCodec` as Boson's model.pth has it, once its weight norm is fused."""
+    """The name in Boson's model.pth, with weight norm fused, of a weight of `HiggsCodec`."""
     part, _, rest = name.partition(".")
     if part in _DAC_LAYERS:
         return _DAC_LAYERS[part] + _boson_dac(part, rest)
@@ -170,7 +168,7 @@ def _boson_config(raw: dict[str, Any], weights: Weights, where: Path) -> CodecCo
 
 
 def _native_config(raw: dict[str, Any], weights: Weights, where: Path) -> CodecConfig:
-    """Settings that the file leaves out have transformers' defaults."""
+    """Sizes from a native config; missing settings take transformers' defaults."""
     fixed = {"kernel_size": 3, "unit_kernel_size": 3, "channel_ratios": [1, 1], "strides": [1, 1]}
     for name, only in {**fixed, "block_dilations": [1, 1], "downsample_factor": 320}.items():
         if raw.get(name, only) != only:
@@ -206,7 +204,7 @@ def _config(
 
 
 def _hubert(weights: Weights) -> HubertConfig:
-    """HuBERT's sizes, read from its weights; strides and head size are those of the base model."""
+    """HuBERT's sizes, read from its weights; strides and head size as in the base model."""
 
     def shape(name: str) -> torch.Size:
         return weights[f"semantic_model.{name}"].shape
@@ -235,12 +233,19 @@ def _hubert(weights: Weights) -> HubertConfig:
 
 
 def fold_position_conv(codec: HiggsCodec) -> None:
-    """Make HuBERT's position embedding a plain convolution: its weight norm is fused, not computed at each call."""
+    """Fuse the weight norm of HuBERT's position embedding, which would be computed at each call."""
     parametrize.remove_parametrizations(codec.semantic_model.encoder.pos_conv_embed.conv, "weight")
 
 
 def _assign(codec: HiggsCodec, own_name: dict[str, str], weights: Weights, folder: Path) -> None:
-    """Fill the codec; `own_name` leads from the checkpoint's names to ours."""
+    """Fill the codec with the weights.
+
+    Args:
+        own_name: our name for each name in the checkpoint.
+
+    Raises:
+        UserError: lists missing and unexpected weights, and wrong shapes.
+    """
     own = codec.state_dict()
     filled = {own_name[name]: value.float() for name, value in weights.items() if name in own_name}
     problems = {
@@ -253,6 +258,6 @@ def _assign(codec: HiggsCodec, own_name: dict[str, str], weights: Weights, folde
         ],
     }
     if any(problems.values()):
-        found = "; ".join(f"{len(names)} {what}: {few(names)}" for what, names in problems.items() if names)
-        raise UserError(f"the audio tokenizer's weights do not fit: {found}", where=folder)
+        listed = "; ".join(f"{len(names)} {kind}: {few(names)}" for kind, names in problems.items() if names)
+        raise UserError(f"the audio tokenizer's weights do not fit: {listed}", where=folder)
     codec.load_state_dict(filled, assign=True)

@@ -1,11 +1,12 @@
 """The Higgs audio tokenizer: waveform to codes and codes to waveform.
 
-In: mono float32 at 24 kHz. Out: uint16 codes [K, T] at 25 frames a second, and back. Never: batches of padded clips
-(HuBERT's group norm runs over time, so padding changes every feature), remote code, pickles.
+In: mono float32 at 24 kHz, one clip at a time (HuBERT's group norm runs over time, so padding to a batch would change
+every feature). Out: uint16 codes [K, T] at 25 frames a second, and back.
 
 The architecture is X-codec's as Boson AI trained it (`boson_multimodal.audio_processing.higgs_audio_tokenizer`):
 HuBERT hidden states, averaged over all layers, and a DAC encoder, joined and quantised by 8 residual codebooks.
-The blocks are transformers' Hubert and DAC; checkpoints of both layouts are read by `codec_checkpoint`.
+The blocks are transformers' Hubert and DAC; `codec/checkpoint.py` loads checkpoints of both layouts.
+Guarantees: codes equal those of Boson's class at every length and rate (tests/test_codec.py).
 
 Shapes: S samples at 24 kHz, T frames, K codebooks, C channels.
 """
@@ -19,7 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F  # noqa: N812
-from higgs_tune.preprocess.audio.resample import resample_sinc
+from higgs_tune.preprocess.codec.resample import resample_sinc
 from torch import nn
 from transformers import DacConfig, HubertConfig, HubertModel
 from transformers.models.dac.modeling_dac import DacDecoder, DacEncoder, Snake1d
@@ -27,7 +28,7 @@ from transformers.models.dac.modeling_dac import DacDecoder, DacEncoder, Snake1d
 
 @dataclass(frozen=True)
 class CodecConfig:
-    """Sizes of a codec; `codec_checkpoint` reads them from a checkpoint."""
+    """Sizes of a codec, read from a checkpoint by `codec/checkpoint.py`."""
 
     sample_rate_hz: int
     semantic_sample_rate_hz: int
@@ -110,10 +111,10 @@ class _SnakeInPlace(Snake1d):
 
 
 class _TiledEncoder(DacEncoder):
-    """DacEncoder whose first block, of as many steps as samples, is computed on the CPU a tile at a time.
+    """DacEncoder whose first block, at the full sample rate, runs tile by tile on the CPU.
 
-    What one layer leaves is then still in the cache when the next one reads it. The layers before the stride see 42
-    samples to each side, so a tile that overlaps its neighbours by these and a step, and drops them, ends up the same.
+    The output of one layer is then still in the cache when the next layer reads it. The layers before the stride see 42
+    samples to each side; tiles overlap by these and one step, and the overlap is dropped, so the result is the same.
     """
 
     _TILE, _REACH = 4096, 3 + 3 * (1 + 3 + 9)  # samples; kernels of 7, three of them dilated

@@ -19,7 +19,7 @@ import numpy as np
 import xxhash
 from boson_multimodal.data_types import AudioContent, ChatMLSample, Message, TextContent
 from boson_multimodal.dataset.chatml_dataset import prepare_chatml_sample
-from higgs_tune.preprocess.audio.audio import Clip
+from higgs_tune.preprocess.audio.clip import Clip
 from higgs_tune.preprocess.input.jsonable import plain
 from higgs_tune.preprocess.reject import Reject
 from higgs_tune.shards.durable import to_json

@@ -18,7 +18,8 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import xxhash
-from higgs_tune.preprocess.audio.audio import Clip, clip_seconds
+from higgs_tune.preprocess.audio.audio import clip_seconds
+from higgs_tune.preprocess.audio.clip import Clip
 from higgs_tune.preprocess.config import Job
 from higgs_tune.preprocess.input.chatml import check_storable, check_text
 from higgs_tune.preprocess.input.jsonable import plain

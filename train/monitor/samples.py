@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import soundfile
 import torch
-from higgs_tune.preprocess.audio.audio import quiet_share
+from higgs_tune.preprocess.audio.levels import quiet_share
 from higgs_tune.preprocess.codec.checkpoint import load_codec
 from higgs_tune.shards import durable
 from higgs_tune.shards.errors import UserError
