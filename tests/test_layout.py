@@ -20,6 +20,7 @@ MAY_IMPORT = {
     "preprocess": {"shards"},
     "train": {"shards", "preprocess"},
     "inspect": {"shards", "preprocess"},
+    "evaluate": {"shards", "preprocess", "train"},
 }
 SOURCES = [path for folder in MAY_IMPORT for path in sorted((ROOT / folder).rglob("*.py"))]
 # train's rooms from the ground floor up; a room imports from its own floor and those below

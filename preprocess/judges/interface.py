@@ -1,0 +1,54 @@
+"""What a judge is: a recogniser, a speaker encoder or a quality model, behind one small interface each.
+
+Every judge takes mono float32 waveforms at 16 kHz, and names itself with its revision, for the tables.
+
+Shapes: S samples, D embedding dimensions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import numpy as np
+
+SAMPLE_RATE_HZ = 16_000
+
+
+class Judge(Protocol):
+    """name: the model; revision: a commit, package version, or hash of the weights; empty where none is known."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def revision(self) -> str: ...
+
+
+class Recogniser(Judge, Protocol):
+    """Speech to text."""
+
+    def transcribe(self, waves_S: Sequence[np.ndarray], language: str) -> list[str]:
+        """One transcript a clip, in order; empty where nothing is heard. `language`: a code, or empty to detect."""
+        ...
+
+
+class SpeakerEncoder(Judge, Protocol):
+    """Speech to a voice."""
+
+    def embed(self, wave_S: np.ndarray) -> np.ndarray:
+        """float32 [D]; voices compare by the cosine."""
+        ...
+
+
+class QualityModel(Judge, Protocol):
+    """Speech to predicted opinion scores of 1 to 5."""
+
+    def score(self, wave_S: np.ndarray) -> dict[str, float]:
+        """Scores by name; `overall` is one of them."""
+        ...
+
+
+def cosine(one_D: np.ndarray, two_D: np.ndarray) -> float | None:
+    """Cosine of two embeddings; None where one is zero or not finite."""
+    norms = float(np.linalg.norm(one_D) * np.linalg.norm(two_D))
+    return float(one_D @ two_D) / norms if np.isfinite(norms) and norms > 0 else None
