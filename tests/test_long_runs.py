@@ -15,12 +15,14 @@ import pytest
 import soundfile
 import torch
 import yaml
+from conftest import EXAMPLES, ROOT, preprocess
 from helpers.ranks import ask
 from higgs_tune.shards.errors import UserError
 from higgs_tune.shards.reader import ShardSet
 from higgs_tune.train.arguments import parse_arguments
 from higgs_tune.train.checkpoint.folder import list_checkpoints
 from higgs_tune.train.config import TrainConfig
+from higgs_tune.train.dist.context import join_world
 from higgs_tune.train.loop import train
 from higgs_tune.train.model import pack_model
 from higgs_tune.train.model.load import HiggsAudioModel
@@ -29,6 +31,7 @@ from higgs_tune.train.model.reference import boson_inputs
 from higgs_tune.train.monitor.samples import silence_ratio
 from higgs_tune.train.optim import learning_rates
 from higgs_tune.train.options import OptimArgs
+from higgs_tune.train.resolve import resolve_inputs
 from peft import PeftModel
 from safetensors.torch import load_file
 
@@ -274,16 +277,35 @@ def test_dry_run_tells_and_leaves_nothing(options: Options, tmp_path: Path, capf
     assert not (tmp_path / "out").exists()
 
 
-ROOT = Path(__file__).parents[1]
+CONFIGS = sorted((ROOT / "examples" / "configs").glob("*.yaml"))
 
 
 @pytest.mark.fast
-@pytest.mark.parametrize("path", sorted((ROOT / "examples" / "configs").glob("*.yaml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_example_configs_are_valid(path: Path) -> None:
     rest = ["--model_path", "M", "--train_data_dir", "S", "--output_dir", "O"]
     config = parse_arguments(["--config", str(path), *rest, "--seed", "7"])
     assert config.optim.seed == 7  # the command line wins
     assert config.checkpoints.resume_from_checkpoint == "auto"
+
+
+@pytest.fixture(scope="module")
+def without_split(toy: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A few samples of the example, none held out."""
+    folder = tmp_path_factory.mktemp("without")
+    (folder / "some.json").write_text(json.dumps(json.loads(EXAMPLES.read_text())[:3]))
+    preprocess(toy, folder / "some.json", folder / "set", audio_root=EXAMPLES.parent, val_fraction=0.0)
+    return folder / "set"
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_example_configs_take_sets_with_and_without_a_split(
+    path: Path, toy: Path, shards: ShardSet, without_split: Path, tmp_path: Path
+) -> None:
+    for location, every in ((shards.location, 500), (str(without_split), 0)):
+        rest = ["--model_path", str(toy / "model"), "--train_data_dir", location, "--output_dir", str(tmp_path / "out")]
+        inputs = resolve_inputs(parse_arguments(["--config", str(path), *rest]), join_world())
+        assert inputs.validation.every == every
 
 
 @pytest.mark.fast
