@@ -17,13 +17,13 @@ from higgs_tune.train.data.batch import collate
 from higgs_tune.train.model.loss import LossOptions
 from higgs_tune.train.model.reference import boson_inputs
 from higgs_tune.train.monitor.diagnostics import (
-    UpdateWatch,
-    as_text,
+    UpdateNorms,
     assert_frozen,
+    compare_predictions,
     fingerprint,
+    format_diagnostics,
     group_of,
     isolated,
-    look_at_predictions,
     norms_by_group,
 )
 from higgs_tune.train.toy import make_model
@@ -40,15 +40,15 @@ def test_predictions_are_those_of_a_naive_loop(toy_tokenizer: PreTrainedTokenize
     ids = ids_of(tmp_path)
     samples = [random_sample(f"s{i}", rng, toy_tokenizer, ids, frames=(6, 16), turns=2) for i in range(3)]
     overfit(model, samples, ids, steps=25)
-    found = look_at_predictions(model, collate(samples, 0.0, ids), toy_tokenizer, LossOptions())
+    compared = compare_predictions(model, collate(samples, 0.0, ids), toy_tokenizer, LossOptions())
     with torch.no_grad():
         inputs = boson_inputs(samples, ids, model.config.pad_token_id)
         out = model(**inputs)
     labels, likeliest = out.expanded_labels[0], out.logits[0].argmax(-1)
     at = [t for t in range(1, len(labels)) if labels[t] >= 0]
-    assert found["text"] == toy_tokenizer.decode([int(labels[t]) for t in at])
-    assert found["predicted_text"] == toy_tokenizer.decode([int(likeliest[t - 1]) for t in at])
-    assert found["text"] != found["predicted_text"]
+    assert compared["text"] == toy_tokenizer.decode([int(labels[t]) for t in at])
+    assert compared["predicted_text"] == toy_tokenizer.decode([int(likeliest[t - 1]) for t in at])
+    assert compared["text"] != compared["predicted_text"]
 
     wanted, said, right, count = [], [], [0] * 8, [0] * 8
     starts = [*inputs["audio_out_ids_start"].tolist(), inputs["audio_out_ids"].shape[1]]
@@ -64,9 +64,9 @@ def test_predictions_are_those_of_a_naive_loop(toy_tokenizer: PreTrainedTokenize
                 if target[book] >= 0:
                     count[book] += 1
                     right[book] += target[book] == predicted[book]
-    assert found["codes"] == {"first": wanted[:4], "last": wanted[-4:]}
-    assert found["predicted_codes"] == {"first": said[:4], "last": said[-4:]}
-    assert found["accuracy_per_codebook"] == pytest.approx([r / c for r, c in zip(right, count, strict=True)])
+    assert compared["codes"] == {"first": wanted[:4], "last": wanted[-4:]}
+    assert compared["predicted_codes"] == {"first": said[:4], "last": said[-4:]}
+    assert compared["accuracy_per_codebook"] == pytest.approx([r / c for r, c in zip(right, count, strict=True)])
     assert 0 < sum(right) < sum(count)
 
 
@@ -95,9 +95,9 @@ def test_norms_are_naive_sums() -> None:
 
 def test_updates_are_what_the_optimizer_did() -> None:
     parameters = {f"layer.mlp.{i}": nn.Parameter(torch.ones(4)) for i in range(2)}
-    watch, optimizer = UpdateWatch(parameters), torch.optim.SGD(parameters.values(), lr=0.5)
+    watch, optimizer = UpdateNorms(parameters), torch.optim.SGD(parameters.values(), lr=0.5)
     (3.0 * parameters["layer.mlp.0"].sum()).backward()
-    watch.see_gradients()
+    watch.record_gradients()
     optimizer.step()
     norms = watch.norms()
     assert norms["grad_norm"] == pytest.approx({"text FFN": 6.0})
@@ -140,7 +140,7 @@ def test_arabic_is_isolated() -> None:
     """Right-to-left text stands in isolates, so that it does not reorder labels and numbers around it."""
     text = "سَلَامٌ 12"
     assert isolated(text) == f"{FSI}{text}{PDI}"
-    shown = as_text({"key": "k", "text": text, "predicted_text": "بَيْت"}, step=3).splitlines()
+    shown = format_diagnostics({"key": "k", "text": text, "predicted_text": "بَيْت"}, step=3).splitlines()
     assert shown[0] == "step 3, sample k"
     assert shown[1].endswith(f"{FSI}{text}{PDI}")
     assert shown[2].endswith(f"{FSI}بَيْت{PDI}")

@@ -61,8 +61,8 @@ def run(options: Options, out: Path, **changes: Any) -> Path:
 
 
 def lines(out: Path, kind: str) -> list[dict[str, Any]]:
-    found = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    return [line for line in found if line["kind"] == kind]
+    metrics = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in metrics if line["kind"] == kind]
 
 
 @pytest.fixture(scope="module")
@@ -104,14 +104,14 @@ def naive_validation(model: Any, shards: ShardSet) -> dict[str, Any]:
 def test_validation_equals_a_naive_loop(validated: Path, shards: ShardSet, toy: Path) -> None:
     """Of the base model at step 0, and of what has been trained at the last step."""
     base = HiggsAudioModel.from_pretrained(toy / "model").eval()  # pyright: ignore
-    found = lines(validated, "eval")
-    assert [line["step"] for line in found] == [0, 2, 4]
-    for line, model in ((found[0], base), (found[-1], None)):
+    evals = lines(validated, "eval")
+    assert [line["step"] for line in evals] == [0, 2, 4]
+    for line, model in ((evals[0], base), (evals[-1], None)):
         tuned = model or PeftModel.from_pretrained(base, str(validated)).eval()
         expected = naive_validation(tuned, shards)
         for name, value in expected.items():
             assert line[name] == pytest.approx(value, abs=2e-5), name
-    assert found[0]["samples"] == len(shards.rows_of(validation=True)) > 0
+    assert evals[0]["samples"] == len(shards.rows_of(validation=True)) > 0
 
 
 def test_validation_is_the_same_on_two_ranks(options: Options, validated: Path, tmp_path: Path) -> None:
@@ -173,11 +173,11 @@ def test_generation_samples(options: Options, tmp_path: Path, stage: str) -> Non
     out = run(options, tmp_path / "out", **samples)
     listed = {path.parent.name: json.loads(path.read_bytes()) for path in (out / "samples").glob("*/samples.json")}
     assert listed.keys() == {"base", "step-000002", "step-000004"}
-    keys = [[sample["key"] for sample in found] for found in listed.values()]
+    keys = [[sample["key"] for sample in folder_samples] for folder_samples in listed.values()]
     assert len(keys[0]) == 3
     assert keys[0] == keys[1] == keys[2]
-    for name, found in listed.items():
-        for sample in found:
+    for name, folder_samples in listed.items():
+        for sample in folder_samples:
             assert sample["target_text"]
             if sample["wav"]:
                 wave, rate = soundfile.read(out / "samples" / name / sample["wav"])

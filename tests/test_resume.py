@@ -13,7 +13,13 @@ from helpers.ranks import ask
 from higgs_tune.shards.errors import UserError
 from higgs_tune.shards.reader import ShardSet
 from higgs_tune.train.checkpoint import folder as checkpoint
-from higgs_tune.train.checkpoint.folder import Snapshot, list_checkpoints, newest_valid, verify_checkpoint, write_folder
+from higgs_tune.train.checkpoint.folder import (
+    Snapshot,
+    list_checkpoints,
+    newest_valid,
+    verify_checkpoint,
+    write_checkpoint,
+)
 from higgs_tune.train.config import TrainConfig
 from higgs_tune.train.dist.context import DistContext
 from higgs_tune.train.loop import train
@@ -57,8 +63,8 @@ def undisturbed(options: Options, tmp_path_factory: pytest.TempPathFactory) -> P
 
 
 def lines(out: Path, kind: str = "train") -> list[dict[str, Any]]:
-    found = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    return [line for line in found if line["kind"] == kind]
+    metrics = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in metrics if line["kind"] == kind]
 
 
 def assert_same_weights(one: Path, other: Path, *, atol: float | None = None) -> None:
@@ -126,7 +132,7 @@ def test_reports_that_come_a_step_late_say_the_same(
     options: Options, undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pauses: Options
 ) -> None:
     """As on a GPU, whose host reads a step's numbers when the next one is queued; with pauses and without."""
-    monkeypatch.setattr(DistContext, "queues", True)
+    monkeypatch.setattr(DistContext, "is_asynchronous", True)
     kept = (*LOSSES, "step", "epoch", "text_labels", "audio_labels", "bad_steps")
     late, at_once = (
         [{key: line[key] for key in kept} for line in lines(out)]
@@ -169,8 +175,8 @@ def test_a_damaged_newest_checkpoint_is_passed_over(undisturbed: Path, tmp_path:
     for step in (7, 8):
         shutil.copytree(undisturbed / f"checkpoint-{step}", tmp_path / f"checkpoint-{step}")
     damage(tmp_path / "checkpoint-8" / name, how)
-    found, problems = newest_valid(tmp_path)
-    assert found == tmp_path / "checkpoint-7"
+    valid, problems = newest_valid(tmp_path)
+    assert valid == tmp_path / "checkpoint-7"
     assert len(problems) == 1
     assert "checkpoint-8" in problems[0]
     with pytest.raises(UserError, match="checkpoint"):
@@ -252,10 +258,10 @@ def test_what_reads_back_differently_gets_no_name(tmp_path: Path, monkeypatch: p
 
     monkeypatch.setattr(checkpoint, "save_file", lying)
     with pytest.raises(UserError, match="reads back differently: y"):
-        write_folder(tmp_path / "checkpoint-1", taken)
+        write_checkpoint(tmp_path / "checkpoint-1", taken)
     assert not list(tmp_path.iterdir())
     monkeypatch.setattr(checkpoint, "save_file", save_file)
-    write_folder(tmp_path / "checkpoint-1", taken)
-    write_folder(tmp_path / "checkpoint-1", taken)  # again, over the same name
+    write_checkpoint(tmp_path / "checkpoint-1", taken)
+    write_checkpoint(tmp_path / "checkpoint-1", taken)  # again, over the same name
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-1"]
     verify_checkpoint(tmp_path / "checkpoint-1")

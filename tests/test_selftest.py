@@ -18,7 +18,7 @@ from higgs_tune.shards import sequence
 from higgs_tune.train.data.batch import collate
 from higgs_tune.train.model import loss
 from higgs_tune.train.model.load import load_model
-from higgs_tune.train.monitor.selftest import SHIFTS, Part, SelfTestResult, shifted_sums
+from higgs_tune.train.monitor.selftest import SHIFTS, PartLosses, SelfTestResult, shifted_sums
 from transformers import PreTrainedTokenizerBase
 
 
@@ -59,12 +59,12 @@ def verdicts(out: Path) -> dict[str, str]:
 
 def test_trained_checkpoint_passes(trained: Trained, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run_train("single", trained.model, trained.data, tmp_path)
-    found = json.loads((tmp_path / "selftest.json").read_text())
-    assert found["verdicts"]["text"] == found["verdicts"]["audio"] == "right"
-    assert "wrong shift" not in found["verdicts"].values()
-    assert found["eos_labels"] == 8 * found["segments"] == 8 * 4
+    result = json.loads((tmp_path / "selftest.json").read_text())
+    assert result["verdicts"]["text"] == result["verdicts"]["audio"] == "right"
+    assert "wrong shift" not in result["verdicts"].values()
+    assert result["eos_labels"] == 8 * result["segments"] == 8 * 4
     labels = sum(int((sample.tokens_2L[1] >= 0).sum()) for sample in trained.samples)
-    assert found["text_labels"] == labels - 4  # a placeholder's label is no text label
+    assert result["text_labels"] == labels - 4  # a placeholder's label is no text label
     said = capsys.readouterr().out
     assert "first trained text" in said
     assert "cannot tell whether" not in said
@@ -198,10 +198,10 @@ def test_dropout_and_reference_labels_do_not_disturb_it(trained: Trained, tmp_pa
     """Dropout is off within the test; labels of reference audio count as segments."""
     run_train("single", trained.model, trained.data, tmp_path / "1", learning_rate=1e-2, max_steps=3)
     run_train("stage2", tmp_path / "1", trained.data, tmp_path / "2", lora_dropout=0.5, train_on_reference=True)
-    found = json.loads((tmp_path / "2" / "selftest.json").read_text())
-    assert found["eos_labels"] == 8 * found["segments"]
-    assert found["segments"] == sum(len(sample.segment_frames) for sample in trained.samples)
-    assert found["verdicts"]["text"] == "right"
+    result = json.loads((tmp_path / "2" / "selftest.json").read_text())
+    assert result["eos_labels"] == 8 * result["segments"]
+    assert result["segments"] == sum(len(sample.segment_frames) for sample in trained.samples)
+    assert result["verdicts"]["text"] == "right"
 
 
 def test_loss_above_uniform_is_refused(
@@ -233,7 +233,7 @@ def test_lost_end_of_stream_is_refused(
 
 
 def part(losses: tuple[float, float, float], labels: int) -> str:
-    return Part("text", losses, uniform=11.76, labels=labels).verdict()
+    return PartLosses("text", losses, uniform=11.76, labels=labels).verdict()
 
 
 @pytest.mark.fast
@@ -249,7 +249,7 @@ def test_verdicts_weigh_the_number_of_labels() -> None:
 
 
 def test_report_names_the_problem() -> None:
-    good = Part("text", (9.0, 3.0, 8.0), 11.76, 1000)
+    good = PartLosses("text", (9.0, 3.0, 8.0), 11.76, 1000)
     report = SelfTestResult([good], {"text": 3.0}, 100, 10, 20, 16, 2, 8, "text")
     assert report.problems == []
     assert replace(report, eos_labels=15).problems == ["15 end-of-stream labels, expected 2 segments x 8"]

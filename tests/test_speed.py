@@ -14,7 +14,7 @@ from higgs_tune.shards.reader import ShardSet
 from higgs_tune.train import loop
 from higgs_tune.train.config import TrainConfig
 from higgs_tune.train.data.batch import Batch, collate
-from higgs_tune.train.dist.gc_schedule import collected_on_schedule
+from higgs_tune.train.dist.gc_schedule import scheduled_gc
 from higgs_tune.train.loop import train
 from higgs_tune.train.model.flops import Rows, activation_bytes, choose_checkpointing, model_flops, working_bytes
 from higgs_tune.train.model.forward import ExecOptions, hidden_states, label_states
@@ -171,7 +171,7 @@ def test_auto_checkpointing_takes_the_least_that_fits(toy: Path) -> None:
 def test_garbage_is_collected_by_schedule_only() -> None:
     collected: list[str] = []
     listener: Callable[[str, dict[str, int]], None] = lambda phase, _info: collected.append(phase)  # noqa: E731
-    with collected_on_schedule() as collect:
+    with scheduled_gc() as collect:
         assert not gc.isenabled()
         gc.callbacks.append(listener)
         for number in range(1, 50):

@@ -11,7 +11,7 @@ from higgs_tune.train.checkpoint.resume import restore
 from higgs_tune.train.config import TrainConfig
 from higgs_tune.train.data.loader import Loader
 from higgs_tune.train.dist.context import DistContext
-from higgs_tune.train.dist.faults import BadSteps
+from higgs_tune.train.dist.faults import NonFiniteSteps
 from higgs_tune.train.model.flops import choose_checkpointing, free_bytes
 from higgs_tune.train.model.forward import Checkpointing, ExecOptions
 from higgs_tune.train.model.fsdp import shard, train_in_full
@@ -65,7 +65,7 @@ def build_run(config: TrainConfig, context: DistContext, inputs: Inputs) -> tupl
         schedule=schedule,
         total_steps=0,
         progress=Progress(),
-        bad_steps=BadSteps(config.optim.max_bad_steps, context.world.rank),
+        bad_steps=NonFiniteSteps(config.optim.max_bad_steps, context.world.rank),
         ema=Ema(parameters, config.optim.ema_decay) if config.optim.ema_decay else None,
     )
     stats = run.new_stats()

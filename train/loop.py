@@ -22,16 +22,17 @@ from higgs_tune.train.checkpoint.output import SELFTEST, STOPPED, save_config, s
 from higgs_tune.train.checkpoint.resume import changed_options
 from higgs_tune.train.config import TrainConfig
 from higgs_tune.train.data.loader import naming_dead_workers
-from higgs_tune.train.dist.context import DistContext, join_world
-from higgs_tune.train.dist.device_timing import Mark
-from higgs_tune.train.dist.faults import EXIT_REQUEUE, Stopped, together
-from higgs_tune.train.dist.gc_schedule import collected_on_schedule
+from higgs_tune.train.dist.context import DistContext, init_distributed
+from higgs_tune.train.dist.device_timing import Timestamp
+from higgs_tune.train.dist.faults import propagate_failures
+from higgs_tune.train.dist.gc_schedule import scheduled_gc
+from higgs_tune.train.dist.signals import EXIT_REQUEUE, Stopped
 from higgs_tune.train.metrics import max_memory_gb
-from higgs_tune.train.monitor.diagnostics import UpdateWatch, fingerprint, look_at_predictions
-from higgs_tune.train.monitor.logger import Reporter
+from higgs_tune.train.monitor.diagnostics import UpdateNorms, compare_predictions, fingerprint
+from higgs_tune.train.monitor.logger import MetricsLogger
 from higgs_tune.train.monitor.profiling import StepProfiler
 from higgs_tune.train.monitor.samples import SampleGenerator
-from higgs_tune.train.monitor.selftest import refuse_if_wrong, run_selftest
+from higgs_tune.train.monitor.selftest import raise_if_wrong, run_selftest
 from higgs_tune.train.resolve import resolve_inputs
 from higgs_tune.train.run_io import (
     RunIO,
@@ -57,8 +58,8 @@ def train(config: TrainConfig) -> None:
         Stopped: by a signal, after a checkpoint.
     """
     config.validate()
-    context = join_world()
-    together(context.world.rank, lambda: _train(config, context))
+    context = init_distributed()
+    propagate_failures(context.world.rank, lambda: _train(config, context))
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -88,13 +89,13 @@ def _train(config: TrainConfig, context: DistContext) -> None:
     run_io = RunIO(tokenizer, fingerprint(run.peft_model.named_parameters()), inputs.validation)
     run_io.saved_step = run.progress.step
     if context.is_main:
-        run_io.reporter = Reporter(config, run.total_steps, run.progress.step, state.get("written"))
+        run_io.logger = MetricsLogger(config, run.total_steps, run.progress.step, state.get("written"))
         run_io.saver = Saver(config.output_dir, config.checkpoints.save_total_limit)
     if config.validation.sample_steps:
         run_io.sample_generator = SampleGenerator(run, tokenizer, inputs.features)
     if config.reports.profile and context.is_main:
         run_io.profiler = StepProfiler(config.output_dir / "profile", context.device)
-    with run_io.stop.listening(), naming_dead_workers(), collected_on_schedule() as run_io.collect_garbage:
+    with run_io.stop.installed(), naming_dead_workers(), scheduled_gc() as run_io.collect_garbage:
         run_steps(run, run_io, stats)
     if run_io.profiler:
         run_io.profiler.close()
@@ -115,7 +116,7 @@ def self_test(run: Run, base: Path) -> None:
             write_bytes(run.config.output_dir / SELFTEST, to_json(result.to_dict(), indent=1) + b"\n")
     wrong_ranks = run.context.all_sum([float(bool(result.problems))])[0]
     if wrong_ranks and not run.config.skip_alignment_check:
-        refuse_if_wrong(result)
+        raise_if_wrong(result)
         raise UserError("the training signal looks wrong on another rank; see its message")
 
 
@@ -126,15 +127,15 @@ def run_steps(run: Run, run_io: RunIO, stats: StepStats) -> None:
         run_io.report(run_io.validation.run(run, base=True))
     if run_io.sample_generator:
         run_io.sample_generator.begin()
-    stats.began = Mark(run.context.device)
+    stats.began = Timestamp(run.context.device)
     while progress.step < run.total_steps:
         batches, own_counts = take_batches(run, stats)
         agreement = sync_ranks(run, run_io, own_counts)
         act_on(agreement, run, run_io, stats)
         watch = predictions = None
         if config.reports.diagnostics_steps and (progress.step + 1) % config.reports.diagnostics_steps == 0:
-            watch = UpdateWatch(run.parameters)
-            probe = partial(look_at_predictions, tokenizer=run_io.tokenizer, options=run.loss)
+            watch = UpdateNorms(run.parameters)
+            probe = partial(compare_predictions, tokenizer=run_io.tokenizer, options=run.loss)
             predictions = run.probe(batches[0], probe)
         norm = train_step(run, batches, agreement.label_counts, stats, watch)
         report_pending(run, run_io)
@@ -142,14 +143,14 @@ def run_steps(run: Run, run_io: RunIO, stats: StepStats) -> None:
         if run_io.profiler and (table := run_io.profiler.step()):
             run_io.say(table)
         update_norms = watch.norms() if watch else {}
-        if run_io.reporter:
-            run_io.reporter.step(progress.step)
+        if run_io.logger:
+            run_io.logger.advance(progress.step)
             if predictions:
-                run_io.reporter.diagnose(predictions | update_norms, progress.step)
+                run_io.logger.log_diagnostics(predictions | update_norms, progress.step)
         if progress.step % config.reports.logging_steps == 0 or progress.step in (1, run.total_steps):
             run_io.pending = queue_metrics(run, stats, norm)
             stats = run.new_stats(run_io.pending.ended)
-            if not run.context.queues:
+            if not run.context.is_asynchronous:
                 report_pending(run, run_io)
         if pause(run, run_io, stats):
             return
@@ -168,7 +169,7 @@ def pause(run: Run, run_io: RunIO, stats: StepStats) -> bool:
     if not (validates or samples or saves or is_last):
         return False
     report_pending(run, run_io)
-    with stats.pauses.counted():
+    with stats.pauses.timed():
         stops = validates and validate(run, run_io)
         if run_io.sample_generator and (samples or stops):
             generate_samples(run, run_io, run_io.sample_generator)
@@ -201,7 +202,7 @@ class Agreement:
 def sync_ranks(run: Run, run_io: RunIO, own_counts: list[float]) -> Agreement:
     """Exchange label counts and flags between all ranks, once a step, on the host."""
     config, saver = run.config, run_io.saver
-    run.bad_steps.read()
+    run.bad_steps.collect()
     failures = saver.failures() if saver else []
     unsaved = run.progress.step != run_io.saved_step
     minutes = (time.monotonic() - run_io.saved_at) / 60
@@ -228,15 +229,15 @@ def act_on(agreement: Agreement, run: Run, run_io: RunIO, stats: StepStats) -> N
         _ = run_io.saver and run_io.saver.finish()
         raise save_error(agreement.failures)
     if agreement.too_many_bad_steps:
-        run.bad_steps.refuse()
+        run.bad_steps.raise_error()
     if agreement.save_due or (agreement.stop and run.progress.step != run_io.saved_step):
         save(run, run_io, stats)
     if agreement.stop:
         finish_saves(run, run_io)
         step, signal_name = run.progress.step, run_io.stop.name or "a signal to another rank"
         run_io.say(f"stopped by {signal_name} at step {step}; --resume_from_checkpoint auto goes on")
-        if run_io.reporter:
-            run_io.reporter.close()
+        if run_io.logger:
+            run_io.logger.close()
             write_bytes(run.config.output_dir / STOPPED, to_json({"exit_code": EXIT_REQUEUE, "step": step}))
         raise Stopped
 
@@ -265,9 +266,9 @@ def generate_samples(run: Run, run_io: RunIO, generator: SampleGenerator) -> Non
     """Generate samples, and report how they compare with the base model's."""
     name = f"step-{run.progress.step:06d}"
     metrics = generator.generate(name)
-    if metrics and run_io.reporter:
-        run_io.reporter.report(metrics)
-        run_io.reporter.sounds(generator.sounds(name), run.progress.step)
+    if metrics and run_io.logger:
+        run_io.logger.log(metrics)
+        run_io.logger.log_audio(generator.sounds(name), run.progress.step)
 
 
 def dry_run(run: Run) -> None:
@@ -281,7 +282,7 @@ def dry_run(run: Run) -> None:
         norm = train_step(run, batches, run.context.all_sum(own_counts), stats)
         float(norm)  # wait for the device
         step_s = time.perf_counter() - began
-    run.bad_steps.read(until=run.progress.step)
+    run.bad_steps.collect(until=run.progress.step)
     kept = run.config.checkpoints.save_total_limit or run.total_steps // max(1, run.config.checkpoints.save_steps)
     if run.context.is_main:
         print(

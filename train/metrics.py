@@ -1,6 +1,7 @@
-"""The numbers of a report, under the keys of metrics.jsonl.
+"""Metrics of a logging interval, under the keys of metrics.jsonl.
 
-In: sums over all ranks. Out: names and values. Every loss is a sum over labels divided by their number.
+In: sums over all ranks. Out: names and values. Guarantees: every loss is a sum divided by its number of labels, not a
+mean of means (test_weighting.py).
 """
 
 from __future__ import annotations

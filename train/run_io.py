@@ -25,13 +25,13 @@ from higgs_tune.train.checkpoint.output import (
     write_model,
 )
 from higgs_tune.train.checkpoint.resume import snapshot
-from higgs_tune.train.dist.device_timing import Mark, Readback
-from higgs_tune.train.dist.faults import StopFlag
+from higgs_tune.train.dist.device_timing import HostCopy, Timestamp
+from higgs_tune.train.dist.signals import StopSignal
 from higgs_tune.train.metrics import loss_metrics, max_memory_gb
 from higgs_tune.train.model.flops import Rows, model_flops, peak_of
 from higgs_tune.train.model.loss import LossSums
 from higgs_tune.train.monitor.diagnostics import assert_frozen
-from higgs_tune.train.monitor.logger import Reporter
+from higgs_tune.train.monitor.logger import MetricsLogger
 from higgs_tune.train.monitor.profiling import StepProfiler
 from higgs_tune.train.monitor.samples import SampleGenerator
 from higgs_tune.train.monitor.validation import Validation
@@ -51,8 +51,8 @@ class PendingMetrics:
     step: int
     known: dict[str, object]
     stats: StepStats
-    ended: Mark
-    values: Readback
+    ended: Timestamp
+    values: HostCopy
     damaged: int
 
 
@@ -60,7 +60,7 @@ class PendingMetrics:
 class RunIO:
     """Everything around the steps.
 
-    reporter, saver: on rank 0 only. sample_generator: where samples are generated. frozen: fingerprints of the
+    logger, saver: on rank 0 only. sample_generator: where samples are generated. frozen: fingerprints of the
     parameters that must not change. collect_garbage: called after each step with its number. saved_at: by
     `time.monotonic`.
     """
@@ -68,8 +68,8 @@ class RunIO:
     tokenizer: PreTrainedTokenizerBase
     frozen: dict[str, tuple[str, int]]
     validation: Validation
-    stop: StopFlag = field(default_factory=StopFlag)
-    reporter: Reporter | None = None
+    stop: StopSignal = field(default_factory=StopSignal)
+    logger: MetricsLogger | None = None
     saver: Saver | None = None
     sample_generator: SampleGenerator | None = None
     profiler: StepProfiler | None = None
@@ -80,13 +80,13 @@ class RunIO:
 
     def report(self, metrics: dict[str, object]) -> None:
         """Write and show metrics, on rank 0."""
-        if self.reporter:
-            self.reporter.report(metrics)
+        if self.logger:
+            self.logger.log(metrics)
 
     def say(self, text: str) -> None:
         """Show a line, on rank 0."""
-        if self.reporter:
-            self.reporter.say(text)
+        if self.logger:
+            self.logger.show(text)
 
 
 def queue_metrics(run: Run, stats: StepStats, norm: torch.Tensor) -> PendingMetrics:
@@ -99,8 +99,8 @@ def queue_metrics(run: Run, stats: StepStats, norm: torch.Tensor) -> PendingMetr
         "learning_rate": run.optimizer.param_groups[0]["lr"],
         "data_wait_s": run.loader.waits.summary(),
     }
-    values = Readback(torch.cat([stats.packed_sums, norm.detach().double().view(1)]))
-    return PendingMetrics(step, known, stats, Mark(run.context.device), values, len(run.loader.damaged))
+    values = HostCopy(torch.cat([stats.packed_sums, norm.detach().double().view(1)]))
+    return PendingMetrics(step, known, stats, Timestamp(run.context.device), values, len(run.loader.damaged))
 
 
 def report_pending(run: Run, run_io: RunIO) -> None:
@@ -117,8 +117,8 @@ def summarise(run: Run, pending: PendingMetrics) -> dict[str, object]:
     """Sum an interval over all ranks and name its numbers. Waits for the device; all ranks call this together."""
     context, stats = run.context, pending.stats
     *packed, norm = pending.values.wait().tolist()
-    elapsed_s = stats.began.until(pending.ended) - stats.pauses.seconds()
-    run.bad_steps.read(until=pending.step)
+    elapsed_s = stats.began.seconds_until(pending.ended) - stats.pauses.seconds()
+    run.bad_steps.collect(until=pending.step)
     of_rank = [stats.positions, stats.samples, stats.audio_s, stats.waits.seconds(), pending.damaged]
     values = context.all_sum([*packed, *of_rank, stats.audio_rows, stats.squares])
     positions, samples, audio_s, wait_s, damaged, audio_rows, squares = values[len(packed) :]
@@ -145,9 +145,9 @@ def summarise(run: Run, pending: PendingMetrics) -> dict[str, object]:
 def save(run: Run, run_io: RunIO, stats: StepStats) -> None:
     """Begin to save a checkpoint, after a check that frozen parameters have not changed; all ranks together."""
     assert_frozen(run.peft_model, run_io.frozen)
-    run.bad_steps.read(until=run.progress.step)
-    with stats.pauses.counted():
-        taken = snapshot(run, stats, run_io.reporter.written if run_io.reporter else {})
+    run.bad_steps.collect(until=run.progress.step)
+    with stats.pauses.timed():
+        taken = snapshot(run, stats, run_io.logger.bytes_written if run_io.logger else {})
         if run_io.saver and taken:
             run_io.saver.checkpoint(taken)
     run_io.saved_at, run_io.saved_step = time.monotonic(), run.progress.step
@@ -195,8 +195,8 @@ def save_result(run: Run, run_io: RunIO, base: Path) -> None:
         weights = whole_weights(run.model, dtype)
         if run.context.is_main:
             write_model(config.output_dir, run.model.config, weights, base)
-    if run_io.reporter:
-        run_io.reporter.close()
+    if run_io.logger:
+        run_io.logger.close()
         what = "adapter" if isinstance(peft_model, PeftModel) else "model"
         print(f"{what} saved in {config.output_dir}", flush=True)
     run.loader.close()

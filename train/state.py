@@ -14,8 +14,8 @@ from higgs_tune.train.data.batch import Batch
 from higgs_tune.train.data.loader import Loader
 from higgs_tune.train.data.sampler import Cursor, Schedule
 from higgs_tune.train.dist.context import DistContext
-from higgs_tune.train.dist.device_timing import Mark, Stopwatch
-from higgs_tune.train.dist.faults import BadSteps
+from higgs_tune.train.dist.device_timing import Stopwatch, Timestamp
+from higgs_tune.train.dist.faults import NonFiniteSteps
 from higgs_tune.train.model.load import HiggsAudioModel
 from higgs_tune.train.model.lora import base_only, evaluating
 from higgs_tune.train.model.loss import LossOptions, LossParts, LossSums
@@ -34,7 +34,7 @@ class StepStats:
     """
 
     packed_sums: torch.Tensor
-    began: Mark
+    began: Timestamp
     waits: Stopwatch
     pauses: Stopwatch
     steps: int = 0
@@ -45,8 +45,10 @@ class StepStats:
     audio_s: float = 0.0
 
     @staticmethod
-    def empty(codebooks: int, device: torch.device, began: Mark | None = None) -> StepStats:
-        return StepStats(LossSums.zeros(codebooks, device), began or Mark(device), Stopwatch(device), Stopwatch(device))
+    def empty(codebooks: int, device: torch.device, began: Timestamp | None = None) -> StepStats:
+        return StepStats(
+            LossSums.zeros(codebooks, device), began or Timestamp(device), Stopwatch(device), Stopwatch(device)
+        )
 
     def add_batch(self, batch: Batch) -> None:
         """Count a pack's positions, samples and audio; a pack of weight 0 counts nothing."""
@@ -101,7 +103,7 @@ class Run:
     schedule: Schedule
     total_steps: int
     progress: Progress
-    bad_steps: BadSteps
+    bad_steps: NonFiniteSteps
     ema: Ema | None = None
 
     @property
@@ -146,6 +148,6 @@ class Run:
         """What `probe(model, batch)` returns; all ranks call this together."""
         return self.module(batch, batch.flat, probe)
 
-    def new_stats(self, began: Mark | None = None) -> StepStats:
+    def new_stats(self, began: Timestamp | None = None) -> StepStats:
         """Empty sums, counted from a mark or from now on."""
         return StepStats.empty(self.codebooks, self.context.device, began)

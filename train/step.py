@@ -19,10 +19,10 @@ import math
 
 import torch
 from higgs_tune.train.data.batch import Batch
-from higgs_tune.train.dist.faults import naming_memory
+from higgs_tune.train.dist.faults import explain_out_of_memory
 from higgs_tune.train.model.fsdp import whole
 from higgs_tune.train.model.loss import LossParts
-from higgs_tune.train.monitor.diagnostics import UpdateWatch
+from higgs_tune.train.monitor.diagnostics import UpdateNorms
 from higgs_tune.train.optim import set_rates
 from higgs_tune.train.state import Run, StepStats
 from torch import nn
@@ -32,7 +32,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 def take_batches(run: Run, stats: StepStats) -> tuple[list[Batch], list[float]]:
     """This rank's micro-batches of one step, on the device, and their label counts [2 + K] on the host."""
-    with stats.waits.counted():
+    with stats.waits.timed():
         batches = [next(run.loader) for _ in range(run.config.optim.gradient_accumulation_steps)]
     for batch in batches:
         stats.add_batch(batch)
@@ -42,7 +42,7 @@ def take_batches(run: Run, stats: StepStats) -> tuple[list[Batch], list[float]]:
 
 
 def train_step(
-    run: Run, batches: list[Batch], label_counts: list[float], stats: StepStats, watch: UpdateWatch | None = None
+    run: Run, batches: list[Batch], label_counts: list[float], stats: StepStats, watch: UpdateNorms | None = None
 ) -> torch.Tensor:
     """One optimizer step over this rank's micro-batches.
 
@@ -58,16 +58,16 @@ def train_step(
     losses: list[torch.Tensor] = []
     for number, batch in enumerate(batches):
         is_last = number == len(batches) - 1
-        with gradient_sync(run.module, is_last), naming_memory(batch.describe, run.context.device):
+        with gradient_sync(run.module, is_last), explain_out_of_memory(batch.describe, run.context.device):
             parts: LossParts = run.module(batch, label_weights)  # forward and loss
             parts.total.backward()
         stats.add_loss(parts, only_finite=True)
         losses.append(parts.total.detach())
     if watch:
-        watch.see_gradients()
+        watch.record_gradients()
     norm = whole(nn.utils.clip_grad_norm_(run.parameters.values(), run.config.optim.max_grad_norm or math.inf))
     is_finite = torch.isfinite(torch.stack([norm, *losses]))
-    run.bad_steps.watch(run.progress.step + 1, [batch.keys for batch in batches], is_finite)
+    run.bad_steps.record(run.progress.step + 1, [batch.keys for batch in batches], is_finite)
     set_rates(run.optimizer, run.rate_share)
     optimizer_step(run, skip=~is_finite[0])
     run.optimizer.zero_grad(set_to_none=True)

@@ -19,9 +19,9 @@ from higgs_tune.train.loop import train
 
 
 def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return found.getsockname()[1]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
 
 
 def rank_environment(rank: int, size: int, port: int) -> dict[str, str]:

@@ -1,7 +1,8 @@
-"""Checkpoint folders: `checkpoint-STEP` is whole and verified, or it is not there; `Saver` writes them in a thread.
+"""Checkpoint folders: `checkpoint-STEP`, written in a thread by `Saver`.
 
-In: tensors and JSON. Out: a folder of safetensors and JSON files with `checksums.json`. Never: a half-written folder
-under its final name, pickles, a damaged file that is loaded.
+In: tensors and JSON. Out: a folder of safetensors and JSON files with `checksums.json`.
+Guarantees: a folder under its final name is complete and verified (test_faults.py); a damaged file is not loaded
+(test_resume.py).
 
 A save writes to a temporary folder, fsyncs, reads everything back and compares it bit by bit, then renames.
 """
@@ -35,9 +36,9 @@ RETRY_AFTER_S = 1.0
 
 @dataclass(frozen=True)
 class Snapshot:
-    """What a checkpoint holds, in host memory.
+    """The content of a checkpoint, in host memory.
 
-    step: optimizer steps done. state: JSON. tensors: by file, by name. texts: other files.
+    step: optimizer steps done. state: JSON. tensors: by file, then by name. texts: other files.
     """
 
     step: int
@@ -47,18 +48,18 @@ class Snapshot:
 
 
 def checkpoint_path(folder: Path, step: int) -> Path:
-    """Where the checkpoint of a step stands in an output folder."""
+    """The folder of a step's checkpoint."""
     return folder / f"checkpoint-{step}"
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
     """The checkpoints of an output folder, newest first."""
-    found = [(int(match[1]), path) for path in folder.glob("checkpoint-*") if (match := _NAME.fullmatch(path.name))]
-    return [path for _, path in sorted(found, reverse=True)]
+    steps = [(int(match[1]), path) for path in folder.glob("checkpoint-*") if (match := _NAME.fullmatch(path.name))]
+    return [path for _, path in sorted(steps, reverse=True)]
 
 
-def write_folder(folder: Path, snapshot: Snapshot) -> None:
-    """Write a snapshot under a final name, verified.
+def write_checkpoint(folder: Path, snapshot: Snapshot) -> None:
+    """Write a snapshot, verify it, and rename it to its final name.
 
     Raises:
         UserError: it cannot be written, or reads back differently; nothing is left behind.
@@ -95,7 +96,7 @@ def write_folder(folder: Path, snapshot: Snapshot) -> None:
 
 
 def _compare(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Raise UserError where a file does not hold exactly these tensors."""
+    """Raise UserError if a file does not hold exactly these tensors."""
     with safe_open(path, framework="pt") as stored:
         names = set(stored.keys())
         if names != tensors.keys():
@@ -123,7 +124,7 @@ def verify_checkpoint(folder: Path) -> dict[str, Any]:
     """Check every file of a checkpoint; returns its state.
 
     Raises:
-        UserError: it is no checkpoint, of another version, or damaged; names the file.
+        UserError: it is no checkpoint, has another version, or is damaged; names the file.
     """
     try:
         sums = json.loads((folder / CHECKSUMS).read_bytes())
@@ -141,7 +142,7 @@ def verify_checkpoint(folder: Path) -> dict[str, Any]:
 
 
 def newest_valid(folder: Path) -> tuple[Path | None, list[str]]:
-    """The newest checkpoint that is whole, if there is any, and what is wrong with newer ones."""
+    """The newest valid checkpoint (None: there is none), and an error message for each newer one."""
     problems = []
     for path in list_checkpoints(folder):
         try:
@@ -154,20 +155,20 @@ def newest_valid(folder: Path) -> tuple[Path | None, list[str]]:
 
 
 def read_tensors(path: Path) -> Iterator[tuple[str, torch.Tensor]]:
-    """The tensors of a file, one at a time."""
+    """The tensors of a file with their names, one at a time."""
     with safe_open(path, framework="pt") as stored:
         for name in stored.keys():  # noqa: SIM118  (safe_open is no mapping)
             yield name, stored.get_tensor(name)
 
 
 def prune(folder: Path, keep: int | None) -> None:
-    """Remove all but the newest `keep` checkpoints; a removed one loses its name first."""
+    """Remove all but the newest `keep` checkpoints; None keeps all."""
     for path in list_checkpoints(folder)[keep:] if keep else []:
         remove(path)
 
 
 def remove(folder: Path) -> None:
-    """Remove a folder so that no half of it is ever seen under its name."""
+    """Rename a folder, then remove it, so that a part of it never stands under its name."""
     doomed = folder.with_name(f"{durable.TEMP_PREFIX}removed-{folder.name}")
     shutil.rmtree(doomed, ignore_errors=True)
     folder.rename(doomed)
@@ -175,11 +176,11 @@ def remove(folder: Path) -> None:
 
 
 class Saver:
-    """Writes snapshots one after the other.
+    """Writes snapshots in a thread, one after the other.
 
     Args:
         folder: the run's output folder.
-        keep: checkpoints that stay; None: all.
+        keep: number of checkpoints to keep; None: all.
     """
 
     def __init__(self, folder: Path, keep: int | None) -> None:
@@ -188,23 +189,23 @@ class Saver:
         self._pending: list[Future[None]] = []
 
     def checkpoint(self, snapshot: Snapshot) -> None:
-        """Save a checkpoint. Waits only if the one before it is still being written."""
+        """Begin to save a checkpoint; waits if the previous one is still being written."""
         self._join()
         self._pending.append(self._writer.submit(self._write, checkpoint_path(self.folder, snapshot.step), snapshot))
 
     def best(self, snapshot: Snapshot) -> None:
-        """Save the best adapter so far, and remove the best before it."""
+        """Begin to save the best adapter so far; it replaces the previous best."""
         self._join()
         self._pending.append(self._writer.submit(self._write, self.folder / f"best-{snapshot.step}", snapshot))
 
     def failures(self) -> list[str]:
-        """What has gone wrong since the last call."""
+        """Errors of saves that have ended since the last call."""
         done = [save for save in self._pending if save.done()]
         self._pending = [save for save in self._pending if not save.done()]
         return [str(error) for save in done if (error := save.exception())]
 
     def finish(self) -> list[str]:
-        """Wait for every save; returns what went wrong."""
+        """Wait for every save; returns the errors."""
         self._join()
         return self.failures()
 
@@ -214,11 +215,11 @@ class Saver:
 
     def _write(self, path: Path, snapshot: Snapshot) -> None:
         try:
-            write_folder(path, snapshot)
+            write_checkpoint(path, snapshot)
         except UserError as error:
             print(f"warning: {error}; trying once more", file=sys.stderr, flush=True)
             time.sleep(RETRY_AFTER_S)
-            write_folder(path, snapshot)
+            write_checkpoint(path, snapshot)
         if path.name.startswith("best-"):
             for older in self.folder.glob("best-*"):
                 if older != path:

@@ -1,4 +1,4 @@
-"""What a run leaves behind: its resolved options, and the adapter in PEFT's format."""
+"""The output folder: options, versions, and the adapter in PEFT's format or the whole model."""
 
 from __future__ import annotations
 
@@ -24,19 +24,19 @@ from torch import nn
 from transformers import PretrainedConfig
 
 ADAPTER, ADAPTER_CONFIG, FULL = "adapter_model.safetensors", "adapter_config.json", "model.safetensors"
-STOPPED = "stopped.json"  # a signal stopped the run; torchrun hides the exit code, so scripts look for this
+STOPPED = "stopped.json"  # a signal stopped the run; torchrun hides the exit code, so scripts look for this file
 SELFTEST = "selftest.json"
 METRICS, DIAGNOSTICS = "metrics.jsonl", "diagnostics.jsonl"
-RESULTS = (METRICS, DIAGNOSTICS, ADAPTER, ADAPTER_CONFIG, FULL, "config.json", "samples")  # what a run has worked for
+RESULTS = (METRICS, DIAGNOSTICS, ADAPTER, ADAPTER_CONFIG, FULL, "config.json", "samples")  # a run's results
 OTHERS = ("config.yaml", "trainable.json", SELFTEST)
 
 
 def prepare_folder(folder: Path, *, overwrite: bool, resuming: str | None, checkpoint: Path | None) -> None:
-    """Make the output folder; clear what killed saves left, and an earlier run's files where that is wanted.
+    """Make the output folder; remove what killed saves left, and an earlier run's files if `overwrite` says so.
 
     Args:
         resuming: `auto` or a path, as the user gave it.
-        checkpoint: what the run goes on from; the folder's files then stay.
+        checkpoint: the checkpoint that is resumed; if it is in this folder, the folder's files stay.
 
     Raises:
         UserError: it holds a run already, or cannot be made.
@@ -46,17 +46,17 @@ def prepare_folder(folder: Path, *, overwrite: bool, resuming: str | None, check
         (folder / STOPPED).unlink(missing_ok=True)
     if checkpoint and checkpoint.parent.resolve() == folder.resolve():
         return
-    found = [name for name in RESULTS if (folder / name).exists()]
-    found += [path.name for path in [*list_checkpoints(folder), *folder.glob("best-*")]]
+    results = [name for name in RESULTS if (folder / name).exists()]
+    results += [path.name for path in [*list_checkpoints(folder), *folder.glob("best-*")]]
     unfinished = resuming == "auto" and not any((folder / name).exists() for name in (ADAPTER, FULL))
-    if found and not (overwrite or unfinished):
+    if results and not (overwrite or unfinished):
         hint = "Choose another --output_dir, or give --overwrite_output_dir; --resume_from_checkpoint auto goes on."
-        raise UserError("the output folder holds a run already", where=folder, got=", ".join(found), hint=hint)
+        raise UserError("the output folder holds a run already", where=folder, got=", ".join(results), hint=hint)
     if not overwrite:  # an unfinished run without a valid checkpoint; damaged ones may still be of use to someone
-        found = [name for name in found if name in RESULTS]
+        results = [name for name in results if name in RESULTS]
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for name in (*found, *OTHERS):
+        for name in (*results, *OTHERS):
             shutil.rmtree(folder / name) if (folder / name).is_dir() else (folder / name).unlink(missing_ok=True)
         shutil.rmtree(folder / "tensorboard", ignore_errors=True)
     except OSError as error:
@@ -64,7 +64,7 @@ def prepare_folder(folder: Path, *, overwrite: bool, resuming: str | None, check
 
 
 def save_config(config: TrainConfig, resolved: dict[str, Any]) -> None:
-    """Write config.yaml: every option, what was worked out from them, versions, git revision."""
+    """Write config.yaml: every option, values derived from them, versions, git revision."""
     content = {
         "options": config.plain(),
         "resolved": resolved,
@@ -75,18 +75,18 @@ def save_config(config: TrainConfig, resolved: dict[str, Any]) -> None:
 
 
 def versions() -> dict[str, str]:
-    """Of what a run's numbers depend on; this package may run from a checkout, without being installed."""
-    found = {"python": platform.python_version()}
+    """Versions of the packages that a run's numbers depend on."""
+    by_name = {"python": platform.python_version()}
     for name in ("torch", "transformers", "peft", "numpy", "higgs-tune"):
         try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = "not installed"
-    return found
+            by_name[name] = version(name)
+        except PackageNotFoundError:  # this package may run from a checkout
+            by_name[name] = "not installed"
+    return by_name
 
 
 def git_revision() -> str | None:
-    """The commit that this code stands at, with `+` for local changes; None where it is no checkout."""
+    """The commit of this code, with `+` for local changes; None outside a git checkout."""
     folder = Path(__file__).parent
     try:
         command = ["git", "-C", str(folder), "describe", "--always", "--abbrev=40", "--dirty=+", "--exclude=*"]
@@ -96,7 +96,7 @@ def git_revision() -> str | None:
 
 
 def save_trainable(folder: Path, parameters: dict[str, nn.Parameter]) -> None:
-    """Write trainable.json: module, shape and number of values of everything that trains."""
+    """Write trainable.json: name, shape and size of each trained parameter."""
     listed = [
         {"module": name.removeprefix("base_model.model."), "shape": list(value.shape), "count": value.numel()}
         for name, value in parameters.items()
@@ -105,12 +105,12 @@ def save_trainable(folder: Path, parameters: dict[str, nn.Parameter]) -> None:
 
 
 def adapter_tensors(run_model: nn.Module, parameters: dict[str, nn.Parameter]) -> dict[str, torch.Tensor]:
-    """What is saved of a model, as host copies: the adapter under PEFT's names; without PEFT, everything that trains.
+    """Host copies of the adapter under PEFT's names; without PEFT, of every parameter that trains.
 
-    All ranks call this together where the weights are spread over them.
+    All ranks call this together if the weights are sharded.
     """
-    found = get_peft_model_state_dict(run_model) if isinstance(run_model, PeftModel) else parameters
-    return {name: whole(value).detach().cpu().contiguous().clone() for name, value in found.items()}
+    tensors = get_peft_model_state_dict(run_model) if isinstance(run_model, PeftModel) else parameters
+    return {name: whole(value).detach().cpu().contiguous().clone() for name, value in tensors.items()}
 
 
 def adapter_config_json(peft_model: PeftModel) -> bytes:
@@ -127,7 +127,7 @@ def save_adapter(peft_model: PeftModel, tensors: dict[str, torch.Tensor], folder
 
 
 def whole_weights(model: HiggsAudioModel, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """Every weight of a model, as host copies; all ranks call this together where they are spread."""
+    """Host copies of all weights; all ranks call this together if the weights are sharded."""
     return {name: whole(value).detach().to("cpu", dtype).contiguous() for name, value in model.state_dict().items()}
 
 

@@ -1,10 +1,10 @@
-"""Between a run and its checkpoints: what is saved, what must still be the same, putting it back.
+"""Resume: find a checkpoint, check that it belongs to this run, restore it; and take the snapshots to resume from.
 
-In: a `Run`. Out: a `Snapshot`, and the run as it was. Never: a resumed run on other data, another plan or another
-model without a word.
+In: a `Run`. Out: a `Snapshot`, or the run as it was at a checkpoint.
+Guarantees: a run resumes only on the same data, plan and model, unless --resume_anyway (test_resume.py).
 
-The data's context is a cursor into the epoch plan, independent of the number of ranks. The learning rate is a function
-of the step. Random states and the sums of an unfinished logging interval are kept for every rank.
+The position in the data is a cursor into the epoch plan, independent of the number of ranks. The learning rate is a
+function of the step. Random states and the sums of an unfinished logging interval are saved for every rank.
 """
 
 from __future__ import annotations
@@ -55,28 +55,29 @@ def find_checkpoint(config: TrainConfig, context: DistContext) -> Path | None:
     """
     if config.checkpoints.resume_from_checkpoint is None:
         return None
-    found: Path | None = None
+    checkpoint: Path | None = None
     if context.is_main and config.checkpoints.resume_from_checkpoint != "auto":
-        found = Path(config.checkpoints.resume_from_checkpoint)
-        verify_checkpoint(found)
+        checkpoint = Path(config.checkpoints.resume_from_checkpoint)
+        verify_checkpoint(checkpoint)
     elif context.is_main:
-        found, problems = newest_valid(config.output_dir)
+        checkpoint, problems = newest_valid(config.output_dir)
         for problem in problems:
             print(f"warning: {problem}; an older checkpoint is tried", flush=True)
     if config.checkpoints.resume_from_checkpoint == "auto":
-        number = int(found.name.rpartition("-")[2]) if found else -1
-        number = int(context.all_sum([float(number) if context.is_main else 0.0])[0])
-        found = checkpoint_path(config.output_dir, number) if number >= 0 else None
+        step = int(checkpoint.name.rpartition("-")[2]) if checkpoint else -1
+        step = int(context.all_sum([float(step) if context.is_main else 0.0])[0])
+        checkpoint = checkpoint_path(config.output_dir, step) if step >= 0 else None
     else:
         context.all_sum([0.0])  # rank 0 has verified it
-        found = Path(config.checkpoints.resume_from_checkpoint)
-    if found and not (found / STATE).is_file():
-        raise UserError("this rank does not see the checkpoint", where=found, expected="a folder that all nodes share")
-    return found
+        checkpoint = Path(config.checkpoints.resume_from_checkpoint)
+    if checkpoint and not (checkpoint / STATE).is_file():
+        expected = "a folder that all nodes share"
+        raise UserError("this rank does not see the checkpoint", where=checkpoint, expected=expected)
+    return checkpoint
 
 
 def identity(run: Run) -> dict[str, Any]:
-    """What must be the same when a run is resumed."""
+    """Properties of a run that must be the same when it is resumed."""
     schedule, config = run.schedule, run.config
     architecture = json.dumps(run.model.config.to_dict(), sort_keys=True, default=str)
     kinds = {name: list(parameter.shape) for name, parameter in run.parameters.items()}
@@ -97,15 +98,15 @@ def identity(run: Run) -> dict[str, Any]:
 
 
 def differences(saved: dict[str, Any], now: dict[str, Any], prefix: str = "") -> list[str]:
-    """Names of what has changed, with both values."""
-    found = []
+    """Names of the properties that have changed, with both values."""
+    changes = []
     for name in sorted(saved.keys() | now.keys()):
         old, new = saved.get(name), now.get(name)
         if isinstance(old, dict) and isinstance(new, dict):
-            found += differences(old, new, f"{prefix}{name}.")
+            changes += differences(old, new, f"{prefix}{name}.")
         elif old != new:
-            found.append(f"{prefix}{name}: {_short(old)} -> {_short(new)}")
-    return found
+            changes.append(f"{prefix}{name}: {_short(old)} -> {_short(new)}")
+    return changes
 
 
 def _short(value: Any) -> str:
@@ -114,11 +115,11 @@ def _short(value: Any) -> str:
 
 
 def snapshot(run: Run, stats: StepStats, written: dict[str, int]) -> Snapshot | None:
-    """Everything that the run needs to go on; only rank 0 gets it. All ranks call this together.
+    """The state of a run; None on every rank but 0. All ranks call this together.
 
     Args:
         stats: sums since the last report.
-        written: bytes of each log file that belong to the run so far.
+        written: bytes of each log file so far.
     """
     adapter = adapter_tensors(run.peft_model, run.parameters)
     optimizer = {
@@ -158,10 +159,10 @@ def snapshot(run: Run, stats: StepStats, written: dict[str, int]) -> Snapshot | 
 
 
 def restore(run: Run, folder: Path, stats: StepStats) -> dict[str, Any]:
-    """Put a run back to where a checkpoint left it; returns the checkpoint's state.
+    """Restore a run from a checkpoint; returns the checkpoint's state.
 
     Raises:
-        UserError: data, plan or model have changed; says which.
+        UserError: data, plan or model have changed; names each change.
     """
     state = json.loads((folder / STATE).read_bytes())
     run.progress.cursor = Cursor(state["epoch"], state["pack"])
@@ -215,7 +216,7 @@ def _restore_optimizer(run: Run, folder: Path) -> None:
 
 
 def rng_state(device: torch.device) -> dict[str, torch.Tensor]:
-    """The state of every random generator of this process, as host tensors."""
+    """The states of this process's random generators, as host tensors."""
     mersenne: Any = np.random.get_state()
     states = {
         "torch": torch.get_rng_state(),
@@ -226,7 +227,7 @@ def rng_state(device: torch.device) -> dict[str, torch.Tensor]:
 
 
 def restore_rng(states: dict[str, torch.Tensor], device: torch.device) -> None:
-    """Put back what `rng_state` gave."""
+    """Restore the states that `rng_state` returned."""
     torch.set_rng_state(states["torch"].clone())  # it does not take a view into a larger tensor
     random.setstate((3, tuple(states["python"].tolist()), None))
     words = states["numpy"].numpy()
@@ -236,7 +237,7 @@ def restore_rng(states: dict[str, torch.Tensor], device: torch.device) -> None:
 
 
 def changed_options(state: dict[str, Any], config: TrainConfig) -> Iterator[str]:
-    """Options that differ from the checkpoint's."""
+    """Options that differ from the checkpoint's, with both values."""
     same = {"resume_from_checkpoint", "resume_anyway", "overwrite_output_dir", "output_dir", "debug", "dry_run"}
     now = config.plain()
     for name, old in state["options"].items():

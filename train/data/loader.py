@@ -21,7 +21,7 @@ from higgs_tune.shards.reader import ShardSet
 from higgs_tune.shards.sequence import SpecialIds, Stored
 from higgs_tune.train.data.batch import Batch, collate
 from higgs_tune.train.data.sampler import Cursor, PackRequest, Schedule, Sets
-from higgs_tune.train.dist.faults import outlive_stop_signals
+from higgs_tune.train.dist.signals import outlive_stop_signals
 from torch.utils.data import DataLoader, Dataset
 
 PREFETCH = 4  # batches that each worker makes ahead

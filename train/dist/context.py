@@ -1,6 +1,6 @@
-"""This process among all ranks: its number, its device, and small exchanges between ranks on the host.
+"""The distributed context: rank, device, and small collectives on the host.
 
-In: torchrun's environment. Out: a `DistContext`, with `torch.distributed` initialised where there are several ranks.
+In: torchrun's environment. Out: a `DistContext`; `torch.distributed` is initialised if there are several ranks.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ import torch
 import torch.distributed as dist
 
 from higgs_tune.shards.memory import keep_memory
-from higgs_tune.train.dist.rendezvous import meet
+from higgs_tune.train.dist.rendezvous import restart_safe_store
 
 DIST_TIMEOUT = timedelta(minutes=10)
 
 
 @dataclass(frozen=True)
 class World:
-    """This process among all: its rank, their number, and their number on this machine."""
+    """This process's rank and the number of ranks, in all and on this machine."""
 
     rank: int
     size: int
@@ -30,9 +30,9 @@ class World:
 
 @dataclass(frozen=True)
 class DistContext:
-    """Where this process runs.
+    """Rank and device of this process.
 
-    control: a process group for small host messages; None with one rank.
+    control: a gloo group for small host messages; None with one rank.
     """
 
     world: World
@@ -45,12 +45,12 @@ class DistContext:
         return self.world.rank == 0
 
     @property
-    def queues(self) -> bool:
+    def is_asynchronous(self) -> bool:
         """Whether the device runs asynchronously to the host, as a GPU does."""
         return self.device.type == "cuda"
 
     def all_sum(self, values: list[float]) -> list[float]:
-        """Sum each value over all ranks: a blocking all-reduce on the host that does not touch the device."""
+        """Sum each value over all ranks: a blocking all-reduce on the host, without the device."""
         if self.control is None:
             return values
         total = torch.tensor(values, dtype=torch.float64)
@@ -58,7 +58,7 @@ class DistContext:
         return total.tolist()
 
     def gather(self, values: torch.Tensor) -> torch.Tensor:
-        """Gather a host tensor of every rank: [ranks, ...]. All ranks pass the same shape."""
+        """A host tensor of every rank, all of one shape: [ranks, ...]."""
         if self.control is None:
             return values[None].clone()
         gathered = [torch.empty_like(values) for _ in range(self.world.size)]
@@ -66,7 +66,7 @@ class DistContext:
         return torch.stack(gathered)
 
 
-def join_world() -> DistContext:
+def init_distributed() -> DistContext:
     """Initialise `torch.distributed` from torchrun's environment, and choose the device."""
     names = (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1))
     rank, size, local_rank, local_size = (int(os.environ.get(name, default)) for name, default in names)
@@ -75,14 +75,14 @@ def join_world() -> DistContext:
     if torch.cuda.is_available():
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
-    elif local_size > 1:  # torchrun sets one thread a process; the cores are ours
+    elif local_size > 1:  # torchrun sets one thread a process; use all cores
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_size))
     if device.type == "cpu":
         keep_memory()
     control: dist.ProcessGroup | None = None
     if size > 1:
-        backend, store = "nccl" if device.type == "cuda" else "gloo", meet(rank, size, DIST_TIMEOUT)
+        backend, store = "nccl" if device.type == "cuda" else "gloo", restart_safe_store(rank, size, DIST_TIMEOUT)
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=DIST_TIMEOUT)
-        made = dist.new_group(backend="gloo", timeout=DIST_TIMEOUT)
-        control = made if isinstance(made, dist.ProcessGroup) else None
+        group = dist.new_group(backend="gloo", timeout=DIST_TIMEOUT)
+        control = group if isinstance(group, dist.ProcessGroup) else None
     return DistContext(world, device, control)

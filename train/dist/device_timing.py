@@ -1,6 +1,6 @@
-"""What the host learns from the device without holding it up: values on their way, and times by the device's clock.
+"""Non-blocking copies to the host, and timing by CUDA events.
 
-On a CPU everything has happened when a call returns, so there is nothing to wait for.
+A CPU has finished its work when a call returns, so there nothing is waited for and the host's clock serves.
 """
 
 from __future__ import annotations
@@ -12,29 +12,29 @@ from contextlib import contextmanager
 import torch
 
 
-class Readback:
-    """A tensor's values of now, on their way to the host."""
+class HostCopy:
+    """A tensor's present values, being copied to pinned host memory."""
 
     def __init__(self, values: torch.Tensor) -> None:
-        self._values, self._arrived = values.detach(), None
+        self._values, self._copied = values.detach(), None
         if values.is_cuda:
             host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
-            self._values, self._arrived = host.copy_(values, non_blocking=True), torch.cuda.Event()
-            self._arrived.record()
+            self._values, self._copied = host.copy_(values, non_blocking=True), torch.cuda.Event()
+            self._copied.record()
 
     @property
-    def there(self) -> bool:
-        return self._arrived is None or self._arrived.query()
+    def is_ready(self) -> bool:
+        return self._copied is None or self._copied.query()
 
     def wait(self) -> torch.Tensor:
         """The values, on the host."""
-        if self._arrived is not None:
-            self._arrived.synchronize()
+        if self._copied is not None:
+            self._copied.synchronize()
         return self._values
 
 
-class Mark:
-    """A moment: on a GPU, when it comes to the end of what has been queued so far; on a CPU, now."""
+class Timestamp:
+    """On a GPU, the time at which the device finishes the work queued so far; on a CPU, now."""
 
     def __init__(self, device: torch.device) -> None:
         self._at_s, self._event = time.perf_counter(), None
@@ -42,8 +42,8 @@ class Mark:
             self._event = torch.cuda.Event(enable_timing=True)
             self._event.record()
 
-    def until(self, later: Mark) -> float:
-        """Seconds from this moment to a later one; waits until the device has come to both."""
+    def seconds_until(self, later: Timestamp) -> float:
+        """Seconds from here to a later timestamp; waits until the device has reached both."""
         if self._event is None or later._event is None:
             return later._at_s - self._at_s
         later._event.synchronize()
@@ -51,19 +51,22 @@ class Mark:
 
 
 class Stopwatch:
-    """Adds up the time of blocks, by the device's clock. Of a host that waits for data this is the time in which the
-    device had nothing to do: while its queue does not run dry, two marks in it are next to each other."""
+    """Adds up the time of blocks, by the device's clock.
+
+    Around a wait for data it counts the time in which the device was idle: while work is still queued, the two
+    timestamps follow each other at once.
+    """
 
     def __init__(self, device: torch.device) -> None:
-        self._device, self._pairs = device, list[tuple[Mark, Mark]]()
+        self._device, self._blocks = device, list[tuple[Timestamp, Timestamp]]()
 
     @contextmanager
-    def counted(self) -> Iterator[None]:
+    def timed(self) -> Iterator[None]:
         """Count the time of the block."""
-        began = Mark(self._device)
+        began = Timestamp(self._device)
         yield
-        self._pairs.append((began, Mark(self._device)))
+        self._blocks.append((began, Timestamp(self._device)))
 
     def seconds(self) -> float:
-        """The sum; waits until the device has come to the end of the last block."""
-        return sum(began.until(ended) for began, ended in self._pairs)
+        """The sum; waits until the device has finished the last block."""
+        return sum(began.seconds_until(ended) for began, ended in self._blocks)

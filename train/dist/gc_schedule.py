@@ -1,7 +1,7 @@
-"""Python's garbage collector, off during steps: it stops a rank at a moment of its own, and all others wait for it.
+"""Garbage collection at fixed steps.
 
-What was made before the steps is frozen out of later collections; young garbage is collected at the same steps on
-every rank.
+Python's collector would stop one rank at a time of its own, and the others would wait for it in the next all-reduce.
+So it is off during the steps. Objects made before the steps are frozen: later collections do not visit them.
 """
 
 from __future__ import annotations
@@ -10,13 +10,13 @@ import contextlib
 import gc
 from collections.abc import Callable, Iterator
 
-EVERY = 50  # steps between collections of the young generations
-FULL_EVERY = 1000  # steps between full ones
+YOUNG_EVERY = 50  # steps between collections of the young generations
+FULL_EVERY = 1000  # steps between full collections
 
 
 @contextlib.contextmanager
-def collected_on_schedule() -> Iterator[Callable[[int], None]]:
-    """Within the block, garbage is collected only by calling what it gives, with the number of the step."""
+def scheduled_gc() -> Iterator[Callable[[int], None]]:
+    """Switch automatic collection off within the block; gives a function to call with the number of each step."""
     was_on = gc.isenabled()
     gc.collect()
     gc.freeze()
@@ -30,5 +30,5 @@ def collected_on_schedule() -> Iterator[Callable[[int], None]]:
 
 
 def _collect(step: int) -> None:
-    if step % EVERY == 0:
+    if step % YOUNG_EVERY == 0:
         gc.collect(2 if step % FULL_EVERY == 0 else 1)

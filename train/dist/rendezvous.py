@@ -1,8 +1,8 @@
-"""How the ranks of one start find each other, and no rank of a start before it.
+"""Restart-safe rendezvous: each attempt uses its own key prefix.
 
-torchrun starts failed workers again on the same key-value store (torch 2.11 to 2.13), where the addresses of the dead
-ones still stand: a quick worker reads such an address and fails to connect. So the ranks first agree on a name that no
-other start has used, and keep everything of theirs under it.
+torchrun restarts on the same store (https://github.com/pytorch/pytorch/issues/135712; torch 2.11 to 2.13), where the
+addresses of the dead ranks still stand: a fast rank reads such an address and fails to connect. So the ranks first
+agree on a prefix that no earlier attempt has used, and keep all their keys under it (test_faults.py).
 """
 
 from __future__ import annotations
@@ -18,45 +18,46 @@ from torch.distributed.rendezvous import rendezvous
 _POLL_S = 0.02
 
 
-def meet(rank: int, size: int, timeout: timedelta) -> Store:
-    """The store of this start, from the environment that torchrun sets; all ranks have called this.
+def restart_safe_store(rank: int, size: int, timeout: timedelta) -> Store:
+    """The store of this attempt, from torchrun's environment. All ranks call this together.
 
     Raises:
-        TimeoutError: the other ranks have not come.
+        TimeoutError: another rank did not arrive.
     """
     shared, rank, size = next(rendezvous("env://", rank, size, timeout=timeout))
     store = PrefixStore("higgs_tune", shared)
     deadline = time.monotonic() + timeout.total_seconds()
-    name = _call_together(store, size, deadline) if rank == 0 else _answer(store, rank, deadline)
-    return PrefixStore(name, store)
+    prefix = _announce_prefix(store, size, deadline) if rank == 0 else _receive_prefix(store, rank, deadline)
+    return PrefixStore(prefix, store)
 
 
-def _call_together(store: Store, size: int, deadline: float) -> str:
-    """Rank 0: name the start, and repeat it to whoever has come until all have answered."""
-    name, told = uuid.uuid4().hex, {}
-    while not all(store.check([f"{name}/here/{rank}"]) for rank in range(1, size)):
-        come = {rank: store.get(f"come/{rank}").decode() for rank in range(1, size) if store.check([f"come/{rank}"])}
-        if come != told:
-            store.set("called", json.dumps({"name": name, "ranks": sorted(come.values())}))
-            told = come
-        _wait(deadline)
-    return name
+def _announce_prefix(store: Store, size: int, deadline: float) -> str:
+    """Rank 0: choose a prefix and announce it to the ranks that have registered, until all have confirmed it."""
+    prefix, announced = uuid.uuid4().hex, {}
+    while not all(store.check([f"{prefix}/confirmed/{rank}"]) for rank in range(1, size)):
+        keys = {rank: f"registered/{rank}" for rank in range(1, size)}
+        registered = {rank: store.get(key).decode() for rank, key in keys.items() if store.check([key])}
+        if registered != announced:
+            store.set("announced", json.dumps({"prefix": prefix, "processes": sorted(registered.values())}))
+            announced = registered
+        _sleep(deadline)
+    return prefix
 
 
-def _answer(store: Store, rank: int, deadline: float) -> str:
-    """Another rank: say that it has come, and wait to be called by what it said."""
-    self_name = uuid.uuid4().hex
-    store.set(f"come/{rank}", self_name)
+def _receive_prefix(store: Store, rank: int, deadline: float) -> str:
+    """Another rank: register this process, and wait for an announcement that names it."""
+    process = uuid.uuid4().hex
+    store.set(f"registered/{rank}", process)
     while True:
-        called = json.loads(store.get("called")) if store.check(["called"]) else {"name": "", "ranks": []}
-        if self_name in called["ranks"]:
-            name = str(called["name"])
-            store.set(f"{name}/here/{rank}", "")
-            return name
-        _wait(deadline)
+        announced = json.loads(store.get("announced")) if store.check(["announced"]) else {"processes": []}
+        if process in announced["processes"]:
+            prefix = str(announced["prefix"])
+            store.set(f"{prefix}/confirmed/{rank}", "")
+            return prefix
+        _sleep(deadline)
 
 
-def _wait(deadline: float) -> None:
+def _sleep(deadline: float) -> None:
     if time.monotonic() > deadline:
-        raise TimeoutError("the other ranks have not come")
+        raise TimeoutError("another rank did not arrive")
     time.sleep(_POLL_S)

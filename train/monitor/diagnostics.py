@@ -1,6 +1,6 @@
-"""A look inside, every `--diagnostics_steps`: what is predicted, how large gradients and updates are, what is frozen.
+"""Diagnostics: predictions beside targets, norms of gradients and updates, and a check of the frozen parameters.
 
-In: the model, one batch, its parameters. Out: one JSON object and a text for people. Never: a change to the model.
+In: the model, a batch, the parameters. Out: one JSON object, and the same as text.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ _GROUPS = (
 
 
 def group_of(name: str) -> str:
-    """Which part of the model a parameter belongs to."""
+    """The part of the model that a parameter belongs to."""
     return next((group for group, pattern in _GROUPS if pattern.search(name)), "other")
 
 
 def norms_by_group(tensors: dict[str, torch.Tensor]) -> dict[str, float]:
-    """The norm of all tensors of each group together."""
+    """Norm over all tensors of each group."""
     squares: dict[str, torch.Tensor] = {}
     for name, value in tensors.items():
         square = whole(value.detach().float().pow(2).sum())
@@ -43,7 +43,7 @@ def norms_by_group(tensors: dict[str, torch.Tensor]) -> dict[str, float]:
     return {group: float(square.sqrt()) for group, square in squares.items()}
 
 
-class UpdateWatch:
+class UpdateNorms:
     """Gradient norms and update norms of one optimizer step, by group."""
 
     def __init__(self, parameters: dict[str, nn.Parameter]) -> None:
@@ -51,7 +51,7 @@ class UpdateWatch:
         self.before = {name: parameter.detach().clone() for name, parameter in parameters.items()}
         self.gradients: dict[str, float] = {}
 
-    def see_gradients(self) -> None:
+    def record_gradients(self) -> None:
         """Call between backward and the optimizer's step."""
         gradients = {name: p.grad for name, p in self.parameters.items() if p.grad is not None}
         self.gradients = norms_by_group(gradients)
@@ -63,41 +63,43 @@ class UpdateWatch:
 
 
 @torch.no_grad()
-def look_at_predictions(model: HiggsAudioModel, batch: Batch, tokenizer: Any, options: LossOptions) -> dict[str, Any]:
-    """What the model predicts for the batch's first sample, teacher-forced, beside what it should.
+def compare_predictions(model: HiggsAudioModel, batch: Batch, tokenizer: Any, options: LossOptions) -> dict[str, Any]:
+    """Teacher-forced predictions for the batch's first sample, beside its targets.
 
     Returns:
-        `key`, `text` and `predicted_text`, `codes` and `predicted_codes` (first and last frames that are labelled, one
-        list of K a frame), `accuracy_per_codebook` over the whole batch.
+        `key`, `text` and `predicted_text`, `codes` and `predicted_codes` (the first and last labelled frames, one list
+        of K a frame), `accuracy_per_codebook` over the whole batch.
     """
     with evaluating(model):
         hidden_NH = hidden_states(model, batch)
     first_end = batch.lengths[0]
-    found: dict[str, Any] = {"key": batch.keys[0]}
+    compared: dict[str, Any] = {"key": batch.keys[0]}
     if options.with_text:
         rows, labels = batch["text_rows"].long(), batch["text_labels"]
         own = batch["to_sorted"][rows] < first_end
-        predicted = _likeliest(model, model.audio_decoder_proj.text_lm_head, hidden_NH, rows[own], 1)[:, 0]
-        found["text"], found["predicted_text"] = (
+        predicted = _argmax_per_group(model, model.audio_decoder_proj.text_lm_head, hidden_NH, rows[own], 1)[:, 0]
+        compared["text"], compared["predicted_text"] = (
             tokenizer.decode(ids.tolist(), skip_special_tokens=False) for ids in (labels[own], predicted)
         )
     if options.with_audio:
         rows, labels_nK = batch["audio_rows"].long(), batch["audio_labels_KL"].t().long()
-        predicted_nK = _likeliest(model, model.audio_decoder_proj.audio_lm_head, hidden_NH, rows, labels_nK.shape[1])
+        predicted_nK = _argmax_per_group(
+            model, model.audio_decoder_proj.audio_lm_head, hidden_NH, rows, labels_nK.shape[1]
+        )
         labelled = labels_nK >= 0
         right = ((predicted_nK == labels_nK) & labelled).sum(0) / labelled.sum(0).clamp(min=1)
-        found["accuracy_per_codebook"] = right.tolist()
+        compared["accuracy_per_codebook"] = right.tolist()
         own = batch["to_sorted"][rows] < first_end
         edges = (slice(None, EDGE_FRAMES), slice(-EDGE_FRAMES, None))
         for name, codes in (("codes", labels_nK[own]), ("predicted_codes", predicted_nK[own])):
-            found[name] = {side: codes[edge].tolist() for side, edge in zip(("first", "last"), edges, strict=True)}
-    return found
+            compared[name] = {side: codes[edge].tolist() for side, edge in zip(("first", "last"), edges, strict=True)}
+    return compared
 
 
-def _likeliest(
+def _argmax_per_group(
     model: HiggsAudioModel, head: nn.Module, hidden_NH: torch.Tensor, rows: torch.Tensor, groups: int
 ) -> torch.Tensor:
-    """The likeliest class of each group at some rows: int64 [n, groups]."""
+    """The most likely class of each group at some rows: int64 [n, groups]."""
     normed_nH = normed(model.norm, hidden_NH.index_select(0, rows))
     weight = head.weight
     assert isinstance(weight, torch.Tensor)
@@ -105,25 +107,25 @@ def _likeliest(
 
 
 def isolated(text: str) -> str:
-    """Text in Unicode isolates, so that right-to-left script does not reorder what stands around it."""
+    """Text in Unicode isolates, so that right-to-left script does not reorder the text around it."""
     return f"\u2068{text}\u2069"
 
 
-def as_text(found: dict[str, Any], step: int) -> str:
-    """Diagnostics as people read them."""
-    lines = [f"step {step}, sample {found['key']}"]
+def format_diagnostics(diagnostics: dict[str, Any], step: int) -> str:
+    """Diagnostics as lines of text."""
+    lines = [f"step {step}, sample {diagnostics['key']}"]
     for name in ("text", "predicted_text"):
-        if name in found:
-            lines.append(f"  {name.replace('_', ' '):<16} {isolated(found[name])}")
-    if "codes" in found:
+        if name in diagnostics:
+            lines.append(f"  {name.replace('_', ' '):<16} {isolated(diagnostics[name])}")
+    if "codes" in diagnostics:
         for side in ("first", "last"):
             for name in ("codes", "predicted_codes"):
-                frames = " | ".join(" ".join(_code(code) for code in frame) for frame in found[name][side])
+                frames = " | ".join(" ".join(_code(code) for code in frame) for frame in diagnostics[name][side])
                 lines.append(f"  {side} {name.replace('_', ' '):<16} {frames}")
-        accuracy = " ".join(f"{value:.1%}" for value in found["accuracy_per_codebook"])
+        accuracy = " ".join(f"{value:.1%}" for value in diagnostics["accuracy_per_codebook"])
         lines.append(f"  accuracy by codebook  {accuracy}")
     for name in ("grad_norm", "update_norm"):
-        values = ", ".join(f"{group} {value:.3g}" for group, value in found.get(name, {}).items())
+        values = ", ".join(f"{group} {value:.3g}" for group, value in diagnostics.get(name, {}).items())
         lines.append(f"  {name.replace('_', ' ')} by group  {values}")
     return "\n".join(lines)
 
@@ -134,7 +136,7 @@ def _code(code: int) -> str:
 
 @torch.no_grad()
 def fingerprint(parameters: Iterable[tuple[str, nn.Parameter]]) -> dict[str, tuple[str, int]]:
-    """Sum of values and version counter of every frozen parameter: what must be the same at every save."""
+    """Sum of values and version counter of every frozen parameter; both stay the same while it is frozen."""
     return {
         name: (str(float(local(parameter.detach()).sum(dtype=torch.float64))), parameter._version)
         for name, parameter in parameters
@@ -143,7 +145,7 @@ def fingerprint(parameters: Iterable[tuple[str, nn.Parameter]]) -> dict[str, tup
 
 
 def assert_frozen(model: nn.Module, before: dict[str, tuple[str, int]]) -> None:
-    """Raise UserError where a parameter that should be frozen has changed, or trains.
+    """Check that the frozen parameters have not changed and do not train.
 
     Raises:
         UserError: names the parameters.

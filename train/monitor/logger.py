@@ -1,6 +1,6 @@
-"""What people look at: metrics.jsonl, TensorBoard, trackers, a live display or plain lines. Rank 0 only.
+"""Logging on rank 0: metrics.jsonl, TensorBoard, trackers, and a live display or plain lines on stderr.
 
-In: dicts of numbers. Out: the files of the run folder, and text on stderr. Never: a number worked out here.
+In: dicts of metrics. Out: the log files of the output folder, and text.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import torch
 from higgs_tune.shards.errors import UserError
 from higgs_tune.train.checkpoint.output import DIAGNOSTICS, METRICS
 from higgs_tune.train.config import TrainConfig
-from higgs_tune.train.monitor.diagnostics import as_text
+from higgs_tune.train.monitor.diagnostics import format_diagnostics
 from rich.console import Console, Group
 from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -31,14 +31,14 @@ _PROJECT = "higgs-tune"
 SPECTRUM_BINS = 512
 
 
-class Reporter:
-    """Writes reports and shows them.
+class MetricsLogger:
+    """Writes metrics and shows them.
 
     Args:
         config: the run's options.
         total_steps: optimizer steps of the run.
-        step: steps done before this start. written: bytes of each log file that belong to them; what follows is of a
-            run that was cut off, and is removed.
+        step: steps done before this start.
+        written: bytes of each log file at that step; lines after them are removed, since the run repeats their steps.
 
     Raises:
         UserError: a tracker is not installed.
@@ -72,17 +72,17 @@ class Reporter:
             self._live.start()
 
     @property
-    def written(self) -> dict[str, int]:
-        """Bytes of each log file so far."""
+    def bytes_written(self) -> dict[str, int]:
+        """Size of each log file."""
         paths = (self._folder / name for name in (METRICS, DIAGNOSTICS))
         return {path.name: path.stat().st_size for path in paths if path.exists()}
 
-    def step(self, step: int) -> None:
-        """A step is done (nothing is read from the device)."""
+    def advance(self, step: int) -> None:
+        """Move the progress bar; reads nothing from the device."""
         self._bar.update(self._task, completed=step)
 
-    def report(self, metrics: dict[str, Any]) -> None:
-        """Write one report."""
+    def log(self, metrics: dict[str, Any]) -> None:
+        """Write one line of metrics.jsonl, to the trackers too, and show it."""
         self._file.write(json.dumps({k: _finite(v) for k, v in metrics.items()}) + "\n")
         kind, step = metrics["kind"], metrics["step"]
         numbers = dict(_numbers(metrics))
@@ -97,24 +97,24 @@ class Reporter:
         else:
             print(f"{kind} step {step}/{self._total} {_line(metrics)}", file=sys.stderr, flush=True)
 
-    def diagnose(self, found: dict[str, Any], step: int) -> None:
-        """Show diagnostics, and keep them in diagnostics.jsonl and TensorBoard."""
+    def log_diagnostics(self, diagnostics: dict[str, Any], step: int) -> None:
+        """Write diagnostics to diagnostics.jsonl and TensorBoard, and show them."""
         with (self._folder / DIAGNOSTICS).open("a") as file:
-            file.write(json.dumps({"step": step} | found, ensure_ascii=False) + "\n")
-        text = as_text(found, step)
+            file.write(json.dumps({"step": step} | diagnostics, ensure_ascii=False) + "\n")
+        text = format_diagnostics(diagnostics, step)
         if self._board:
             self._board.add_text("diagnostics", f"```\n{text}\n```", step)
-        self.say(text)
+        self.show(text)
 
-    def sounds(self, sounds: Iterable[tuple[str, np.ndarray, int]], step: int) -> None:
-        """Keep waveforms and their spectrograms in TensorBoard."""
+    def log_audio(self, clips: Iterable[tuple[str, np.ndarray, int]], step: int) -> None:
+        """Write waveforms and their spectrograms to TensorBoard."""
         if not self._board:
             return
-        for name, wave_S, rate in sounds:
+        for name, wave_S, rate in clips:
             self._board.add_audio(name, wave_S[None], step, sample_rate=rate)
             self._board.add_image(f"{name}/spectrogram", spectrogram(wave_S), step)
 
-    def say(self, text: str) -> None:
+    def show(self, text: str) -> None:
         """Show a line."""
         if self._live:
             self._console.print(text, markup=False, highlight=False, soft_wrap=True)
@@ -131,7 +131,7 @@ class Reporter:
         self._file.close()
 
     def _view(self) -> Group:
-        """The live display: what was reported last, and how far the run is."""
+        """The live display: the last metrics of each kind above a progress bar."""
         table = Table.grid(padding=(0, 2))
         for kind, metrics in self._shown.items():
             cells = [f"[bold]{kind}[/] {metrics['step']}", *_cells(metrics)]
@@ -145,7 +145,7 @@ def _cut(path: Path, size: int) -> None:
 
 
 def _start(name: str, config: TrainConfig) -> Any:
-    """A tracker's run: both have `log` and `finish`."""
+    """Start a tracker's run; every tracker has `log` and `finish`."""
     try:
         tracker = importlib.import_module(name)
     except ImportError as error:
@@ -200,7 +200,7 @@ def _line(metrics: dict[str, Any]) -> str:
 
 
 def _finite(value: Any) -> Any:
-    """JSON has no NaN: such a value becomes a string."""
+    """JSON has no NaN, so such a value becomes a string."""
     if isinstance(value, list):
         return [_finite(item) for item in value]
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value

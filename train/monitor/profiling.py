@@ -1,7 +1,6 @@
-"""`--profile`: a torch trace of three steps, and a table of where they go. Rank 0 only; the run then goes on.
+"""`--profile`: a torch trace of three steps and a table of their time by kind of work, on rank 0.
 
-In: steps. Out: `OUT/profile/trace.json` (for chrome://tracing or Perfetto) and `OUT/profile/table.txt`. Never: a
-profiler that stays on.
+Out: `OUT/profile/trace.json` (for chrome://tracing or Perfetto) and `OUT/profile/table.txt`.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile, schedule
 
 WAIT, WARM_UP, ACTIVE = 2, 1, 3  # steps
-# the first pattern that a kernel's or operator's name contains says what it is
+# an operator or kernel is of the first kind whose pattern its name contains
 KINDS = {
     "communication": "nccl|gloo|c10d|all_?reduce",
     "attention": "flash|attention|fmha|aten::(bmm|_softmax)",
@@ -46,7 +45,7 @@ class StepProfiler:
         self._profiler.start()
 
     def step(self) -> str | None:
-        """A step is done; the table, once the last profiled one is."""
+        """Count a step; returns the table after the last profiled one."""
         if not self._left:
             return None
         self._left -= 1
@@ -57,7 +56,7 @@ class StepProfiler:
         return (self.folder / "table.txt").read_text()
 
     def close(self) -> None:
-        """Stop, where the run was shorter than what was to be profiled."""
+        """Stop profiling if the run ended before the last profiled step."""
         if self._left:
             self._left = 0
             self._profiler.stop()
@@ -80,10 +79,10 @@ def is_kernel(event: Any) -> bool:
 
 
 def table(times: Iterable[tuple[str, float]]) -> str:
-    """Where a step goes: kind of work, milliseconds a step, share.
+    """The time of a step by kind of work: kind, milliseconds, share.
 
     Args:
-        times: names of operators or kernels, and the milliseconds a step spent in each itself.
+        times: names of operators or kernels, and their own milliseconds a step.
     """
     sums = dict.fromkeys([*KINDS, "pointwise and other"], 0.0)
     for name, time_ms in times:
@@ -96,6 +95,6 @@ def table(times: Iterable[tuple[str, float]]) -> str:
 
 
 def kind_of(name: str) -> str:
-    """What an operator or kernel does, by its name."""
-    found = (kind for kind, pattern in KINDS.items() if re.search(pattern, name, re.IGNORECASE))
-    return next(found, "pointwise and other")
+    """The kind of work of an operator or kernel, by its name."""
+    matching = (kind for kind, pattern in KINDS.items() if re.search(pattern, name, re.IGNORECASE))
+    return next(matching, "pointwise and other")

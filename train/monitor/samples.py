@@ -1,8 +1,8 @@
-"""Generated speech along the way: fixed samples, boson's own `generate`, the codec, numbers beside the base model's.
+"""Speech samples during training: fixed texts and voices, boson's own `generate`, metrics beside the base model's.
 
 In: a run and its shard sets. Out: `samples/NAME/samples.json` and wav files, TensorBoard. NAME is `base` or
-`step-000500`; `samples/target` holds what should be said, and the voice to say it in.
-Never: our packed forward; a sample that differs from one evaluation to the next.
+`step-000500`; `samples/target` holds the recorded targets and the reference voices.
+Guarantees: the same samples and seeds every time, on any number of ranks (test_long_runs.py).
 
 Shapes: K codebooks, T frames, S waveform samples.
 """
@@ -32,10 +32,10 @@ _NUMBERS = ("run_on_rate", "duration_ratio", "silence_ratio")
 
 
 class SampleGenerator:
-    """Generates the same samples whenever it is asked; ranks share the work, rank 0 writes.
+    """Generates the same samples at every call; ranks share the work, rank 0 writes.
 
     Raises:
-        UserError: no codec, or the model takes stored tower features, which boson's `generate` cannot.
+        UserError: there is no codec, or the model takes stored tower features, which boson's `generate` does not.
     """
 
     def __init__(self, run: Run, tokenizer: PreTrainedTokenizerBase, features: str) -> None:
@@ -51,41 +51,41 @@ class SampleGenerator:
         self.codec = load_codec(path, run.context.device) if run.context.is_main else None
 
     def begin(self) -> None:
-        """Write targets and references, and what the base model says, unless an earlier start has."""
+        """Write targets and references, and the base model's samples, unless an earlier start has written them."""
         if self.run.context.is_main and self.codec:
             for sample in self.samples:
                 frames = np.split(sample.codes_KT, np.cumsum(sample.segment_frames)[:-1], axis=1)
                 self._write_wav(self.folder / "target" / f"{sample.key}.target.wav", frames[-1])
                 if len(frames) > 1:
                     self._write_wav(self.folder / "target" / f"{sample.key}.reference.wav", frames[0])
-        there = float((self.folder / "base" / "samples.json").is_file())
-        if not self.run.context.all_sum([there if self.run.context.is_main else 0.0])[0]:
+        exists = float((self.folder / "base" / "samples.json").is_file())
+        if not self.run.context.all_sum([exists if self.run.context.is_main else 0.0])[0]:
             self.generate("base")
 
     def generate(self, name: str) -> dict[str, Any] | None:
-        """Generate; returns the numbers as a line of metrics.jsonl, on rank 0."""
+        """Generate; returns a line of metrics.jsonl, on rank 0."""
         run, world = self.run, self.run.context.world
         with torch.random.fork_rng(), run.eval_mode(base=name == "base"):
-            mine = [self._say(number) for number in range(world.rank, len(self.samples), world.size)]
-        heard = self._collect(mine)
-        return self._write(name, heard) if run.context.is_main else None
+            mine = [self._generate(number) for number in range(world.rank, len(self.samples), world.size)]
+        outputs = self._gather(mine)
+        return self._write(name, outputs) if run.context.is_main else None
 
-    def _say(self, number: int) -> Said:
+    def _generate(self, number: int) -> Said:
         run = self.run
         sampling = Sampling(seed=run.config.optim.seed + number, speak=run.config.with_audio)
-        return generate(run.peft_model, self.samples[number], run.special_ids, sampling, max_frames=self._most_frames)
+        return generate(run.peft_model, self.samples[number], run.special_ids, sampling, max_frames=self._max_frames)
 
     @property
-    def _most_frames(self) -> int:
+    def _max_frames(self) -> int:
         return int(self.run.config.validation.sample_max_seconds * FRAME_RATE_HZ)
 
-    def _collect(self, mine: list[Said]) -> list[Said]:
-        """Every rank's samples, in order: numbers only, in tensors of one shape."""
+    def _gather(self, mine: list[Said]) -> list[Said]:
+        """Every rank's samples, in order, gathered as tensors of one shape."""
         context, codebooks = self.run.context, self.run.codebooks
         each = -(-len(self.samples) // context.world.size)
-        most = max(len(sample.tokens_2L[0]) for sample in self.samples) + self._most_frames + 64
-        codes = torch.full((each, codebooks, most), -1, dtype=torch.int32)
-        tokens = torch.full((each, most), -1, dtype=torch.int32)
+        longest = max(len(sample.tokens_2L[0]) for sample in self.samples) + self._max_frames + 64
+        codes = torch.full((each, codebooks, longest), -1, dtype=torch.int32)
+        tokens = torch.full((each, longest), -1, dtype=torch.int32)
         flags = torch.zeros(each, 2, dtype=torch.int32)
         for i, said in enumerate(mine):
             tokens[i, : len(said.tokens)] = torch.tensor(said.tokens, dtype=torch.int32)
@@ -93,18 +93,18 @@ class SampleGenerator:
             if said.codes_KT is not None:
                 codes[i, :, : said.codes_KT.shape[1]] = torch.from_numpy(said.codes_KT.astype(np.int32))
         codes, tokens, flags = (context.gather(value).numpy() for value in (codes, tokens, flags))
-        heard = []
+        outputs = []
         for number in range(len(self.samples)):
             at = number % context.world.size, number // context.world.size
             said_tokens = tokens[at]
             frames = codes[at][:, codes[at][0] >= 0]
-            there, ended = flags[at]
-            heard.append(Said(said_tokens[said_tokens >= 0].tolist(), frames if there else None, bool(ended)))
-        return heard
+            has_codes, ended = flags[at]
+            outputs.append(Said(said_tokens[said_tokens >= 0].tolist(), frames if has_codes else None, bool(ended)))
+        return outputs
 
-    def _write(self, name: str, heard: list[Said]) -> dict[str, Any]:
+    def _write(self, name: str, outputs: list[Said]) -> dict[str, Any]:
         folder = self.folder / name
-        listed = [self._describe(folder, *pair) for pair in zip(self.samples, heard, strict=True)]
+        listed = [self._describe(folder, *pair) for pair in zip(self.samples, outputs, strict=True)]
         durable.write_bytes(folder / "samples.json", durable.to_json(listed, indent=1) + b"\n")
         numbers = summary(listed)
         base = numbers
@@ -117,23 +117,23 @@ class SampleGenerator:
             **{f"base_{key}": value for key, value in base.items()},
         }
 
-    def _describe(self, folder: Path, sample: Sample, heard: Said) -> dict[str, Any]:
+    def _describe(self, folder: Path, sample: Sample, output: Said) -> dict[str, Any]:
         target_KT = sample.codes_KT[:, -sample.segment_frames[-1] :]
         folder.mkdir(parents=True, exist_ok=True)
         wave = np.zeros(0, np.float32)
-        if heard.codes_KT is not None and heard.codes_KT.shape[1]:
-            wave = self._write_wav(folder / f"{sample.key}.wav", heard.codes_KT)
+        if output.codes_KT is not None and output.codes_KT.shape[1]:
+            wave = self._write_wav(folder / f"{sample.key}.wav", output.codes_KT)
         assert self.codec is not None
         rate = self.codec.config.sample_rate_hz
         target_s = target_KT.shape[1] / self.codec.config.frame_rate_hz
         labels = [int(label) for label in sample.tokens_2L[1] if label >= 0]
         target_text = self.tokenizer.decode(labels, skip_special_tokens=True).strip()
-        text = self.tokenizer.decode(heard.tokens, skip_special_tokens=True).strip()
+        text = self.tokenizer.decode(output.tokens, skip_special_tokens=True).strip()
         return {
             "key": sample.key,
             "text": target_text if self.run.config.with_audio else text,
             "target_text": target_text,
-            "reached_eos": heard.reached_eos,
+            "reached_eos": output.reached_eos,
             "duration_s": len(wave) / rate,
             "target_duration_s": target_s,
             "duration_ratio": len(wave) / rate / target_s,
@@ -150,7 +150,7 @@ class SampleGenerator:
         return wave_S
 
     def sounds(self, name: str) -> Iterable[tuple[str, np.ndarray, int]]:
-        """What TensorBoard shows of a step: name, waveform, sample rate; each sample, its target, its reference."""
+        """Name, waveform and sample rate of each sample, its target and its reference, for TensorBoard."""
         for sample in self.samples:
             places = {"generated": self.folder / name / f"{sample.key}.wav"}
             places |= {kind: self.folder / "target" / f"{sample.key}.{kind}.wav" for kind in ("target", "reference")}
@@ -161,7 +161,7 @@ class SampleGenerator:
 
 
 def choose(sets: list[ShardSet], count: int) -> list[tuple[ShardSet, int]]:
-    """Rows to generate: held-out ones where there are any, of as many speakers as possible."""
+    """Rows to generate: held-out ones if there are any, of as many speakers as possible."""
     rows = [(shards, int(row)) for shards in sets for row in shards.rows_of(validation=True)[: 64 * count]]
     rows = rows or [(shards, int(row)) for shards in sets for row in shards.rows_of(validation=False)[: 64 * count]]
     seen: dict[tuple[int, int], int] = {}
@@ -176,10 +176,10 @@ def choose(sets: list[ShardSet], count: int) -> list[tuple[ShardSet, int]]:
 
 
 def codec_path(given: Path | None, sets: list[ShardSet]) -> Path:
-    """The codec that makes samples audible.
+    """The codec that decodes samples.
 
     Raises:
-        UserError: none is given, and that of the shards is not there.
+        UserError: none is given, and the codec of the shards does not exist.
     """
     if given is not None:
         return given
@@ -193,7 +193,7 @@ def codec_path(given: Path | None, sets: list[ShardSet]) -> Path:
 
 
 def summary(listed: list[dict[str, Any]]) -> dict[str, float]:
-    """Share of samples that never end, means of duration and silence ratios."""
+    """Share of samples without an end, and the means of duration and silence ratios."""
     values = (
         [not sample["reached_eos"] for sample in listed],
         [sample["duration_ratio"] for sample in listed],
@@ -203,5 +203,5 @@ def summary(listed: list[dict[str, Any]]) -> dict[str, float]:
 
 
 def silence_ratio(wave_S: np.ndarray, sample_rate_hz: int) -> float:
-    """Share of 20 ms windows whose level is below -45 dB of full scale; 1 for no sound at all."""
+    """Share of 20 ms windows whose level is below -45 dB of full scale; 1 for an empty waveform."""
     return quiet_share(wave_S[:, None], sample_rate_hz, below_dbfs=SILENCE_DB) if len(wave_S) else 1.0

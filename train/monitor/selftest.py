@@ -1,11 +1,10 @@
-"""The self-test before the first step: does the untouched model know the next token, or is the signal wrong?
+"""The self-test before the first step: does the untrained run predict the next token, or is the training signal wrong?
 
-In: the model as it will be trained, real batches. Out: losses at shifts 0, 1 and 2 (a target against the prediction
-made at its own position, one before, two before), beside the loss of a uniform guess and the loss that will train.
-Never: a change to the model.
+In: the model before training, and real batches. Out: losses at shifts 0, 1 and 2, the loss of a uniform guess, and the
+loss by the code that trains. At shift s, each target is compared with the prediction made s positions before it.
 
-A trained checkpoint predicts one ahead, so shift 1 must be the best. Compared unshifted, labels leak: that was the
-bug of public trainers, whose audio loss fell to 0 while the model learned to copy.
+A trained checkpoint predicts the next token, so shift 1 must be the best. With unshifted labels the targets leak: the
+audio loss of public trainers fell to 0 while the model learned to copy its input.
 """
 
 from __future__ import annotations
@@ -30,18 +29,18 @@ from higgs_tune.train.monitor.diagnostics import isolated
 from higgs_tune.train.state import Run
 
 SHIFTS = (0, 1, 2)
-ABOVE_UNIFORM = 1.5  # nats over the uniform loss that no sensible pairing of checkpoint and data shows
-KNOWS_SOMETHING = 0.1  # nats under the uniform loss from which on a checkpoint counts as trained
+ABOVE_UNIFORM = 1.5  # nats above the uniform loss: checkpoint and data do not belong together
+KNOWS_SOMETHING = 0.1  # nats below the uniform loss: the checkpoint counts as trained
 CLEARLY_BETTER = 0.05  # nats by which another shift must beat shift 1
 CHANCE = 3.0  # nats: a mean over n labels strays by less than this / sqrt(n); 3 to 4 deviations with random weights
-SAME_LOSS = 0.005  # relative difference by which the loss that trains may differ from the one at shift 1, for rounding
+SAME_LOSS = 0.005  # largest relative difference between the training loss and the loss at shift 1, for rounding
 
 
 @dataclass(frozen=True)
-class Part:
-    """Mean losses of text, of all codebooks or of one, at each shift.
+class PartLosses:
+    """Mean losses at each shift, of text, of all codebooks or of one codebook.
 
-    uniform: the loss of a uniform guess. labels: how many each mean is over.
+    uniform: the loss of a uniform guess. labels: the number of labels of each mean.
     """
 
     name: str
@@ -65,13 +64,13 @@ class Part:
 
 @dataclass(frozen=True)
 class SelfTestResult:
-    """What the self-test found.
+    """Losses and label counts of the self-test.
 
-    training_loss: each part's mean loss by the code that trains, without smoothing; must be that at shift 1.
-    eos_labels, segments: over the batches; the first must be 8 times the second.
+    training_loss: each part's mean loss by the code that trains, without smoothing; it must equal the loss at shift 1.
+    eos_labels, segments: over the batches; there must be one end-of-stream label per segment and codebook.
     """
 
-    parts: list[Part]
+    parts: list[PartLosses]
     training_loss: dict[str, float]
     positions: int
     text_labels: int
@@ -83,8 +82,8 @@ class SelfTestResult:
 
     @property
     def problems(self) -> list[str]:
-        """What speaks against training."""
-        found = [
+        """The reasons not to train; empty if there are none."""
+        problems = [
             f"{part.name}: {part.verdict()}"
             for part in self.parts
             if part.verdict() in ("above uniform", "wrong shift", "not finite")
@@ -92,15 +91,17 @@ class SelfTestResult:
         for part in self.parts:
             trained = self.training_loss.get(part.name, part.losses[1])
             if abs(trained - part.losses[1]) > SAME_LOSS * part.losses[1] + 1e-3:
-                found.append(f"{part.name}: the training loss is {trained:.3f}, at shift 1 it is {part.losses[1]:.3f}")
+                problems.append(
+                    f"{part.name}: the training loss is {trained:.3f}, at shift 1 it is {part.losses[1]:.3f}"
+                )
         if self.eos_labels != self.segments * self.codebooks:
-            found.append(
+            problems.append(
                 f"{self.eos_labels} end-of-stream labels, expected {self.segments} segments x {self.codebooks}"
             )
-        return found
+        return problems
 
     def lines(self) -> list[str]:
-        """The report as people read it."""
+        """The result as lines of text."""
         head = f"{'self-test':<12}" + "".join(f"{'shift ' + str(shift):>9}" for shift in SHIFTS) + f"{'uniform':>9}"
         rows = [
             f"{part.name:<12}"
@@ -121,12 +122,12 @@ class SelfTestResult:
         parts = [asdict(part) | {"losses": [loss if math.isfinite(loss) else None for loss in part.losses]}
                  for part in self.parts]  # fmt: skip
         training = {name: loss if math.isfinite(loss) else None for name, loss in self.training_loss.items()}
-        found = asdict(self) | {"parts": parts, "training_loss": training}
-        return found | {"verdicts": {part.name: part.verdict() for part in self.parts}}
+        values = asdict(self) | {"parts": parts, "training_loss": training}
+        return values | {"verdicts": {part.name: part.verdict() for part in self.parts}}
 
 
-def refuse_if_wrong(result: SelfTestResult) -> None:
-    """Raise UserError where the report speaks against training."""
+def raise_if_wrong(result: SelfTestResult) -> None:
+    """Raise UserError if there is a reason not to train."""
     if result.problems:
         raise UserError(
             f"the training signal looks wrong: {'; '.join(result.problems)}",
@@ -144,7 +145,7 @@ def shifted_sums(model: HiggsAudioModel, batch: Batch, *, with_text: bool, with_
     hidden_NH = hidden_states(model, batch)
     text_rows = len(hidden_NH) - batch["codes_KA"].shape[1]
     labels_nK = batch["audio_labels_KL"].t().int()
-    found = []
+    sums = []
     for shift in SHIFTS:
         text = torch.zeros(2, 1, device=hidden_NH.device)
         audio = torch.zeros(2, labels_nK.shape[1], device=hidden_NH.device)
@@ -155,12 +156,12 @@ def shifted_sums(model: HiggsAudioModel, batch: Batch, *, with_text: bool, with_
             rows = _rows_at(batch, "audio_rows", shift)
             inside = labels_nK.where((rows >= text_rows)[:, None], IGNORE)  # a segment's first frame has no two before
             audio = _sums(model, model.audio_decoder_proj.audio_lm_head, hidden_NH, rows, inside)
-        found.append(torch.cat([text, audio], dim=1))
-    return torch.stack(found)
+        sums.append(torch.cat([text, audio], dim=1))
+    return torch.stack(sums)
 
 
 def _rows_at(batch: Batch, name: str, shift: int) -> torch.Tensor:
-    """The rows that stand `shift` positions before the targets of the labels under `name`."""
+    """The rows `shift` positions before the targets of the labels under `name`."""
     positions = batch["to_sorted"][batch[name].long()] + 1 - shift
     return batch["to_sequence"][positions.long().clamp(0, batch.positions - 1)]
 
@@ -175,7 +176,7 @@ def _sums(
 
 
 def run_selftest(run: Run, base: Path) -> SelfTestResult:
-    """Self-test on the first batch of every rank.
+    """Run the self-test on the first batch of every rank.
 
     Args:
         base: the base checkpoint, for its tokenizer.
@@ -185,8 +186,8 @@ def run_selftest(run: Run, base: Path) -> SelfTestResult:
     with evaluating(run.model):
         trained = training_sums(run, batch)
         with torch.no_grad():
-            looked = run.probe(batch, partial(shifted_sums, **parts))
-        sums = torch.cat([looked.flatten(), trained])
+            shifted = run.probe(batch, partial(shifted_sums, **parts))
+        sums = torch.cat([shifted.flatten(), trained])
     tokenizer = load_tokenizer(base, run.special_ids)
     first = batch["text_labels"][batch["to_sorted"][batch["text_rows"].long()] < batch.lengths[0]]
     text = isolated(tokenizer.decode(first.tolist(), skip_special_tokens=False))
@@ -195,7 +196,7 @@ def run_selftest(run: Run, base: Path) -> SelfTestResult:
 
 @torch.no_grad()
 def training_sums(run: Run, batch: Batch) -> torch.Tensor:
-    """Sums of the losses that train, by the code that trains: [1 + K] (text, then each codebook)."""
+    """Sums of the losses by the code that trains: [1 + K] (text, then each codebook)."""
     options = replace(run.loss, smoothing=0.0, contrastive=0.0)
     weights = torch.ones(2 + run.codebooks, device=run.context.device)
     return run.probe(batch, lambda model, batch: PackModel(model, (), options)(batch, weights).sums.cross_entropy)
@@ -204,11 +205,11 @@ def training_sums(run: Run, batch: Batch) -> torch.Tensor:
 def make_result(
     sums: list[float], batches: Iterable[Batch], model: HiggsAudioModel, text: str, *, with_text: bool, with_audio: bool
 ) -> SelfTestResult:
-    """Name the numbers.
+    """Make the result from the summed losses.
 
     Args:
-        sums: `shifted_sums`, flat, then `training_sums`, over all batches and ranks.
-        batches: this rank's.
+        sums: flat `shifted_sums`, then `training_sums`, over all batches and ranks.
+        batches: the batches of this rank.
         text: the first trained text, decoded.
     """
     codebooks, batches = model.config.audio_num_codebooks, list(batches)
@@ -218,12 +219,12 @@ def make_result(
     names = ["text", *(f"codebook {k}" for k in range(codebooks))]
     parts = []
     if with_text and counts[0]:
-        parts.append(Part("text", tuple(means[:, 0].tolist()), math.log(model.vocab_size), counts[0]))
+        parts.append(PartLosses("text", tuple(means[:, 0].tolist()), math.log(model.vocab_size), counts[0]))
     if with_audio and any(counts[1:]):
         uniform = math.log(model.audio_codebook_size)
-        parts.append(Part("audio", tuple(means[:, 1:].mean(1).tolist()), uniform, sum(counts[1:])))
+        parts.append(PartLosses("audio", tuple(means[:, 1:].mean(1).tolist()), uniform, sum(counts[1:])))
         for name, losses, count in zip(names[1:], means[:, 1:].t().tolist(), counts[1:], strict=True):
-            parts.append(Part(name, tuple(losses), uniform, count))
+            parts.append(PartLosses(name, tuple(losses), uniform, count))
     training = every[-1 - codebooks :] / table[1, 1].clamp(min=1)
     eos, labels = model.config.audio_stream_eos_id, [batch["audio_labels_KL"] for batch in batches]
     return SelfTestResult(

@@ -1,7 +1,7 @@
-"""Validation: the loss over the whole held-out split, every sample exactly once, whatever the number of ranks.
+"""Validation: the loss over the whole held-out split.
 
-In: the validation rows of the shard sets. Out: the same numbers as training logs. Never: a sample that counts twice,
-dropout, a gradient.
+In: the validation rows of the shard sets. Out: the metrics that training logs, too. Guarantees: every sample counts
+once, on any number of ranks, without dropout (test_long_runs.py).
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ DEFAULT_STEPS = 500
 
 
 class Validation:
-    """The held-out split, planned.
+    """The held-out split and its plan.
 
     Args:
-        every: optimizer steps between validations; None: `DEFAULT_STEPS` if there is a split. 0: never.
+        every: optimizer steps between validations; None: `DEFAULT_STEPS` if there is a split; 0: never.
 
     Raises:
-        UserError: validation is asked for and the sets have no split.
+        UserError: `every` is above 0 and the sets have no split.
     """
 
     def __init__(self, schedule: Schedule, options: LoaderOptions, every: int | None) -> None:
@@ -55,7 +55,7 @@ class Validation:
         """Validate; all ranks call this together.
 
         Args:
-            base: the base model alone, in place of what has been trained.
+            base: validate the base model, not the trained one.
 
         Raises:
             ShardError: a sample is damaged.
