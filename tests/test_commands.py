@@ -33,6 +33,7 @@ def imported(module: str, *arguments: str, code: int) -> set[str]:
     return {name.partition(".")[0] for name in re.findall(r"^import time:.*\| +(\S+)$", done.stderr, re.MULTILINE)}
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize("module", COMMANDS.values(), ids=COMMANDS)
 def test_help_and_argument_errors_import_nothing_heavy(module: str) -> None:
     for arguments, code in ((["--help"], 0), (["--no_such_flag", "1"], 2), ([], 2)):

@@ -15,8 +15,9 @@ TEXTS = [
     name for name in LISTED if re.search(r"\.(py|md|ya?ml|sh|toml)$|file$", name) and name not in (HISTORY, "LICENSE")
 ]
 GUIDES = [name for name in TEXTS if name.endswith(".md") and not name.startswith(".github")]
-ROOMS = ("preprocess", "shards", "train", "inspect")
+ROOMS = ("preprocess/", "shards/", "train/", "inspect/", "evaluate/")
 OPTIONS = re.compile(r"^    (\w+): .*", re.MULTILINE)  # the fields of dataclasses
+OTHERS_FILES = {"__init__.py", "run_wer.py"}
 OTHERS_FLAGS = {"help", "nproc_per_node", "max_restarts", "deps"}
 
 pytestmark = pytest.mark.fast
@@ -43,7 +44,7 @@ def defines(file: Path, name: str) -> bool:
 def test_files_and_modules_exist(name: str) -> None:
     """A file may be named by the end of its path."""
     text = read(name)
-    files = set(re.findall(r"(?<![\w./-])((?:\w+/)*\w+\.py)\b", text)) - {"__init__.py"}
+    files = set(re.findall(r"(?<![\w./-])((?:\w+/)*\w+\.py)\b", text)) - OTHERS_FILES
     assert not [path for path in files if not any(f"/{listed}".endswith(f"/{path}") for listed in LISTED)]
     assert not [dotted for dotted in set(re.findall(r"\bhiggs_tune(?:\.\w+)+", text)) if not has_module(dotted)]
     places = re.findall(r"((?:\w+/)+\w+\.py):([A-Za-z_]\w+)", text)  # file:function
@@ -57,7 +58,7 @@ def test_links_targets_and_flags_exist(name: str) -> None:
     assert not [link for link in links if not (ROOT / name).parent.joinpath(link).exists()]
     targets = set(re.findall(r"^([\w-]+):", read("Makefile"), re.MULTILINE))
     assert set(re.findall(r"(?:`| {4})make ([\w-]+)", text)) <= targets
-    sources = [read(source) for source in LISTED if source.startswith((*ROOMS, "bench")) and source.endswith(".py")]
+    sources = [read(source) for source in LISTED if source.startswith((*ROOMS, "bench/")) and source.endswith(".py")]
     options = {option for source in sources for option in OPTIONS.findall(source)}
     flags = {flag.replace("-", "_").removeprefix("no_") for flag in re.findall(r"(?<![\w-])--([a-z][\w-]+)", text)}
     assert flags <= options | OTHERS_FLAGS

@@ -22,7 +22,7 @@ from higgs_tune.shards.reader import ShardSet
 from higgs_tune.train.arguments import parse_arguments
 from higgs_tune.train.checkpoint.folder import list_checkpoints
 from higgs_tune.train.config import TrainConfig
-from higgs_tune.train.dist.context import join_world
+from higgs_tune.train.dist.context import init_distributed
 from higgs_tune.train.loop import train
 from higgs_tune.train.model import pack_model
 from higgs_tune.train.model.load import HiggsAudioModel
@@ -304,7 +304,7 @@ def test_example_configs_take_sets_with_and_without_a_split(
 ) -> None:
     for location, every in ((shards.location, 500), (str(without_split), 0)):
         rest = ["--model_path", str(toy / "model"), "--train_data_dir", location, "--output_dir", str(tmp_path / "out")]
-        inputs = resolve_inputs(parse_arguments(["--config", str(path), *rest]), join_world())
+        inputs = resolve_inputs(parse_arguments(["--config", str(path), *rest]), init_distributed())
         assert inputs.validation.every == every
 
 
