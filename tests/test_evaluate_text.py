@@ -5,12 +5,13 @@ from __future__ import annotations
 import random
 import unicodedata
 
-import jiwer
 import numpy as np
 import pytest
 from higgs_tune.preprocess.judges.edits import count_edits, differences
 from higgs_tune.preprocess.judges.normalisers import NORMALISERS, empty_after, normaliser
 from higgs_tune.shards.errors import UserError
+
+pytest.importorskip("rapidfuzz")
 
 PAIRS = {
     "seedtts_en": [
@@ -92,6 +93,7 @@ def edit_table(text: list[str], heard: list[str]) -> int:
 
 @pytest.mark.fast
 def test_rates_equal_jiwer_on_random_pairs() -> None:
+    jiwer = pytest.importorskip("jiwer")
     rng = random.Random(0)
     vocabulary = ["نعم", "لا", "كتاب", "ولد", "في", "yes", "no"]
     texts = [" ".join(rng.choices(vocabulary, k=rng.randint(1, 12))) for _ in range(200)]

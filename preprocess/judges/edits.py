@@ -34,7 +34,7 @@ class Edits:
 
 def _levenshtein() -> Any:
     try:
-        from rapidfuzz.distance import Levenshtein
+        from rapidfuzz.distance import Levenshtein  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise UserError("counting errors needs rapidfuzz", hint="pip install higgs-tune[eval]") from error
     return Levenshtein

@@ -1,0 +1,252 @@
+"""Evaluation lists: the lines that every system speaks, from each form that the field uses.
+
+In: a file or folder. Out: `Line`s in the list's order, paths absolute. A list with bad lines is refused as a whole, and
+every bad line is named; no line is left out.
+
+| form | told by | ids |
+|---|---|---|
+| our JSONL, OmniVoice's JSONL | `.jsonl`, `.json` | `id` |
+| Seed-TTS-eval, `utt|prompt_text|prompt_wav|text[|gt_wav]` | any other file | `utt` |
+| MiniMax multilingual, a folder or one file of its `text/` | `text/` and `speaker/` | `arabic-001`, by line |
+| Habibi, a `datasets` folder on disk | `state.json` | `MSA-00000`, by row |
+
+Sources: BytedanceSpeech/seed-tts-eval, MiniMaxAI/TTS-Multilingual-Test-Set, SWivid/Habibi, k2-fsa/OmniVoice.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from higgs_tune.preprocess.input.arrow import arrow_cell, read_rows
+from higgs_tune.preprocess.judges.normalisers import Normaliser, empty_after
+from higgs_tune.shards.errors import UserError, few
+
+SHOWN = 10  # bad lines that an error spells out
+MINIMAX_LANGUAGES = {
+    "arabic": "ar", "cantonese": "yue", "chinese": "zh", "czech": "cs", "dutch": "nl", "english": "en", "finnish": "fi",
+    "french": "fr", "german": "de", "greek": "el", "hindi": "hi", "indonesian": "id", "italian": "it", "japanese": "ja",
+    "korean": "ko", "polish": "pl", "portuguese": "pt", "romanian": "ro", "russian": "ru", "spanish": "es",
+    "thai": "th", "turkish": "tr", "ukrainian": "uk", "vietnamese": "vi",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Line:
+    """One line to speak.
+
+    Attributes:
+        id: outputs are matched by it.
+        ref_audio, ref_text: the voice to speak in, and what it says.
+        target_audio: a real recording of the text in that voice.
+        language: a code; empty: unknown. speaker, dialect: to group by.
+        Absent values are empty.
+    """
+
+    id: str
+    text: str
+    ref_audio: str = ""
+    ref_text: str = ""
+    language: str = ""
+    target_audio: str = ""
+    speaker: str = ""
+    dialect: str = ""
+
+
+class BadLine(Exception):
+    """A line that cannot be used; the message says why."""
+
+
+def read_list(path: Path) -> list[Line]:
+    """All lines of a list.
+
+    Raises:
+        UserError: no such list, or lines that cannot be used; names them.
+    """
+    if not path.exists():
+        raise UserError("no such list", where=path)
+    if path.is_dir():
+        lines = _minimax(path, sorted((path / "text").glob("*.txt"))) if (path / "text").is_dir() else _habibi(path)
+    elif path.suffix.lower() in (".jsonl", ".json"):
+        lines = _jsonl(path)
+    elif path.parent.name == "text" and (path.parents[1] / "speaker").is_dir():
+        lines = _minimax(path.parents[1], [path])
+    else:
+        lines = _seedtts(path)
+    usable = refuse_bad(lines, path)
+    if not usable:
+        raise UserError("the list holds no lines", where=path)
+    return usable
+
+
+def refuse_bad(lines: Iterable[tuple[str, Line | BadLine]], where: object) -> list[Line]:
+    """The lines of (place, line) pairs.
+
+    Raises:
+        UserError: some cannot be used: they are bad, have an unusable or another line's id, or no text.
+    """
+    usable: list[Line] = []
+    bad: list[str] = []
+    place_of: dict[str, str] = {}
+    for place, line in lines:
+        fault = str(line) if isinstance(line, BadLine) else _fault(line, place_of)
+        if fault:
+            bad.append(f"{place}: {fault}")
+        elif isinstance(line, Line):
+            usable.append(line)
+            place_of[line.id] = place
+    if bad:
+        raise UserError(f"{len(bad)} lines cannot be used: {few(bad, SHOWN)}", where=where)
+    return usable
+
+
+def _fault(line: Line, place_of: dict[str, str]) -> str:
+    parts = PurePosixPath(line.id).parts
+    if not line.id or "\0" in line.id or ".." in parts or line.id.startswith("/"):
+        return f"id {line.id!r:.60} is no file name"
+    if line.id in place_of:
+        return f"duplicate id {line.id}, also in {place_of[line.id]}"
+    return "" if line.text.strip() else f"empty text (id {line.id})"
+
+
+def check_lines(lines: list[Line], chosen: Normaliser, *, references: bool, targets: bool) -> None:
+    """Make sure that all lines can be judged.
+
+    Args:
+        references, targets: whether reference clips, real recordings are needed.
+
+    Raises:
+        UserError: texts of which the normaliser leaves nothing, missing files, ids in two lists.
+    """
+    twice = [key for key, count in Counter(line.id for line in lines).items() if count > 1]
+    if twice:
+        raise UserError(f"{len(twice)} ids are in more than one list: {few(twice, SHOWN)}")
+    nothing = empty_after(((line.id, line.text) for line in lines), chosen)
+    if nothing:
+        raise UserError(f"normaliser {chosen.name} leaves nothing of {len(nothing)} texts: {few(nothing, SHOWN)}")
+    for wanted, name, needed_by in (
+        (references, "ref_audio", "--speaker_model"),
+        (targets, "target_audio", "--ceiling"),
+    ):
+        if not wanted:
+            continue
+        missing = [f"{line.id} ({getattr(line, name) or 'none given'})" for line in lines if not _is_there(line, name)]
+        if missing:
+            raise UserError(
+                f"{name} is missing in {len(missing)} lines: {few(missing, SHOWN)}", hint=f"{needed_by} needs it."
+            )
+
+
+def _is_there(line: Line, name: str) -> bool:
+    path = getattr(line, name)
+    cell = arrow_cell(path)
+    return bool(path) and Path(cell[0] if cell else path).is_file()
+
+
+def _text_lines(path: Path) -> Iterator[tuple[str, str]]:
+    """(place, line) of the lines that are not empty."""
+    try:
+        text = path.read_bytes().decode("utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read the list: {error}", where=path) from error
+    for number, line in enumerate(text.split("\n"), 1):
+        if line.strip():
+            yield f"line {number}", line.strip()
+
+
+def _beside(path: Path, name: str) -> str:
+    """The path `name`, which starts from the list's folder, absolute; empty for none."""
+    return str((path.parent / name).absolute()) if name else ""
+
+
+def _jsonl(path: Path) -> Iterator[tuple[str, Line | BadLine]]:
+    for place, line in _text_lines(path):
+        try:
+            yield place, _json_line(path, json.loads(line))
+        except (ValueError, RecursionError):
+            yield place, BadLine(f"not JSON: {line:.60}")
+        except BadLine as bad:
+            yield place, bad
+
+
+def _json_line(path: Path, given: Any) -> Line:
+    if not isinstance(given, dict):
+        raise BadLine(f"expected an object, got {given!r:.60}")
+    if "language" not in given and "language_id" in given:  # OmniVoice's
+        given["language"] = given["language_id"]
+    values = {name: given.get(name) for name in Line.__dataclass_fields__}
+    for name, value in values.items():
+        if isinstance(value, int) and not isinstance(value, bool) and name in ("id", "speaker"):
+            values[name] = str(value)
+        elif value is not None and not isinstance(value, str):
+            raise BadLine(f"{name}: expected a string, got {value!r:.60}")
+    for name in ("id", "text"):
+        if values[name] is None:
+            raise BadLine(f"{name} is missing")
+    strings = {name: value or "" for name, value in values.items()}
+    audio = {name: _beside(path, strings[name]) for name in ("ref_audio", "target_audio")}
+    return Line(**(strings | audio))
+
+
+def _seedtts(path: Path) -> Iterator[tuple[str, Line | BadLine]]:
+    language = path.parent.name if path.parent.name in ("en", "zh") else ""
+    for place, line in _text_lines(path):
+        fields = [field.strip() for field in line.split("|")]
+        if len(fields) not in (4, 5):
+            yield place, BadLine(f"expected utt|prompt_text|prompt_wav|text[|gt_wav], got {line!r:.60}")
+            continue
+        name, ref_text, ref_audio, text, target = [*fields, ""][:5]
+        key = name.removesuffix(".wav")
+        yield place, Line(key, text, _beside(path, ref_audio), ref_text, language, _beside(path, target))
+
+
+def _minimax(folder: Path, files: list[Path]) -> Iterator[tuple[str, Line | BadLine]]:
+    said = {}
+    for _place, line in _text_lines(folder / "speaker" / "prompt_text.txt"):
+        name, _, text = line.partition("|")
+        said[PurePosixPath(name.strip()).name] = text.strip()
+    for file in files:
+        prompts: dict[str, Path | None] = {}
+        for number, (place, line) in enumerate(_text_lines(file), 1):
+            label, bar, text = line.partition("|")
+            if label not in prompts:
+                prompts[label] = min((folder / "speaker" / file.stem / label).glob("*.mp3"), default=None)
+            prompt, where = prompts[label], f"{file.name} {place}"
+            if not bar or not prompt:
+                fault = f"no speaker/{file.stem}/{label:.60}/*.mp3" if bar else f"expected label|text, got {line!r:.60}"
+                yield where, BadLine(fault)
+                continue
+            language = MINIMAX_LANGUAGES.get(file.stem, "")
+            ref_text = said.get(prompt.name, "")
+            key = f"{file.stem}-{number:03d}"
+            yield where, Line(key, text.strip(), str(prompt.absolute()), ref_text, language, speaker=label)
+
+
+def _habibi(folder: Path) -> Iterator[tuple[str, Line | BadLine]]:
+    """A line's reference is the same speaker's clip before it; the first of a speaker takes the speaker's last."""
+    rows = [(number, _habibi_row(folder, number, row)) for number, row in enumerate(read_rows(folder))]
+    last = {line.speaker: line for _number, line in rows if isinstance(line, Line)}
+    for number, line in rows:
+        if isinstance(line, BadLine):
+            yield f"row {number}", line
+            continue
+        before, last[line.speaker] = last[line.speaker], line
+        if before.target_audio == line.target_audio:
+            yield f"row {number}", BadLine(f"speaker {line.speaker:.60} has no other clip")
+            continue
+        yield f"row {number}", replace(line, ref_audio=before.target_audio, ref_text=before.text)
+
+
+def _habibi_row(folder: Path, number: int, row: dict[str, Any]) -> Line | BadLine:
+    audio, text, speaker = row.get("audio"), row.get("text"), row.get("speaker_id")
+    if not isinstance(audio, str) or not isinstance(text, str) or not isinstance(speaker, str | int):
+        wanted = {"audio": audio, "text": text, "speaker_id": speaker}
+        return BadLine(f"expected audio, text and speaker_id, got {wanted!r:.120}")
+    dialect = str(row.get("dialect") or "")
+    key = f"{dialect or 'row'}-{number:05d}"
+    target = str((folder / audio).absolute())
+    return Line(key, text, language="ar", target_audio=target, speaker=str(speaker), dialect=dialect)
