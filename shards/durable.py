@@ -1,7 +1,7 @@
-"""Durable files: a name either holds the whole content or does not exist.
+"""Durable files: a file either has its whole content or does not exist.
 
-Everything under a final name is written to a temporary name in the same folder, fsynced, then renamed; the folder is
-fsynced after. A killed process leaves only names that start with `TEMP_PREFIX`, which `remove_leftovers` clears.
+A file is written under a temporary name in the same folder, fsynced, then renamed; then its folder is fsynced. A killed
+process leaves only names that start with `TEMP_PREFIX`, which `remove_leftovers` deletes.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ TEMP_PREFIX = ".tmp-"
 
 
 def fsync_folder(folder: Path) -> None:
-    """Make the names in a folder durable."""
+    """fsync a folder, so that the names in it are durable."""
     fd = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(fd)
@@ -29,17 +29,17 @@ def fsync_folder(folder: Path) -> None:
 
 
 def fsync_file(path: Path) -> None:
-    """Make a file's content durable."""
+    """fsync a file's content."""
     with path.open("rb") as file:
         os.fsync(file.fileno())
 
 
 @contextmanager
 def atomic_file(path: Path) -> Iterator[BinaryIO]:
-    """A binary file that appears under `path` only when the block ends without an exception.
+    """A binary file that gets the name `path` when the block ends without an exception.
 
     Raises:
-        UserError: the folder cannot be written or the disk is full; nothing is left behind.
+        UserError: the folder cannot be written, or the disk is full; no file remains.
     """
     temp = path.with_name(f"{TEMP_PREFIX}{os.getpid()}-{path.name}")
     try:
@@ -58,41 +58,44 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
 
 
 def write_bytes(path: Path, data: bytes) -> None:
-    """Write `data` under `path`, atomically."""
+    """Write a file atomically."""
     with atomic_file(path) as file:
         file.write(data)
 
 
 def to_json(value: Any, *, indent: int | None = None) -> bytes:
-    """JSON with sorted keys and UTF-8 text: the same value always gives the same bytes."""
+    """JSON in UTF-8 with sorted keys: the same value always gives the same bytes."""
     separators = (",", ":") if indent is None else None
     text = json.dumps(value, ensure_ascii=False, sort_keys=True, indent=indent, separators=separators, allow_nan=False)
     return text.encode()
 
 
 def from_json(data: bytes, what: str, where: object) -> dict[str, Any]:
-    """The JSON object that a file holds.
+    """Parse a file's JSON object.
 
     Args:
-        what: names the file in an error; where: its path.
+        what, where: the file's name and path in an error message.
 
     Raises:
-        UserError: it holds something else.
+        UserError: the data is not a JSON object.
     """
     try:
         value = json.loads(data)
     except (ValueError, RecursionError) as error:
         raise UserError(f"{what} is not JSON: {error}", where=where) from error
     if not isinstance(value, dict):
-        raise UserError(f"{what} is not what it should be", where=where, expected="a JSON object", got=f"{value!r:.40}")
+        raise UserError(f"{what} has the wrong content", where=where, expected="a JSON object", got=f"{value!r:.40}")
     return value
 
 
 def check_writable(folder: Path, need_bytes: int = 0) -> None:
-    """Make a folder and make sure that it can take files of `need_bytes` in all.
+    """Make a folder, and check that files can be written to it.
+
+    Args:
+        need_bytes: free disk space that they need.
 
     Raises:
-        UserError: it cannot be made or written, or the disk has less free space.
+        UserError: the folder cannot be made or written, or the disk has less free space.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -107,7 +110,7 @@ def check_writable(folder: Path, need_bytes: int = 0) -> None:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Remove the files and folders that killed writers left in a folder (not deeper below it)."""
+    """Delete the temporary files and folders of killed writers, directly in this folder."""
     for leftover in folder.glob(f"{TEMP_PREFIX}*"):
         if leftover.is_dir():
             shutil.rmtree(leftover, ignore_errors=True)

@@ -1,6 +1,6 @@
-"""The two kinds of error that a user sees: a mistake that they can mend, and data that is damaged.
+"""The errors that a user sees: `UserError` for a mistake in the input, `ShardError` for damaged data.
 
-Both carry one message that says what, where, expected and got. A command prints it and leaves with exit code 2.
+Each carries one message: what, where, expected, got, hint. A command prints it and exits with code 2.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 
 
 def describe(what: str, *, where: object = None, expected: object = None, got: object = None, hint: str = "") -> str:
-    """One message out of the parts that are known: `what (where), expected E, got G. hint`."""
+    """One message from the parts that are given: `what (where), expected E, got G. hint`."""
     text = what
     if where is not None:
         text += f" ({where})"
@@ -24,13 +24,13 @@ def describe(what: str, *, where: object = None, expected: object = None, got: o
 
 
 def few(names: Sequence[str], shown: int = 3) -> str:
-    """The first of many names, and the number of the others."""
+    """The first names of a list, and how many more there are."""
     more = f" and {len(names) - shown} more" if len(names) > shown else ""
     return ", ".join(names[:shown]) + more
 
 
 def first_line(error: BaseException) -> str:
-    """What an error of another package says, without the advice that follows; its type, where it says nothing."""
+    """The first line of another package's error message; the error's type where the message is empty."""
     return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
@@ -50,11 +50,11 @@ class ShardError(UserError):
 def run_command(main: Callable[[], None], *, debug: bool | None = None) -> None:
     """Run a command's main function; turn a UserError into one line on stderr and exit code 2.
 
-    What the terminal's encoding lacks is printed as escapes (`\\u0639`).
+    Characters that the terminal's encoding lacks are printed as escapes (`\\u0639`).
 
     Args:
-        main: the command; takes nothing, returns nothing.
-        debug: let the traceback through. None: true where `--debug` stands among the arguments.
+        main: the command.
+        debug: let the traceback through; None: if `--debug` is among the arguments.
     """
     if debug is None:
         debug = "--debug" in sys.argv
@@ -70,6 +70,6 @@ def run_command(main: Callable[[], None], *, debug: bool | None = None) -> None:
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
-    except BrokenPipeError:  # the reader of our output (head, less) has left
+    except BrokenPipeError:  # the program that reads our output (head, less) has ended
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)

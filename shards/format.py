@@ -1,8 +1,11 @@
-"""On-disk format version 1: one sample as a run of tar members, one index row a sample, one manifest a set.
+"""On-disk format version 1: from a sample to the bytes of its tar members, and back.
 
-In: a `Sample` (text tokens with labels, raw codec codes, metadata). Out: the exact bytes of its tar members, and back.
-A shard is plain USTAR: any tar reads it. Byte layout: docs/format.md. Never: delay pattern, BOS or EOS (the loader
-adds them), pickles, timestamps (the same samples give the same bytes).
+In: a `Sample` (text tokens with labels, raw codec codes, metadata). Out: bytes. Codes are stored raw: the loader adds
+delay pattern, BOS and EOS. Byte layout: docs/format.md.
+
+Guarantees:
+    The same sample always gives the same bytes (tests/test_writer.py).
+    Any tar program reads a shard (tests/test_shards.py).
 
 Shapes: K codebooks, T frames of all segments together, L text tokens (an audio segment counts as one placeholder).
 """
@@ -28,7 +31,7 @@ MAX_KEY_CHARS = 64
 CODES, META, TOKENS = "codes.npy", "json", "tokens.npy"  # member suffixes, in the order of the shard
 MEL = "mel.npy.zst"
 ZSTD_LEVEL = 3
-MEL_TAIL = 2  # log-mel frames beyond the true ones that still hear the end of the signal, and are stored too
+MEL_TAIL = 2  # stored log-mel frames after the clip's own: their windows still cover the end of the signal
 KEY_PATTERN = re.compile(r"[A-Za-z0-9_-]{1,64}")
 
 
@@ -40,10 +43,10 @@ class Sample:
         key: unique in its set; letters, digits, `_` and `-`.
         meta: `messages`, `start_index`, `speaker`, `misc`, `segments` (see docs/format.md).
         tokens_2L: int32 [2, L]; row 0 input ids, row 1 label ids (-100: no label), not shifted.
-        codes_KT: uint16 [K, T]; the raw codes of all segments, one after the other.
+        codes_KT: uint16 [K, T]; raw codes, segment after segment.
         mels: Whisper features, float16 [C, F] for each segment whose metadata has `mel_frames`, in order: C mel bins
-            and F = `mel_frames` and up to MEL_TAIL more, or C tower channels and F = `mel_frames` tower frames. Empty
-            where there are none, or they were not read.
+            and F = `mel_frames` to `mel_frames + MEL_TAIL`, or C tower channels and F = `mel_frames` tower frames.
+            Empty if there are none, or if they were not read.
     """
 
     key: str
@@ -59,13 +62,13 @@ class Sample:
 
     @property
     def mel_frames(self) -> list[int]:
-        """Frames of Whisper features of each audio segment; 0 where it has none."""
+        """Frames of Whisper features of each audio segment; 0 for a segment without."""
         return [segment.get("mel_frames", 0) for segment in self.meta["segments"]]
 
 
 @dataclass(frozen=True, slots=True)
 class Arrays:
-    """A sample without its metadata: what a training step needs. See `Sample`."""
+    """The part of a `Sample` that training needs: all but its metadata."""
 
     key: str
     tokens_2L: np.ndarray
@@ -74,7 +77,7 @@ class Arrays:
 
 
 def checksum(data: bytes | memoryview) -> int:
-    """XXH3 64-bit of a run of bytes, as index rows hold it."""
+    """XXH3-64 of bytes, as index rows hold it."""
     return xxhash.xxh3_64_intdigest(data)
 
 
@@ -88,7 +91,7 @@ def encode_sample(sample: Sample) -> bytes:
     """The sample's tar members, in the order of the shard.
 
     Raises:
-        ValueError: the sample breaks a rule of the format (shape, dtype, key, code range); a bug of the caller.
+        ValueError: the sample breaks a rule of the format (key, dtype, shape); a bug of the caller.
     """
     check_sample(sample)
     return b"".join(
@@ -102,7 +105,7 @@ def encode_sample(sample: Sample) -> bytes:
 
 
 def encode_mels(sample: Sample) -> bytes:
-    """The tar member of a sample's Whisper features: its arrays as .npy, one after another, in one zstandard frame."""
+    """The tar member of a sample's Whisper features: .npy arrays, one after another, in one zstandard frame."""
     if not mels_fit(sample.mels, sample.mel_frames) or any(mel.dtype != np.float16 for mel in sample.mels):
         shapes = [mel.shape for mel in sample.mels]
         raise ValueError(f"sample {sample.key!r}: mel_frames {sample.mel_frames}, arrays {shapes}")
@@ -111,7 +114,7 @@ def encode_mels(sample: Sample) -> bytes:
 
 
 def mels_fit(mels: tuple[np.ndarray, ...], mel_frames: list[int]) -> bool:
-    """Whether the arrays of Whisper features are those of the segments that have some."""
+    """Whether the arrays of Whisper features have the lengths that the segments' metadata states."""
     stated = [frames for frames in mel_frames if frames]
     return len(mels) == len(stated) and all(
         0 <= mel.shape[1] - frames <= MEL_TAIL for mel, frames in zip(mels, stated, strict=True)
@@ -119,7 +122,7 @@ def mels_fit(mels: tuple[np.ndarray, ...], mel_frames: list[int]) -> bool:
 
 
 def check_sample(sample: Sample) -> None:
-    """Raise ValueError where a sample breaks a rule of the format."""
+    """Raise ValueError if a sample breaks a rule of the format."""
     tokens, codes = sample.tokens_2L, sample.codes_KT
     problems = [
         (not KEY_PATTERN.fullmatch(sample.key), f"key {sample.key!r}"),
@@ -127,9 +130,9 @@ def check_sample(sample: Sample) -> None:
         (codes.dtype != np.uint16 or codes.ndim != 2, f"codes {codes.dtype}{codes.shape}"),
         (sum(sample.segment_frames) != codes.shape[-1], f"segments {sample.segment_frames}, codes {codes.shape}"),
     ]
-    found = [text for wrong, text in problems if wrong]
-    if found:
-        raise ValueError(f"sample {sample.key!r} breaks format version {FORMAT_VERSION}: {'; '.join(found)}")
+    broken = [text for wrong, text in problems if wrong]
+    if broken:
+        raise ValueError(f"sample {sample.key!r} breaks format version {FORMAT_VERSION}: {'; '.join(broken)}")
 
 
 _NPY_HEADER = re.compile(
@@ -142,10 +145,16 @@ _DTYPES = {b"<i4": np.dtype("<i4"), b"<u2": np.dtype("<u2"), b"<f2": np.dtype("<
 
 
 def parse_npy(payload: bytes | memoryview, where: str, at: int = 0) -> tuple[np.ndarray, int]:
-    """The 2-D array of .npy bytes that starts at `at`, without a copy, and where it ends; only what this format writes.
+    """A 2-D array out of the bytes of an .npy file, without a copy.
+
+    Args:
+        at: first byte of the array's header.
+
+    Returns:
+        The array, and the byte after its last.
 
     Raises:
-        ShardError: another header, or the bytes end early.
+        ShardError: not a header that this format writes, or the bytes end early.
     """
     match = _NPY_HEADER.match(payload, at)
     if match is None:
@@ -168,10 +177,11 @@ _FRAMES = re.compile(rb'"frames":(\d+)')
 
 
 def decode_arrays(block: bytes, where: str) -> Arrays:
-    """The arrays of a sample out of bytes whose checksum is right; several times faster than `decode_sample`.
+    """The arrays of a sample whose checksum is right; several times faster than `decode_sample`.
 
-    The number of frames of each segment is read out of the metadata without parsing all of it: its keys are sorted,
-    quotes inside strings are escaped, so what follows the last `"segments":[` holds `"frames":` for segments alone.
+    The metadata is not parsed, but searched for each segment's `"frames":` after the last `"segments":[`. That is safe:
+    its keys are sorted, so `segments` is followed by `speaker` and `start_index` alone, and quotes in strings are
+    escaped.
 
     Raises:
         ShardError: the bytes are not one sample of this format.

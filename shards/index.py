@@ -12,10 +12,10 @@ SPLIT_TRAIN, SPLIT_VAL = 0, 1
 
 
 def index_dtype(key_chars: int) -> np.dtype:
-    """One row of index.npy. `key_chars`: width of the longest key of the set.
+    """The type of an index row.
 
-    tokens: positions of the packed sequence without Whisper frames; text_labels and audio_labels: supervised
-    predictions (audio: a codebook); offset and length: bytes of the sample's members within its shard.
+    Args:
+        key_chars: length of the set's longest key.
     """
     return np.dtype(
         [
@@ -40,7 +40,7 @@ def index_dtype(key_chars: int) -> np.dtype:
 
 
 def index_counts(sample: Sample, ids: SpecialIds, features: str) -> tuple[int, int, int, int, int, float]:
-    """What an index row says of a sample's content: the fields from `tokens` to `seconds`, in their order."""
+    """The fields of a sample's index row from `tokens` to `seconds`, in order."""
     text_labels, audio_labels = label_counts(sample, ids)
     tokens = packed_length(sample.tokens_2L.shape[1], sample.segment_frames, ids.codebooks)
     positions = sum(mel_positions(sample, features))
@@ -56,7 +56,7 @@ def npy_bytes(index: np.ndarray) -> bytes:
 
 
 def join_index(rows: list[np.ndarray], speakers: list[list[str]]) -> tuple[np.ndarray, list[str]]:
-    """The rows of all shards as one index, with speaker numbers; and the speakers' names, by number."""
+    """One index from the rows of all shards, with speaker numbers; and the speaker names, by number."""
     names = sorted({name for shard in speakers for name in shard})
     number = {name: i for i, name in enumerate(names)}
     joined = np.concatenate(rows) if rows else np.zeros(0, index_dtype(1))
@@ -67,7 +67,7 @@ def join_index(rows: list[np.ndarray], speakers: list[list[str]]) -> tuple[np.nd
 
 
 def totals(index: np.ndarray) -> dict[str, float | int]:
-    """Sums over the index rows, as the manifest holds them."""
+    """The manifest's totals: sums over the index rows."""
     val = index["split"] == SPLIT_VAL
     return {
         "samples": len(index),

@@ -1,7 +1,9 @@
-"""Reading a shard set by row number: one positioned read, one checksum, one sample.
+"""Reading a shard set by row number: one read at an offset, one checksum, one sample.
 
-In: where `manifest.json` stands, a folder or any fsspec URL. Out: samples, verified. Never: a silent skip, a pickle, a
-guess. What disagrees is an error that names file, key, offset, expected and got.
+In: the folder or fsspec URL of a set. Out: verified samples.
+
+Guarantees:
+    Damage to a set's files is an error that names file, key and offset (tests/test_damage.py).
 """
 
 from __future__ import annotations
@@ -38,15 +40,15 @@ OPEN_FILES = 128  # shard files that a process keeps open
 
 
 class ShardSet:
-    """A finished shard set, open for reading. Cheap to pickle; files are opened where they are first read.
+    """A finished shard set, open for reading. Cheap to pickle; shards are opened on first use.
 
     Args:
         location: the folder or URL of `manifest.json`.
-        cache: where files of a URL are kept; by default `Cache.default()`.
+        cache: keeps downloaded files; by default `Cache.default()`.
 
     Raises:
-        UserError: there is no manifest, or it is of another format version.
-        ShardError: the manifest is damaged, or a local shard is missing or has another size.
+        UserError: there is no manifest, or it has another format version.
+        ShardError: the manifest is damaged, or a local file is missing or has another size.
     """
 
     def __init__(self, location: str | Path, cache: Cache | None = None) -> None:
@@ -97,7 +99,7 @@ class ShardSet:
         return manifest, hashlib.sha256(data).hexdigest()
 
     def _check_files(self) -> None:
-        """Every local file that the manifest names is there and has its size."""
+        """Check existence and size of every local file that the manifest names."""
         if self.source.remote:
             return
         manifest = self.manifest
@@ -111,10 +113,10 @@ class ShardSet:
 
     @cached_property
     def index(self) -> np.ndarray:
-        """The index rows, mapped from the file, read-only.
+        """The index rows, memory-mapped, read-only.
 
         Raises:
-            ShardError: the file is not the index that the manifest names.
+            ShardError: the file cannot be read, or its checksum is not the manifest's.
         """
         entry = self.manifest["index"]
         path = self.fetch(entry)
@@ -127,7 +129,7 @@ class ShardSet:
             raise ShardError(
                 "the index is not the manifest's", where=path, expected=f"xxh3 {entry['xxh3']}", got=digest
             )
-        return index.view(np.ndarray)  # the same memory, without memmap's cost at each access
+        return index.view(np.ndarray)  # the same memory, without the cost of np.memmap at each access
 
     @property
     def provenance(self) -> dict[str, Any]:
@@ -140,11 +142,11 @@ class ShardSet:
 
     @cached_property
     def special_ids(self) -> SpecialIds:
-        """The checkpoint's special ids that the set was made with."""
+        """Special ids of the checkpoint that the set was made for."""
         return SpecialIds(**self.provenance["model"]["special_ids"])
 
     def rows_of(self, *, validation: bool) -> np.ndarray:
-        """Row numbers of the held-out split, or of the rest; int64, ascending."""
+        """Row numbers of the validation or the training split; int64, ascending."""
         held_out = self.index["split"] == SPLIT_VAL if self._held_out is None else self._held_out
         return np.flatnonzero(held_out == validation)
 
@@ -166,14 +168,14 @@ class ShardSet:
         self._held_out = split.held_out([name or "None" for name in speakers])[self.index["speaker"]]
 
     def row_of(self, key: str) -> int:
-        """Row number of a key, or of a number that stands for itself.
+        """Row number of a key; a string of digits that is no key is a row number itself.
 
         Raises:
             UserError: neither a key of the set nor a row number.
         """
-        found = np.flatnonzero(self.index["key"] == key.encode())
-        if len(found):
-            return int(found[0])
+        rows = np.flatnonzero(self.index["key"] == key.encode())
+        if len(rows):
+            return int(rows[0])
         if key.isdecimal() and int(key) < len(self):
             return int(key)
         raise UserError("no such sample", where=self.location, expected=f"a key, or 0 to {len(self) - 1}", got=key)
@@ -204,14 +206,14 @@ class ShardSet:
         return Sample(sample.key, sample.meta, sample.tokens_2L, sample.codes_KT, arrays)
 
     def read_arrays(self, rows: Sequence[int]) -> Iterator[Arrays | ShardError]:
-        """Read and verify samples without their metadata, in the given order; an error stands for a damaged one."""
+        """Read and verify samples without their metadata, in the given order; yields the error of a damaged one."""
         entries = self.index[list(rows)]
         columns = (entries[name].tolist() for name in ("key", "shard", "offset", "length", "xxh3"))
         for row, key, shard, offset, length, digest in zip(rows, *columns, strict=True):
             try:
                 block = os.pread(self._open(self.manifest["shards"][shard]), length, offset)
                 if len(block) != length or checksum(block) != digest:
-                    self.read(row)  # says what is wrong
+                    self.read(row)  # raises the error
                 arrays = decode_arrays(block, key)
                 if arrays.key != key.decode():
                     self.read(row)
@@ -221,7 +223,7 @@ class ShardSet:
                 yield arrays
 
     def _block(self, entry: Any, files: str, at: str, size: str, digest: str) -> tuple[bytes, str]:
-        """The bytes of a sample's members in one of its shards, and how errors name the place."""
+        """The bytes of a sample's members in a shard, and their place for error messages."""
         file = self.manifest[files][int(entry["shard"])]
         offset, length = int(entry[at]), int(entry[size])
         where = f"{self.location}/{file['name']}, key {entry['key'].decode()}, offset {offset}"
@@ -239,7 +241,7 @@ class ShardSet:
         return self.source.fetch(entry["name"], set_hash=self.manifest_hash, **names)
 
     def _open(self, entry: dict[str, Any]) -> int:
-        """File descriptor of a shard; those not used for longest are closed."""
+        """File descriptor of a shard; beyond `OPEN_FILES`, the least recently used one is closed."""
         name = entry["name"]
         if name not in self._files:
             path = self.fetch(entry)
@@ -253,6 +255,6 @@ class ShardSet:
         return self._files[name]
 
     def close(self) -> None:
-        """Close the files that were opened."""
+        """Close the open shards."""
         while self._files:
             os.close(self._files.popitem()[1])

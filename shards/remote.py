@@ -1,7 +1,10 @@
-"""Sets that are not in a local folder: uploading whole files, and a bounded local cache for reading.
+"""Remote sets: whole files are uploaded, and read through a bounded local cache.
 
-In: any URL that fsspec knows (`s3://`, `hf://`, `memory://`, …). Out: verified local files. Never: a half-downloaded
-file under its final name, a file whose SHA-256 is not the manifest's, two ranks downloading the same file.
+In: any URL that fsspec knows (`s3://`, `hf://`, `memory://`, …). Out: local files.
+
+Guarantees (tests/test_writer.py):
+    A file in the cache is whole, and its SHA-256 is the manifest's.
+    Processes that share a cache download a file once.
 """
 
 from __future__ import annotations
@@ -23,7 +26,7 @@ CHUNK = 1 << 20
 
 
 def is_url(location: str | Path) -> bool:
-    """True for a URL that fsspec handles, false for a path."""
+    """Whether a location is a URL, not a path."""
     return "://" in str(location)
 
 
@@ -31,7 +34,7 @@ def _file_system(url: str) -> tuple[Any, str]:
     """The file system of a URL, and the path in it.
 
     Raises:
-        UserError: no such protocol, or its package is not installed.
+        UserError: the protocol is unknown, or its package is not installed.
     """
     try:
         return fsspec.core.url_to_fs(url)
@@ -40,16 +43,16 @@ def _file_system(url: str) -> tuple[Any, str]:
 
 
 class Target:
-    """A remote folder that receives the files of a set."""
+    """A remote folder that a set is uploaded to."""
 
     def __init__(self, url: str) -> None:
         self.url = url.rstrip("/")
 
     def check_writable(self) -> None:
-        """Write and remove a small file.
+        """Write and delete a small file.
 
         Raises:
-            UserError: that fails.
+            UserError: one of them fails.
         """
         fs, path = _file_system(self.url)
         probe = f"{path}/{durable.TEMP_PREFIX}probe"
@@ -57,7 +60,7 @@ class Target:
             fs.makedirs(path, exist_ok=True)
             fs.pipe_file(probe, b"probe")
             fs.rm_file(probe)
-        except Exception as error:  # each file system has errors of its own
+        except Exception as error:  # every fsspec file system raises errors of its own
             raise UserError(f"cannot write here: {error}", where=self.url) from error
 
     def upload(self, local: Path) -> None:
@@ -77,10 +80,10 @@ class Target:
             raise UserError("uploaded file has a wrong size", where=where, expected=local.stat().st_size, got=got)
 
     def remove(self, name: str) -> None:
-        """Remove a file, where it is there.
+        """Delete a file if it exists.
 
         Raises:
-            UserError: that fails.
+            UserError: the file system fails.
         """
         fs, path = _file_system(self.url)
         try:
@@ -90,7 +93,7 @@ class Target:
             raise UserError(f"cannot remove: {error}", where=f"{self.url}/{name}") from error
 
     def size(self, name: str) -> int | None:
-        """Bytes of a remote file; None where it is not there."""
+        """Size of a remote file in bytes; None if it does not exist."""
         fs, path = _file_system(self.url)
         fs.invalidate_cache()
         return fs.size(f"{path}/{name}") if fs.exists(f"{path}/{name}") else None
@@ -100,7 +103,9 @@ class Target:
 class Cache:
     """Where downloaded files are kept.
 
-    folder: shared by all ranks of a machine. max_bytes: files not used for longest go first beyond it; None: no limit.
+    Attributes:
+        folder: shared by all ranks of a machine.
+        max_bytes: beyond it, the least recently used files are deleted; None: no limit.
     """
 
     folder: Path
@@ -118,7 +123,7 @@ class Source:
 
     Args:
         location: a path or URL.
-        cache: for a URL; by default `Cache.default()`.
+        cache: keeps downloaded files; by default `Cache.default()`.
     """
 
     def __init__(self, location: str | Path, cache: Cache | None = None) -> None:
@@ -130,10 +135,10 @@ class Source:
         return self.location
 
     def read(self, name: str) -> bytes:
-        """A small file, never from the cache.
+        """Read a small file, past the cache.
 
         Raises:
-            FileNotFoundError: it is not there.
+            FileNotFoundError: it does not exist.
             UserError: it cannot be read.
         """
         if not self.remote:
@@ -147,13 +152,14 @@ class Source:
             raise UserError(f"cannot read: {error}", where=f"{self.location}/{name}") from error
 
     def fetch(self, name: str, *, set_hash: str, size: int, sha256: str) -> Path:
-        """A local path of a file of the set: itself, or a verified download.
+        """Local path of a file of the set; of a remote set, it is downloaded and verified.
 
         Args:
-            set_hash: names the set in the cache. size, sha256: what the manifest says of the file.
+            set_hash: names the set's folder in the cache.
+            size, sha256: the file's, from the manifest.
 
         Raises:
-            ShardError: missing, or not the manifest's file.
+            ShardError: the download fails, or its size or SHA-256 is not the manifest's.
         """
         if not self.remote:
             return Path(self.location) / name
@@ -187,7 +193,7 @@ class Source:
                                  got=f"{got} bytes, sha256 {digest.hexdigest()}")  # fmt: skip
 
     def _make_room(self, need: int) -> None:
-        """Remove the files that were not used for longest; readers that have one open keep reading it."""
+        """Delete the least recently used files; a process that has one open keeps reading it."""
         if self.cache.max_bytes is None:
             return
         files = [path for path in self.cache.folder.glob("*/*") if path.suffix in (".tar", ".npy")]
@@ -202,7 +208,7 @@ class Source:
 
 @contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    """Hold a lock between processes; it goes with the process, however that ends."""
+    """Hold a lock between processes; the system releases it when the process ends."""
     with path.open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield

@@ -1,12 +1,11 @@
 """From stored samples to the sequence that the model sees: placeholders expanded, delay pattern, shifted labels.
 
-In: the samples of a pack (or one sample) and the checkpoint's special ids. Out: an `Expanded`: which positions hold
-text and which hold audio frames, the delayed codes, and for every supervised prediction its position and target.
-Never: torch, padding, files.
+In: the samples of a pack (or one sample) and the checkpoint's special ids. Out: an `Expanded`: the positions of text
+and of audio frames, the delayed codes, and position and target of every supervised prediction; no padding.
 
 Shapes: N positions, P text positions, M positions of Whisper features, A audio positions (input and output segments),
-K codebooks, T frames of a segment; a segment takes W = T + 2 + K - 1 positions: BOS and EOS columns, and the shift of
-the last codebook. The Whisper features of an input segment, where the model uses them, stand before its codes.
+K codebooks, T frames of a segment. A segment takes W = T + 2 + K - 1 positions: T frames, a BOS and an EOS column, and
+the shift of the last codebook. If the model takes Whisper features, those of an input segment stand before its codes.
 The delay pattern is that of MusicGen (https://arxiv.org/abs/2306.05284, section 2.2).
 """
 
@@ -24,7 +23,7 @@ MEL_WINDOW = 3000  # mel frames of the 30 s that Whisper's tower takes
 
 
 class Stored(Protocol):
-    """What expansion needs of a sample: `format.Sample`, or `format.Arrays` without its metadata."""
+    """A sample that can be expanded: `format.Sample`, or `format.Arrays` (without metadata)."""
 
     @property
     def key(self) -> str: ...
@@ -37,7 +36,7 @@ class Stored(Protocol):
 
 
 class Described(Stored, Protocol):
-    """A sample with its metadata."""
+    """A sample with its metadata: `format.Sample`."""
 
     @property
     def meta(self) -> dict[str, Any]: ...
@@ -47,7 +46,7 @@ class Described(Stored, Protocol):
 
 @dataclass(frozen=True)
 class SpecialIds:
-    """The ids that come from a checkpoint's config, never from constants."""
+    """Special ids and number of codebooks, from a checkpoint's config."""
 
     audio_in: int
     audio_out: int
@@ -61,7 +60,7 @@ class SpecialIds:
 
 @dataclass(frozen=True)
 class Expanded:
-    """Samples as the model sees them, one after another; all positions count from the start of the first.
+    """Samples as the model sees them, one after another. Positions count from the start of the first sample.
 
     A prediction at position p has its target at p + 1: `text_label_at` and `audio_label_at` hold p.
 
@@ -71,8 +70,8 @@ class Expanded:
         mel_at: int64 [M], positions of Whisper features, segment after segment.
         audio_at: int64 [A], positions of audio frames; codes_KA: int16 [K, A], delayed, with BOS and EOS.
         text_label_at: int64 [labels], ascending; text_labels: int32 [labels].
-        audio_label_at: int64 [B], positions of output frames that predict something;
-        audio_labels_KB: int16 [K, B], -100 where a codebook predicts nothing there.
+        audio_label_at: int64 [B], positions of frames that predict codes;
+        audio_labels_KB: int16 [K, B], -100 where a codebook has no label.
         segment_at, segment_width: int64 [segments], first position and positions of each audio segment's codes;
         segment_is_out, segment_is_trained: bool [segments].
     """
@@ -110,20 +109,20 @@ def segment_positions(frames: int, codebooks: int) -> int: ...
 @overload
 def segment_positions(frames: np.ndarray, codebooks: int) -> np.ndarray: ...
 def segment_positions(frames: int | np.ndarray, codebooks: int) -> int | np.ndarray:
-    """Positions that a segment of `frames` frames takes: BOS, frames, EOS, and the delay."""
+    """Positions of a segment of `frames` frames: BOS, frames, EOS, and the delay."""
     return frames + 2 + codebooks - 1
 
 
 def tower_frames(mel_frames: int) -> int:
-    """Frames that Whisper's tower makes of mel frames: a strided convolution, then pooling by two."""
+    """Output frames of Whisper's tower for a number of mel frames: a convolution of stride 2, then pooling by 2."""
     return ((mel_frames - 1) // 2 + 1 - 2) // 2 + 1 if mel_frames else 0
 
 
 def mel_window(mel_CF: np.ndarray) -> np.ndarray:
-    """Stored log-mel [C, F] as the padded 30 s that the tower takes: [C, MEL_WINDOW], of the same type.
+    """Pad stored log-mel [C, F] to the 30 s that the tower takes: [C, MEL_WINDOW], of the same type.
 
-    The padding is what `WhisperFeatureExtractor` makes of silence: 1e-10, clamped at 8 below the maximum in log10, in
-    its scale of (x + 4) / 4.
+    The padding is the value that `WhisperFeatureExtractor` gives silence: log10 of 1e-10, but at least the maximum
+    minus 8, scaled by (x + 4) / 4.
     """
     window = np.full((len(mel_CF), MEL_WINDOW), max(float(mel_CF.max()) - 2.0, -1.5), mel_CF.dtype)
     window[:, : mel_CF.shape[1]] = mel_CF
@@ -135,7 +134,7 @@ def mel_positions(sample: Described, features: str) -> list[int]:
 
     Args:
         features: `none`, `mel` (the tower runs in the model) or `encoder` (its output is stored). Only input
-            segments have such positions; features of an output segment have no place in the sequence.
+            segments have such positions; features of an output segment are not used.
     """
     if features == "none":
         return [0] * len(sample.segment_frames)
@@ -145,7 +144,7 @@ def mel_positions(sample: Described, features: str) -> list[int]:
 
 
 def packed_length(token_count: int, segment_frames: list[int], codebooks: int) -> int:
-    """Positions of a sample whose `token_count` text tokens hold one placeholder for each segment."""
+    """Positions of a sample: `token_count` text tokens, of which each segment replaces its placeholder."""
     return token_count + sum(segment_positions(frames, codebooks) - 1 for frames in segment_frames)
 
 
@@ -179,10 +178,10 @@ def _delayed(codes: list[np.ndarray], widths: np.ndarray, ids: SpecialIds) -> np
 
 
 def _delayed_labels(codes: list[np.ndarray], ids: SpecialIds) -> np.ndarray:
-    """What the positions of several segments predict, each segment's last one left out: int16 [K, B].
+    """Labels of several segments, one after another, without each segment's last position: int16 [K, B].
 
-    Column j of a segment holds the content of its delayed column j + 1; fillers are -100; each codebook's EOS is
-    supervised once.
+    Column j of a segment is its delayed column j + 1, with -100 in place of fillers; each codebook's EOS is a label
+    once.
     """
     widths = [segment_positions(codes_KT.shape[1], ids.codebooks) - 1 for codes_KT in codes]
     out_KB = np.full((ids.codebooks, sum(widths)), IGNORE, np.int16)
@@ -196,7 +195,7 @@ def _delayed_labels(codes: list[np.ndarray], ids: SpecialIds) -> np.ndarray:
 
 
 def _ranges(starts: np.ndarray, widths: np.ndarray) -> np.ndarray:
-    """start, start + 1, …, start + width - 1 of every range, one after another."""
+    """The numbers start to start + width - 1 of every range, one range after another."""
     ends = np.cumsum(widths)
     return np.repeat(starts - (ends - widths), widths) + np.arange(int(ends[-1]) if len(ends) else 0)
 
@@ -211,11 +210,12 @@ def expand(
     """Expand samples, one after another.
 
     Args:
-        before: `mel_positions` of each sample; None where the model takes no Whisper features.
+        before: `mel_positions` of each sample; None if the model takes no Whisper features.
         train_inputs: label the codes of input segments (reference audio) too.
 
     Raises:
-        ShardError: the number of placeholders and of segments differ in a sample, or the codebooks do.
+        ShardError: a sample's placeholders and segments differ in number, its codebooks are not the checkpoint's, or
+            its first position has a label.
     """
     nothing = np.zeros((2, 0), np.int32)
     input_ids, label_ids = np.concatenate([nothing, *[sample.tokens_2L for sample in samples]], axis=1)
@@ -270,15 +270,19 @@ def _segments(samples: Sequence[Stored]) -> list[np.ndarray]:
 def _check(
     samples: Sequence[Stored], ids: SpecialIds, counts: np.ndarray, place_at: np.ndarray, label_ids: np.ndarray
 ) -> None:
-    """Raise ShardError for the first sample that breaks a rule."""
+    """Raise ShardError for the first sample that breaks a rule of `expand`."""
     ends = np.cumsum(counts)
     placeholders = np.diff(np.searchsorted(place_at, ends), prepend=0)
     segments = [len(sample.segment_frames) for sample in samples]
     for number in np.flatnonzero(placeholders != segments).tolist():
         where, got = f"sample {samples[number].key}", int(placeholders[number])
-        raise ShardError("audio placeholders and segments differ", where=where, expected=segments[number], got=got)
+        raise ShardError(
+            "audio placeholders and segments differ in number", where=where, expected=segments[number], got=got
+        )
     for number in np.flatnonzero(label_ids[(ends - counts)[counts > 0]] >= 0):
-        raise ShardError("the first position has a label, and nothing predicts it", where=f"sample {number} of a pack")
+        raise ShardError(
+            "the first position has a label, but no position predicts it", where=f"sample {number} of a pack"
+        )
     for sample in samples:
         if len(sample.codes_KT) != ids.codebooks:
             where, got = f"sample {sample.key}", len(sample.codes_KT)

@@ -4,10 +4,10 @@
     for sample in stream("s3://bucket/shards", shuffle=1000).batched(16): ...
 
 In: a folder or URL. Out: a `webdataset.DataPipeline` of dicts in webdataset's form: `__key__`, `__url__`, `json` (a
-dict), `tokens.npy`, `codes.npy` (arrays), and on demand `mel.npy.zst` (a tuple of arrays). Never: webdataset's own tar
-reader, which loses the rest of a shard after a damaged header without a word; every sample comes verified.
+dict), `tokens.npy`, `codes.npy` (arrays), and on demand `mel.npy.zst` (a tuple of arrays). Each rank and worker gets
+its share of the rows.
 
-Ranks and workers each get their share of the rows, as webdataset's environment names them.
+Samples are read and verified by our reader: webdataset's own silently loses the rest of a shard after a damaged header.
 """
 
 from __future__ import annotations
@@ -39,14 +39,14 @@ def stream(
 
     Args:
         location: folder or URL of the set.
-        shuffle: size of the shuffle buffer; more than 0 also shuffles the rows as a whole. 0: in order.
+        shuffle: 0: in order. Else the rows are shuffled, and the samples again in a buffer of this size.
         seed: of both shuffles.
-        validation: the held-out split instead of the training split.
-        mels: Whisper features too.
-        cache: where files of a URL are kept.
+        validation: the validation split instead of the training split.
+        mels: read Whisper features too.
+        cache: keeps downloaded files.
 
     Raises:
-        UserError, ShardError: the set cannot be read; while iterating, a sample is damaged.
+        UserError, ShardError: the set cannot be read, or, while iterating, a sample is damaged.
     """
     source = _Rows(ShardSet(location, cache), validation=validation, mels=mels, seed=seed if shuffle else None)
     stages: list[Any] = [source]
@@ -56,7 +56,7 @@ def stream(
 
 
 class _Rows:
-    """The first stage of the pipeline: this rank's and worker's rows, read and verified."""
+    """The pipeline's source: reads this rank's and worker's rows."""
 
     def __init__(self, shards: ShardSet, *, validation: bool, mels: bool, seed: int | None) -> None:
         self.shards, self.validation, self.mels, self.seed = shards, validation, mels, seed
@@ -68,13 +68,13 @@ class _Rows:
             rows = np.random.default_rng(self.seed).permutation(rows)
         for row in rows[rank * workers + worker :: world * workers].tolist():
             sample = self.shards.read(row, mels=self.mels)
-            found = {"__key__": sample.key, "__url__": self.shards.location, "json": sample.meta}
-            found |= {"tokens.npy": sample.tokens_2L, "codes.npy": sample.codes_KT}
-            yield found | ({"mel.npy.zst": sample.mels} if sample.mels else {})
+            fields = {"__key__": sample.key, "__url__": self.shards.location, "json": sample.meta}
+            fields |= {"tokens.npy": sample.tokens_2L, "codes.npy": sample.codes_KT}
+            yield fields | ({"mel.npy.zst": sample.mels} if sample.mels else {})
 
 
 class _CallableModule(ModuleType):
-    """The folder has no __init__.py that could hold the function, so the module can be called itself."""
+    """Makes `from higgs_tune.shards import stream` work: the folder has no __init__.py to hold the function."""
 
     __call__ = staticmethod(stream)
 

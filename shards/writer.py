@@ -1,13 +1,15 @@
-"""Writing a shard set: shard files first, each whole or absent, then the index, then the manifest that makes it valid.
+"""Writing a shard set: first the shards, then the index, last the manifest that makes the set valid.
 
-In: the samples of one shard after another, in their final order; any process may write any shard. Out:
-`codes-NNNNNN.tar`, with Whisper features `mel-NNNNNN.tar`, then `index.npy`, `rejects.jsonl`, `manifest.json`.
-Never: a half-written file under a final name; a manifest before everything it names is in place; a result that
-depends on who wrote which shard, or on how often the writing was killed and started again.
+In: the samples of each shard, in their final order; any process may write any shard. Out: `codes-NNNNNN.tar`, with
+Whisper features `mel-NNNNNN.tar`, then `index.npy`, `rejects.jsonl`, `manifest.json`.
 
-What a shard adds to index and rejects is committed in `.work/shard-NNNNNN.npz` after the shard has its name, so a
-restart writes only what is not committed. A remote set is built in a local staging folder; each shard is uploaded
-whole, and only then committed.
+Guarantees (tests/test_writer.py):
+    A file under its final name is whole, and a manifest names only files that are in place.
+    The bytes do not depend on which process wrote which shard, or on how often writing was killed and restarted.
+
+When a shard has its final name, its index rows and rejects are committed to `.work/shard-NNNNNN.npz`; a restart writes
+only shards that are not committed. A remote set is built in a local staging folder; a shard is uploaded, then
+committed.
 """
 
 from __future__ import annotations
@@ -46,7 +48,7 @@ WORK = ".work"
 
 @dataclass(frozen=True)
 class ShardInfo:
-    """What the manifest says of one shard file."""
+    """The manifest's entry of one shard file."""
 
     name: str
     bytes: int
@@ -56,10 +58,13 @@ class ShardInfo:
 
 @dataclass(frozen=True)
 class Committed:
-    """What one shard adds to the set.
+    """A shard that is written, with its part of index and rejects.
 
-    files: its codes file, then its mel file if the set has one. rows: its index rows, `speaker` left 0, in order.
-    speakers: the speaker of each row. rejects: one dict a sample left out.
+    Attributes:
+        files: its codes file, then its mel file if the set has one.
+        rows: its index rows, in order; `speaker` is still 0.
+        speakers: the speaker's name of each row.
+        rejects: one dict for each sample that was left out.
     """
 
     files: list[ShardInfo]
@@ -70,7 +75,7 @@ class Committed:
 
 @dataclass
 class _TarFile:
-    """One shard file while it is written."""
+    """A shard file that is being written."""
 
     file: BinaryIO
     size: int = 0
@@ -78,19 +83,19 @@ class _TarFile:
     sha256: Any = field(default_factory=hashlib.sha256)
 
     def add(self, block: bytes) -> tuple[int, int, int]:
-        """Append a sample's members; returns offset, length and checksum as the index holds them."""
+        """Append a sample's members; returns their offset, length and checksum for the index."""
         at = self.size
         self._write(block)
         self.members += 1
         return at, len(block), checksum(block)
 
     def close(self, path: Path) -> ShardInfo:
-        """End the archive, and compare what can be read back with what was written."""
+        """End the archive, read it back, and compare its SHA-256."""
         self._write(tar_end(self.size))
         self.file.flush()
         got, expected = file_sha256(Path(self.file.name)), self.sha256.hexdigest()
         if got != expected:
-            raise ShardError("what was read back differs from what was written", where=path, expected=expected, got=got)
+            raise ShardError("the file read back is not the one written", where=path, expected=expected, got=got)
         return ShardInfo(path.name, self.size, expected, self.members)
 
     def _write(self, data: bytes) -> None:
@@ -104,14 +109,14 @@ def shard_name(number: int, kind: str = "codes") -> str:
 
 
 class SetWriter:
-    """Writes the shards of one set, commits them, and finishes the set. Cheap to pickle.
+    """Writes and commits the shards of a set, then finishes the set. Cheap to pickle.
 
     Args:
         folder: a local folder; for a remote set, its staging folder.
         ids: special ids of the checkpoint that the tokens are for.
-        split: which samples are held out.
-        features: Whisper features that the samples carry: `none`, `mel` or `encoder`.
-        url: where the set goes, for a remote set (any fsspec URL).
+        split: the validation split.
+        features: the samples' Whisper features: `none`, `mel` or `encoder`.
+        url: of a remote set (any fsspec URL).
     """
 
     def __init__(
@@ -121,7 +126,7 @@ class SetWriter:
         self.target = Target(url) if url else None
 
     def begin(self, predicted_bytes: int = 0) -> None:
-        """Make the folder, remove what a killed run left, and check that the set can be written.
+        """Make the folder, delete the temporary files of a killed run, and check that the set can be written.
 
         Raises:
             UserError: the folder cannot be made or written, or has less free space than predicted.
@@ -136,11 +141,11 @@ class SetWriter:
         """Write and commit one shard.
 
         Args:
-            rejects: may be filled while `samples` is drawn from; what it holds at the end is committed.
+            rejects: committed with the shard; may be filled while `samples` is iterated.
 
         Raises:
-            UserError: the folder cannot be written, or the disk is full; nothing stands under a final name.
-            ShardError: what was read back differs from what was written.
+            UserError: the folder cannot be written, or the disk is full; no file has its final name.
+            ShardError: the file read back is not the one written.
         """
         kinds = ["codes"] if self.features == "none" else ["codes", "mel"]
         paths = [self.folder / shard_name(number, kind) for kind in kinds]
@@ -176,7 +181,7 @@ class SetWriter:
                 path.unlink()
 
     def committed(self, number: int) -> Committed | None:
-        """What a shard adds to the set; None where it is not committed, or its files are not those of the commit."""
+        """A shard's commit; None if there is none, or if its files are missing or have other sizes."""
         note = self._note(number)
         if not note.is_file():
             return None
@@ -197,20 +202,23 @@ class SetWriter:
         return path.stat().st_size if path.is_file() else None
 
     def finish(self, shards: int, provenance: dict[str, Any]) -> dict[str, Any]:
-        """Write index, rejects and, last, the manifest; then remove the work folder, or all that was staged.
+        """Write index, rejects and, last, the manifest; then delete the work folder and staged files.
 
         Args:
-            shards: their number; all must be committed.
-            provenance: what made codes and tokens; a trainer compares it with its checkpoint.
+            shards: number of shards; all must be committed.
+            provenance: models and options that made codes and tokens; the trainer compares it with its checkpoint.
 
         Returns:
             The manifest.
+
+        Raises:
+            ShardError: a shard is not committed.
         """
         parts = [self.committed(number) for number in range(shards)]
         done = [part for part in parts if part is not None]
         if len(done) != shards:
             raise ShardError("shards are not committed", where=self.folder, expected=shards, got=len(done))
-        durable.remove_leftovers(self.folder)  # of workers that died and were replaced
+        durable.remove_leftovers(self.folder)  # temporary files of workers that died and were replaced
         index, names = join_index([part.rows for part in done], [part.speakers for part in done])
         rejects = [reject for part in done for reject in part.rejects]
         self._put(INDEX, npy_bytes(index))
@@ -231,7 +239,7 @@ class SetWriter:
         return manifest
 
     def discard(self, shards: Iterable[Committed]) -> None:
-        """Remove the files of these shards and the work folder: the set is not to be finished."""
+        """Give the set up: delete the files of these shards, and the work folder."""
         for name in (file.name for shard in shards for file in shard.files):
             if self.target:
                 self.target.remove(name)
@@ -239,7 +247,7 @@ class SetWriter:
         self.clear()
 
     def clear(self) -> None:
-        """Remove the work folder, or all that was staged, of a finished set; another run may be at the same."""
+        """Delete the work folder and staged files of a finished set; another run may be deleting them too."""
         shutil.rmtree(self.folder / WORK, ignore_errors=True)
         if self.target:
             for name in (MANIFEST, INDEX, REJECTS):

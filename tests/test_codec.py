@@ -256,7 +256,7 @@ def test_bad_checkpoints_are_named(toy: Path, tmp_path: Path) -> None:
             load_codec(tmp_path)
     for content in ("[1]", "null"):
         (tmp_path / "config.json").write_text(content)
-        with pytest.raises(UserError, match=r"config is not what it should be .*expected a JSON object"):
+        with pytest.raises(UserError, match=r"config has the wrong content .*expected a JSON object"):
             load_codec(tmp_path)
     (tmp_path / "config.json").write_text(config)
     torch.save({"a": Path()}, tmp_path / "model.pth")

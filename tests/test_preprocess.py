@@ -139,7 +139,7 @@ def test_bad_checkpoints_are_refused(toy: Path, tmp_path: Path, monkeypatch: pyt
         with pytest.raises(UserError, match=message):
             preprocess(toy, **options)
     for file, content, message in (
-        ("config.json", "[1]", r"the checkpoint's config is not what it should be .*expected a JSON object, got \[1\]"),
+        ("config.json", "[1]", r"the checkpoint's config has the wrong content .*expected a JSON object, got \[1\]"),
         ("config.json", "nothing", "the checkpoint's config is not JSON"),
         ("config.json", '{"model_type": "higgs_audio"}', "expected text_config: an object, got None"),
         ("config.json", json.dumps(narrow), "the codec does not fit .*expected 8 codebooks of 512, got 8 of 1024"),
@@ -156,7 +156,7 @@ def test_bad_checkpoints_are_refused(toy: Path, tmp_path: Path, monkeypatch: pyt
 
 def test_a_folder_that_holds_something_else_is_refused(toy: Path, tmp_path: Path) -> None:
     for content, message in (
-        ("[]", r"the manifest is not what it should be .*manifest\.json\), expected a JSON object, got \[\]"),
+        ("[]", r"the manifest has the wrong content .*manifest\.json\), expected a JSON object, got \[\]"),
         ("{", "the manifest is not JSON"),
         ('{"provenance": []}', "holds a shard set made from other data or options"),
     ):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import doctest
 import json
 import subprocess
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 import torch
 from boson_multimodal.model.higgs_audio.utils import build_delay_pattern_mask
 from helpers.samples import random_sample
+from higgs_tune.shards import plan as plan_module
 from higgs_tune.shards.errors import ShardError, UserError
 from higgs_tune.shards.format import decode_sample, encode_sample
 from higgs_tune.shards.plan import GROUP, WINDOW, make_plan
@@ -134,6 +136,11 @@ def test_plan_is_best_fit_and_exactly_once(lengths: list[int], budget: int, epoc
     assert sorted(fills) == sorted(naive_best_fit(lengths, budget))
     again = make_plan(np.arange(len(sizes)), sizes, tokens_per_pack=budget, seed=1, epoch=epoch, set_hash="h")
     assert plan.hash == again.hash
+
+
+def test_best_fit_packs_its_example() -> None:
+    ran = doctest.testmod(plan_module)
+    assert (ran.attempted, ran.failed) == (3, 0)
 
 
 @pytest.mark.parametrize("world", [8, 64])

@@ -1,8 +1,11 @@
-"""Which packs each rank takes, and when.
+"""The sampler: which packs each rank takes, and in which order.
 
-In: shard sets, this rank's place in the world, where to start. Out: an endless run of requests: pack
-`cursor + a * world + r` for rank r at micro-step a. Never: files, batches; a rank that runs out before the others:
-beyond the last pack of an epoch comes a zero-weight pack.
+In: shard sets, rank and world size, a cursor. Out: an endless stream of requests: rank r takes pack
+`cursor + a * world + r` at micro-step a.
+
+Guarantees (tests/test_loader.py):
+    Every rank makes the same number of steps in an epoch: past the last pack it takes a zero-weight pack.
+    Every sample of an epoch is taken once, also when the world size changes in between.
 """
 
 from __future__ import annotations
@@ -22,7 +25,7 @@ from higgs_tune.train.dist.context import World
 
 @dataclass(frozen=True)
 class Cursor:
-    """Where training stands: the next pack of an epoch. Independent of the number of ranks."""
+    """The next pack to train on. Independent of the number of ranks."""
 
     epoch: int = 0
     pack: int = 0
@@ -30,28 +33,27 @@ class Cursor:
 
 @dataclass(frozen=True)
 class PackRequest:
-    """What a worker is asked for: rows (over all sets), and whether their labels count."""
+    """A pack to load: rows (numbered over all sets), and weight 0 if no label counts."""
 
     rows: tuple[int, ...]
     weight: int
-    number: int = 0  # of the batch in this loader; says which slot it goes through
 
 
 class Sets:
-    """Several shard sets under one row number: the rows of the first, then those of the second, and so on."""
+    """Several shard sets with one row numbering: the rows of the first set, then those of the second, and so on."""
 
     def __init__(self, sets: Sequence[ShardSet]) -> None:
         self.sets = list(sets)
         self.starts = np.cumsum([0, *[len(shards) for shards in sets]])
 
     def speaker(self, shards: ShardSet, row: int) -> int:
-        """A number for a row's speaker, different for speakers of different sets."""
+        """Number of a row's speaker; speakers of different sets have different numbers."""
         number = self.sets.index(shards)
         before = sum(len(other.manifest["speakers"]) for other in self.sets[:number])
         return before + int(shards.index["speaker"][row])
 
     def places(self, rows: Sequence[int]) -> Iterator[tuple[ShardSet, list[int]]]:
-        """Runs of rows that belong to one set, in order: the set, and the rows' numbers in it."""
+        """Split rows into runs of the same set, in order: the set, and the rows' numbers in it."""
         numbers = np.searchsorted(self.starts, rows, side="right") - 1
         edges = [0, *(np.flatnonzero(np.diff(numbers)) + 1).tolist(), len(rows)]
         for a, b in pairwise(edges):
@@ -61,17 +63,17 @@ class Sets:
 
 
 class Schedule:
-    """Which packs this rank takes, epoch after epoch, from a cursor on.
+    """The packs of this rank, epoch after epoch, from a cursor on.
 
     Args:
         sets: shard sets; their training splits are planned.
-        mix_weights: a weight for each set (see `plan_epoch`), or None to pack all samples together.
+        mix_weights: a weight for each set (see `plan_epoch`); None packs all samples together.
         tokens_per_pack, seed: see `make_plan`.
-        accumulation: packs of a rank for each optimizer step.
+        accumulation: packs of a rank in each optimizer step.
         features: Whisper features that the model takes; they count as positions.
 
     Raises:
-        UserError: a sample is longer than a pack (named), or there is none to train on.
+        UserError: a sample is longer than a pack (it is named), or there is no training sample.
     """
 
     def __init__(
@@ -95,7 +97,7 @@ class Schedule:
         self._planner = ThreadPoolExecutor(1, thread_name_prefix="plan")
 
     def plan_inputs(self, *, validation: bool) -> list[PlanInput]:
-        """What is planned of each set: its training or its validation split.
+        """The plan's inputs: each set's training or validation split.
 
         Raises:
             UserError: a sample is longer than a pack.
@@ -106,7 +108,7 @@ class Schedule:
         ]
 
     def plan(self, epoch: int) -> Plan:
-        """The packs of an epoch, the same on every rank; the one after it is made meanwhile."""
+        """The plan of an epoch, the same on every rank; the next epoch's is made in the background."""
         plan = self._planned(epoch).result()
         self._planned(epoch + 1)
         for old in [number for number in self._plans if number < epoch]:
@@ -125,16 +127,16 @@ class Schedule:
         return self.world.size * self.accumulation
 
     def steps(self, plan: Plan) -> int:
-        """Optimizer steps of a whole epoch: enough for every pack."""
+        """Optimizer steps of a whole epoch; the last may have zero-weight packs."""
         return -(-len(plan) // self.packs_per_step)
 
     def after(self, cursor: Cursor) -> Cursor:
-        """Where training stands after one more optimizer step."""
+        """The cursor one optimizer step later."""
         pack = cursor.pack + self.packs_per_step
         return Cursor(cursor.epoch, pack) if pack < len(self.plan(cursor.epoch)) else Cursor(cursor.epoch + 1, 0)
 
     def requests(self, cursor: Cursor) -> Iterator[PackRequest]:
-        """This rank's packs from a cursor on, endlessly."""
+        """This rank's packs from a cursor on, without end."""
         while True:
             plan = self.plan(cursor.epoch)
             for micro_step in range(self.accumulation):
