@@ -6,7 +6,14 @@ import itertools
 
 import pytest
 import torch
-from higgs_tune.train.model.attention import BLOCK, causal_attention, rope_and_reorder
+from higgs_tune.train.model import attention
+from higgs_tune.train.model.attention import (
+    BLOCK,
+    causal_attention,
+    plain_attention,
+    plain_rope_and_reorder,
+    rope_and_reorder,
+)
 
 LENGTHS = [[1], [BLOCK - 1, BLOCK, BLOCK + 1], [1, 2 * BLOCK + 5, 7], [300]]
 
@@ -32,7 +39,7 @@ def assert_same(found: torch.Tensor, expected: torch.Tensor, given: list[torch.T
     weighting = torch.randn(found.shape)
     for one, other in zip(
         torch.autograd.grad((found * weighting).sum(), given),
-        torch.autograd.grad((expected * weighting).sum(), given),
+        torch.autograd.grad((expected * weighting).sum(), given, retain_graph=True),
         strict=True,
     ):
         torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-4)
@@ -41,13 +48,18 @@ def assert_same(found: torch.Tensor, expected: torch.Tensor, given: list[torch.T
 @pytest.mark.fast
 @pytest.mark.parametrize("lengths", LENGTHS)
 @pytest.mark.parametrize("groups", [4, 2, 1])
-def test_attention_is_causal_within_a_sample(lengths: list[int], groups: int) -> None:
+@pytest.mark.parametrize("kernel", ["blocked", "blocked, plain softmax", "plain"])
+def test_attention_is_causal_within_a_sample(
+    lengths: list[int], groups: int, kernel: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Lengths around the block's, one to four query heads for a key head, inputs that are views of wider rows."""
+    monkeypatch.setattr(attention, "_has_softmax_backward", lambda: kernel == "blocked")
+    attend = plain_attention if kernel == "plain" else causal_attention
     torch.manual_seed(0)
     wide = torch.randn(sum(lengths), 4 + 2 * groups, 16)
     q, k, v = (x.requires_grad_() for x in wide.split([4, groups, groups], 1))
     cu_lengths = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
-    assert_same(causal_attention(q, k, v, lengths, cu_lengths), naive(q, k, v, lengths), [q, k, v])
+    assert_same(attend(q, k, v, lengths, cu_lengths), naive(q, k, v, lengths), [q, k, v])
 
 
 def test_no_samples_are_no_rows() -> None:
@@ -72,8 +84,9 @@ def test_rows_are_turned_and_put_in_order(ordered: bool, turned: bool) -> None:
     to_sorted = None if to_sequence is None else torch.argsort(to_sequence)
     angles = (angles_ND.cos(), angles_ND.sin()) if turned else ()
     expected = rotated(x_NhD, *angles) if turned else x_NhD * 1
-    assert_same(
-        rope_and_reorder(x_NhD, to_sequence, to_sorted, *angles),
-        expected if to_sequence is None else expected[to_sequence],
-        [x_NhD],
-    )
+    for rope in (rope_and_reorder, plain_rope_and_reorder):
+        assert_same(
+            rope(x_NhD, to_sequence, to_sorted, *angles),
+            expected if to_sequence is None else expected[to_sequence],
+            [x_NhD],
+        )

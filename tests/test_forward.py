@@ -16,7 +16,7 @@ from higgs_tune.preprocess.checkpoints.checkpoint import special_ids
 from higgs_tune.shards.format import Sample
 from higgs_tune.shards.sequence import Expanded, SpecialIds, expand, mel_positions
 from higgs_tune.train.data.batch import Batch, collate
-from higgs_tune.train.model.forward import hidden_states, label_states
+from higgs_tune.train.model.forward import ExecOptions, hidden_states, label_states
 from higgs_tune.train.model.load import HiggsAudioModel
 from higgs_tune.train.model.loss import LossOptions, LossParts, pack_loss
 from higgs_tune.train.model.reference import boson_inputs, reference_loss
@@ -142,6 +142,20 @@ def test_gradients_equal_boson(case: Case) -> None:
         assert error <= 5e-5 * scale, (name, error, scale)
         compared += 1
     assert compared >= 30
+
+
+def test_plain_kernels_give_the_same_numbers(case: Case) -> None:
+    """The forward that a reader can check against boson's, and the fast one: loss, and every parameter's gradient."""
+    batch, parameters = case.batch(), list(case.model.requires_grad_(True).parameters())
+    weights = LossOptions().per_label(torch.cat([batch["label_counts"], batch["pairs"]]).float())
+    results = []
+    for plain in (True, False):
+        states = label_states(case.model, batch, ExecOptions(plain=plain))
+        total = pack_loss(case.model, states, batch, weights, LossOptions(), at_labels=True).total
+        results.append([total, *torch.autograd.grad(total, parameters, allow_unused=True, materialize_grads=True)])
+    case.model.requires_grad_(False)
+    for expected, got in zip(*results, strict=True):
+        torch.testing.assert_close(got, expected, atol=1e-6, rtol=1e-4)
 
 
 @settings(max_examples=3, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

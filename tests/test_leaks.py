@@ -57,14 +57,14 @@ def test_gradients_reach_only_what_may_be_seen(
 ) -> None:
     """The gradient of one position's logits with respect to every row that enters the layers."""
     batch, entered = case.batch(), []
-    make_spans = forward.make_spans
+    make_context = forward.make_context
 
-    def spy(model: Any, batch: Any, like: torch.Tensor, *rest: Any) -> forward.Spans:
+    def spy(model: Any, batch: Any, like: torch.Tensor, *rest: Any) -> forward.PackContext:
         entered.append(like.requires_grad_())
-        return make_spans(model, batch, like, *rest)
+        return make_context(model, batch, like, *rest)
 
     with monkeypatch.context() as patch:
-        patch.setattr(forward, "make_spans", spy)
+        patch.setattr(forward, "make_context", spy)
         text, audio = packed_logits(case, batch)
     at = data.draw(st.integers(0, batch.positions - 1))
     weights = torch.randn(text.shape[1], generator=torch.Generator().manual_seed(at))

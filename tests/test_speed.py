@@ -16,6 +16,7 @@ from higgs_tune.train.config import TrainConfig
 from higgs_tune.train.data.batch import Batch, collate
 from higgs_tune.train.dist.gc_schedule import scheduled_gc
 from higgs_tune.train.loop import train
+from higgs_tune.train.model import fused_linear
 from higgs_tune.train.model.flops import Rows, activation_bytes, choose_checkpointing, model_flops, working_bytes
 from higgs_tune.train.model.forward import ExecOptions, hidden_states, label_states
 from higgs_tune.train.model.fused_linear import product, stack_layer
@@ -72,6 +73,16 @@ def test_checkpointing_changes_no_number(toy: Path, shards: ShardSet, checkpoint
 
 
 @pytest.mark.fast
+@pytest.mark.parametrize("dora", [False, True])
+def test_plain_kernels_give_the_same_numbers(toy: Path, shards: ShardSet, dora: bool) -> None:
+    """Norm weights train too, so that every gradient of the fused layers is compared."""
+    model, batch = with_lora(toy, dora=dora), batch_of(shards, range(4))
+    for name, parameter in model.named_parameters():
+        if "norm" in name or name.endswith("mlp.down_proj.base_layer.weight"):
+            parameter.requires_grad_(True)
+    assert_same(step(model, batch), step(model, batch, ExecOptions(plain=True)))
+
+
 @pytest.mark.parametrize("dora", [False, True])
 def test_stacked_weights_change_no_number(toy: Path, shards: ShardSet, dora: bool) -> None:
     model, batch = with_lora(toy, dora=dora), batch_of(shards, range(4))
@@ -153,9 +164,10 @@ def test_model_flops_are_what_torch_counts(toy: Path, shards: ShardSet, monkeypa
     labels = (len(batch["text_labels"]), batch["audio_labels_KL"].shape[1])
     rows = Rows(batch.positions, batch.positions - audio, audio, 0, *labels)
     weights = LOSS.per_label(torch.cat([batch["label_counts"], batch["pairs"]]).float())
-    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)  # the fused operations count as none
+    monkeypatch.setattr(fused_linear, "_has_onednn", lambda: False)  # its operator counts as none
     with FlopCounterMode(display=False) as counter:
-        pack_loss(model, hidden_states(model, batch), batch, weights, LOSS).total.backward()
+        states = hidden_states(model, batch, ExecOptions(plain=True))
+        pack_loss(model, states, batch, weights, LOSS).total.backward()
     counts = counter.get_flop_counts()["Global"].items()
     products = [count for op, count in counts if "mm" in str(op) and "bmm" not in str(op)]
     assert model_flops(model, rows) == pytest.approx(sum(products), rel=0.1)
@@ -201,8 +213,13 @@ def test_table_of_kinds_adds_up() -> None:
 
 @pytest.mark.parametrize(("rows", "width", "out"), [(0, 8, 4), (1, 8, 4), (37, 64, 48), (5, 3, 0)])
 @pytest.mark.parametrize("overwrite", [False, True])
-def test_product_is_a_matrix_product(rows: int, width: int, out: int, overwrite: bool) -> None:
-    """Of rows as they are and of views across wider ones, with and without an addend."""
+@pytest.mark.parametrize("onednn", [False, True])
+def test_product_is_a_matrix_product(
+    rows: int, width: int, out: int, overwrite: bool, onednn: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of rows as they are and of views across wider ones, with and without an addend, with and without oneDNN."""
+    if not onednn:
+        monkeypatch.setattr(fused_linear, "_has_onednn", lambda: False)
     torch.manual_seed(0)
     x, weight = torch.randn(rows, 2 * width)[:, width:], torch.randn(width, out).t()
     plus = torch.randn(rows, out)

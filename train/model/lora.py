@@ -19,11 +19,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F  # noqa: N812
 from higgs_tune.shards.errors import UserError
 from higgs_tune.train.model.load import HiggsAudioModel
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
-from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file
 from torch import nn
 
@@ -258,31 +256,3 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module in training:
             module.training = True
-
-
-def linear(module: nn.Module, x_NH: torch.Tensor) -> torch.Tensor:
-    """Run a linear layer, with LoRA if it has one, in the activations' dtype.
-
-    What trains is kept in float32 and used in the activations' dtype. Variants that PEFT computes otherwise (DoRA) go
-    through PEFT's own forward.
-    """
-    if not isinstance(module, LoraLayer):
-        plain: Any = module  # a linear layer, or peft's wrapper of one that is trained in full
-        bias = None if plain.bias is None else plain.bias.to(x_NH.dtype)
-        return F.linear(x_NH, plain.weight.to(x_NH.dtype), bias)
-    if module.merged or module.disable_adapters or module.lora_variant:
-        return module(x_NH)
-    base = module.get_base_layer()
-    y_NO = F.linear(x_NH, base.weight, base.bias)  # pyright: ignore[reportArgumentType]
-    for name in module.active_adapters:
-        if name in module.lora_A:
-            a_rH = module.lora_A[name].get_parameter("weight").to(x_NH.dtype)
-            b_Or = module.lora_B[name].get_parameter("weight").to(x_NH.dtype)
-            low_Nr = F.linear(module.lora_dropout[name](x_NH), a_rH)
-            y_NO = y_NO + F.linear(low_Nr, b_Or) * module.scaling[name]
-    return y_NO
-
-
-def normed(module: Any, x_NH: torch.Tensor) -> torch.Tensor:
-    """Run a norm whose weight may be a float32 master, in the activations' dtype."""
-    return module(x_NH).to(x_NH.dtype)

@@ -22,8 +22,8 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from higgs_tune.train.data.batch import Batch
 from higgs_tune.train.model.fused_linear import product
+from higgs_tune.train.model.linear import normed
 from higgs_tune.train.model.load import HiggsAudioModel
-from higgs_tune.train.model.lora import normed
 
 CHUNK_ELEMENTS = 1 << 25  # logits held at a time: 128 MB in float32
 IGNORE = -100

@@ -14,8 +14,9 @@ from higgs_tune.shards.errors import UserError, few
 from higgs_tune.train.data.batch import Batch
 from higgs_tune.train.model.forward import hidden_states
 from higgs_tune.train.model.fsdp import local, whole
+from higgs_tune.train.model.linear import normed
 from higgs_tune.train.model.load import HiggsAudioModel
-from higgs_tune.train.model.lora import evaluating, normed
+from higgs_tune.train.model.lora import evaluating
 from higgs_tune.train.model.loss import LossOptions
 from torch import nn
 

@@ -21,8 +21,9 @@ from higgs_tune.preprocess.checkpoints.checkpoint import load_tokenizer
 from higgs_tune.shards.errors import UserError
 from higgs_tune.train.data.batch import Batch
 from higgs_tune.train.model.forward import hidden_states
+from higgs_tune.train.model.linear import normed
 from higgs_tune.train.model.load import HiggsAudioModel
-from higgs_tune.train.model.lora import evaluating, normed
+from higgs_tune.train.model.lora import evaluating
 from higgs_tune.train.model.loss import IGNORE, head_cross_entropy
 from higgs_tune.train.model.pack_model import PackModel
 from higgs_tune.train.monitor.diagnostics import isolated
