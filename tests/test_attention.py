@@ -33,12 +33,12 @@ def naive(q_NhD: torch.Tensor, k_NhD: torch.Tensor, v_NhD: torch.Tensor, lengths
     return torch.stack(rows)
 
 
-def assert_same(found: torch.Tensor, expected: torch.Tensor, given: list[torch.Tensor]) -> None:
+def assert_same(got: torch.Tensor, expected: torch.Tensor, given: list[torch.Tensor]) -> None:
     """Values and the gradients of a random weighting of them."""
-    torch.testing.assert_close(found, expected.float(), atol=2e-6, rtol=1e-5)
-    weighting = torch.randn(found.shape)
+    torch.testing.assert_close(got, expected.float(), atol=2e-6, rtol=1e-5)
+    weighting = torch.randn(got.shape)
     for one, other in zip(
-        torch.autograd.grad((found * weighting).sum(), given),
+        torch.autograd.grad((got * weighting).sum(), given),
         torch.autograd.grad((expected * weighting).sum(), given, retain_graph=True),
         strict=True,
     ):

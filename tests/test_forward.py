@@ -119,16 +119,16 @@ def test_gradients_equal_boson(case: Case) -> None:
     """The loss of boson's forward on its collator's labels, shifted by one, and every parameter's gradient."""
     options = LossOptions(text=1.0, audio=2.0, codebooks=(1, 2, 1, 1, 1, 1, 1, 3), smoothing=0.1)
     case.model.requires_grad_(True)
-    found, batch = [], case.batch()
+    runs, batch = [], case.batch()
     weights = options.per_label(torch.cat([batch["label_counts"], batch["pairs"]]).float())
     for run in (lambda: reference_loss(case.model, case.boson(), weights, options), lambda: case.loss(batch, options)):
         parts = run()
         parts.total.backward()
         gradients = {name: parameter.grad for name, parameter in case.model.named_parameters()}
         case.model.zero_grad(set_to_none=True)
-        found.append((parts, gradients))
+        runs.append((parts, gradients))
     case.model.requires_grad_(False)
-    (boson, expected), (packed, gradients) = found
+    (boson, expected), (packed, gradients) = runs
     torch.testing.assert_close(packed.total, boson.total, atol=1e-4, rtol=1e-5)
     torch.testing.assert_close(vars(packed.sums), vars(boson.sums), atol=1e-4, rtol=1e-5)
     compared = 0
@@ -207,7 +207,7 @@ def test_loss_is_a_naive_loop_over_unpacked_samples(plain: Case) -> None:
     parts = plain.loss(plain.batch(), LossOptions())
     for k in range(plain.ids.codebooks + 1):
         wanted = ("text", 0) if k == 0 else ("audio", k - 1)
-        naive = [loss for found in losses for (what, _, book), loss in found.items() if (what, book) == wanted]
+        naive = [loss for of_sample in losses for (kind, _, book), loss in of_sample.items() if (kind, book) == wanted]
         assert len(naive) == int(parts.sums.labels[k])
         assert float(parts.sums.cross_entropy[k]) == pytest.approx(sum(naive), rel=1e-5)
     segments = sum(len(case_segments(plain, sample)) for sample in plain.samples)
@@ -344,12 +344,12 @@ def test_rows_with_labels_alone_give_the_same_loss_and_gradients(case: Case) -> 
     options, batch = LossOptions(), case.batch()
     weights = options.per_label(torch.cat([batch["label_counts"], batch["pairs"]]).float())
     case.model.requires_grad_(True)
-    found = []
+    gradients = []
     for at_labels in (False, True):
         hidden = label_states(case.model, batch) if at_labels else hidden_states(case.model, batch)
         pack_loss(case.model, hidden, batch, weights, options, at_labels=at_labels).total.backward()
-        found.append([p.grad for p in case.model.parameters() if p.grad is not None])
+        gradients.append([p.grad for p in case.model.parameters() if p.grad is not None])
         case.model.zero_grad(set_to_none=True)
     case.model.requires_grad_(False)
-    for expected, got in zip(*found, strict=True):
+    for expected, got in zip(*gradients, strict=True):
         torch.testing.assert_close(got, expected, atol=1e-6, rtol=1e-4)

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
 from helpers.samples import random_sample
 from helpers.tiny import ids_of, run_train, tiny_config, write_checkpoint, write_set
 from higgs_tune.shards.errors import UserError
+from higgs_tune.train.config import all_options
 from higgs_tune.train.model.load import HiggsAudioModel
-from higgs_tune.train.model.lora import PRESETS, TrainableOptions, target_modules
+from higgs_tune.train.model.lora import TrainableOptions, add_lora, base_only, target_modules, trainable
+from higgs_tune.train.presets import PRESETS, preset_help
 from higgs_tune.train.toy import make_model
 from transformers import PreTrainedTokenizerBase
 
@@ -46,17 +50,36 @@ def test_presets(preset: str, stage: str, model: HiggsAudioModel) -> None:
 
 
 @pytest.mark.fast
+def test_choices_help_and_docs_follow_from_the_presets() -> None:
+    option = next(option for option in all_options() if option.name == "lora_preset")
+    assert [get_args(choice) for choice in option.choices if choice is not type(None)] == [tuple(PRESETS)]
+    assert all(f"{name}: {preset.summary}" in preset_help() for name, preset in PRESETS.items())
+    docs = (Path(__file__).parents[1] / "docs" / "training_signal.md").read_text()
+    table = docs.partition("| `--lora_preset` | LoRA on |\n|---|---|\n")[2].partition("\n\n")[0]
+    assert table.splitlines() == [f"| `{name}` | {preset.summary} |" for name, preset in PRESETS.items()]
+
+
+def test_base_only_leaves_what_trains_as_it_was(model: HiggsAudioModel, tmp_path: Path) -> None:
+    """Also when the block raises."""
+    peft_model = add_lora(copy.deepcopy(model), TrainableOptions(r=2, heads=True), "stage1", tmp_path, None)
+    before = trainable(peft_model).keys()
+    with pytest.raises(KeyError), base_only(peft_model):
+        raise KeyError
+    assert trainable(peft_model).keys() == before
+
+
+@pytest.mark.fast
 def test_patterns_match_whole_names(model: HiggsAudioModel) -> None:
-    def found(pattern: str, stage: str = "single") -> list[str]:
+    def targets(pattern: str, stage: str = "single") -> list[str]:
         return target_modules(model, TrainableOptions(pattern=pattern), stage)  # pyright: ignore
 
-    assert found(r"layers\.1\.self_attn\.[qv]_proj") == ["layers.1.self_attn.q_proj", "layers.1.self_attn.v_proj"]
-    assert found(r".*mlp\.down_proj", "stage1") == ["layers.0.mlp.down_proj", "layers.1.mlp.down_proj"]
+    assert targets(r"layers\.1\.self_attn\.[qv]_proj") == ["layers.1.self_attn.q_proj", "layers.1.self_attn.v_proj"]
+    assert targets(r".*mlp\.down_proj", "stage1") == ["layers.0.mlp.down_proj", "layers.1.mlp.down_proj"]
     for pattern, stage in (("q_proj", "single"), (r".*audio_mlp.*", "stage1"), (r"layers\.\d+", "single")):
         with pytest.raises(UserError, match="leaves nothing to train"):
-            found(pattern, stage)
+            targets(pattern, stage)
     with pytest.raises(UserError, match="not a regular expression"):
-        found("(")
+        targets("(")
 
 
 def test_what_trains_is_printed_and_saved(

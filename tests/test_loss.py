@@ -62,13 +62,13 @@ def test_chunked_cross_entropy(smoothing: float, chunk_rows: int, monkeypatch: p
     total, stats = head_cross_entropy(hidden, head, labels, torch.tensor(weights), smoothing, marked)
     (3 * total).backward()
     assert max(made) <= chunk_rows * BOOKS * CLASSES
-    found = [hidden.grad, head.weight.grad]
+    gradients = [hidden.grad, head.weight.grad]
     hidden.grad = head.weight.grad = None
     logits = (hidden @ head.weight.t()).view(ROWS, BOOKS, CLASSES)
     expected = naive_cross_entropy(logits, labels, weights, smoothing)
     (3 * expected).backward()
     torch.testing.assert_close(total, expected)
-    for a, b in zip(found, (hidden.grad, head.weight.grad), strict=True):
+    for a, b in zip(gradients, (hidden.grad, head.weight.grad), strict=True):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
     assert stats[1].tolist() == [int(((logits.argmax(-1) == labels)[:, k]).sum()) for k in range(BOOKS)]
     ends = torch.where(labels == marked, labels, -100)
@@ -155,9 +155,9 @@ def test_contrastive_loss_is_a_naive_loop(data: st.DataObject) -> None:
     class Pack(dict[str, torch.Tensor]):
         lengths, weight = [1] * count, 1
 
-    found = contrastive_loss(states, Pack(arrays))  # pyright: ignore[reportArgumentType]
-    assert float(found.detach()) == pytest.approx(naive_contrastive(states.detach(), owners, speakers), abs=1e-4)
-    found.backward()
+    loss_value = contrastive_loss(states, Pack(arrays))  # pyright: ignore[reportArgumentType]
+    assert float(loss_value.detach()) == pytest.approx(naive_contrastive(states.detach(), owners, speakers), abs=1e-4)
+    loss_value.backward()
     assert states.grad is not None
     assert torch.isfinite(states.grad).all()
 

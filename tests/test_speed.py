@@ -55,9 +55,9 @@ def step(model: HiggsAudioModel, batch: Batch, exec_options: ExecOptions = ExecO
     weights = LOSS.per_label(torch.cat([batch["label_counts"], batch["pairs"]]).float())
     parts = pack_loss(model, label_states(model, batch, exec_options), batch, weights, LOSS, at_labels=True)
     parts.total.backward()
-    found = {name: p.grad for name, p in trainable(model).items() if p.grad is not None}
+    gradients = {name: p.grad for name, p in trainable(model).items() if p.grad is not None}
     model.zero_grad(set_to_none=True)
-    return found | {"loss": parts.total.detach()}
+    return gradients | {"loss": parts.total.detach()}
 
 
 def assert_same(got: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], share: float = 1e-4) -> None:

@@ -92,9 +92,9 @@ def test_mel_windows_are_boson_collators(toy_ids: SpecialIds, wave_S: np.ndarray
     batch = collate(toy_ids, [1, toy_ids.audio_in, 2, toy_ids.audio_out], [-100] * 4, codes, [wave_S])
     assert batch.audio_features is not None
     assert batch.audio_feature_attention_mask is not None
-    found = log_mel(wave_S, RATE, 128)
-    assert [chunk.frames for chunk in found] == batch.audio_feature_attention_mask.sum(1).tolist()
-    rebuilt = np.stack([mel_window(chunk.values_CF.astype(np.float16)) for chunk in found])
+    chunks = log_mel(wave_S, RATE, 128)
+    assert [chunk.frames for chunk in chunks] == batch.audio_feature_attention_mask.sum(1).tolist()
+    rebuilt = np.stack([mel_window(chunk.values_CF.astype(np.float16)) for chunk in chunks])
     np.testing.assert_allclose(rebuilt, batch.audio_features.numpy(), atol=5e-4, rtol=0)
 
 
@@ -204,9 +204,9 @@ def test_tower_output_is_that_of_bosons_model(tower_model: Path, seconds: float)
     )
     with torch.inference_mode():
         expected, lengths = model._apply_audio_tower(features["input_features"], features["attention_mask"])
-    found = Tower(tower_model, "cpu")(log_mel(wave(seconds), RATE, 128)[0])
-    assert found.frames == found.values_CF.shape[1] == int(lengths[0])
-    np.testing.assert_allclose(found.values_CF.T, expected[0, : found.frames], atol=1e-5)
+    features = Tower(tower_model, "cpu")(log_mel(wave(seconds), RATE, 128)[0])
+    assert features.frames == features.values_CF.shape[1] == int(lengths[0])
+    np.testing.assert_allclose(features.values_CF.T, expected[0, : features.frames], atol=1e-5)
 
 
 def test_pipeline_stores_the_towers_output(toy: Path, tower_model: Path, long_set: Path) -> None:

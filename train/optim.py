@@ -57,7 +57,7 @@ def set_rates(optimizer: AdamW, share: float) -> None:
 
 
 class Ema:
-    """An exponential moving average of what trains."""
+    """An exponential moving average of the trainable parameters."""
 
     def __init__(self, parameters: dict[str, nn.Parameter], decay: float) -> None:
         self.decay, self.parameters = decay, parameters
@@ -65,7 +65,7 @@ class Ema:
 
     @torch.no_grad()
     def update(self) -> None:
-        """Take in the weights after a step."""
+        """Add the weights after a step to the average."""
         averages, weights = list(self.values.values()), [parameter.data for parameter in self.parameters.values()]
         torch._foreach_lerp_(averages, weights, 1 - self.decay)  # pyright: ignore[reportPrivateImportUsage]
 

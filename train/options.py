@@ -12,7 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
+import tyro
 from higgs_tune.shards.remote import Cache
+from higgs_tune.train.presets import PresetName, preset_help
 
 _PLAIN_NAME = re.compile(r"[\w.]+")
 
@@ -62,8 +64,7 @@ class LoraArgs:
     """Scaling of LoRA is alpha / r; by default 2 r, or that of the adapter that is continued."""
     lora_dropout: Annotated[float, FROM_0_BELOW_1] = 0.0
     """Dropout of LoRA's input."""
-    lora_preset: Literal["comprehensive", "text_only", "audio_focused", "attention_only"] | None = None
-    """Which linear layers get LoRA; by default text_only in stage1, else comprehensive."""
+    lora_preset: Annotated[PresetName | None, tyro.conf.arg(help=preset_help())] = None
     lora_target_modules: tuple[str, ...] | None = None
     """In place of a preset: one regular expression that matches whole module names, or last parts of names as PEFT
     takes them (q_proj v_proj)."""

@@ -22,11 +22,12 @@ from higgs_tune.train.data.loader import LoaderOptions
 from higgs_tune.train.data.sampler import Schedule
 from higgs_tune.train.dist.context import DistContext
 from higgs_tune.train.model.load import HiggsAudioConfig, Loaded, load_config
-from higgs_tune.train.model.lora import DEFAULT_PRESET, TrainableOptions, has_audio_attention, read_adapter_config
+from higgs_tune.train.model.lora import TrainableOptions, has_audio_attention, read_adapter_config
 from higgs_tune.train.model.loss import LossOptions
 from higgs_tune.train.model.reference import boson_inputs
 from higgs_tune.train.monitor.samples import codec_path
 from higgs_tune.train.monitor.validation import Validation
+from higgs_tune.train.presets import DEFAULT_PRESET
 
 TEXT_PROBE = 64  # samples of a set that `require_text` looks at
 

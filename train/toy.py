@@ -4,7 +4,7 @@
 
 In: example texts, for the tokenizer. Out: `OUT/model` (config, safetensors, byte-level BPE with every special token of
 Llama 3 and Higgs) and `OUT/codec` (config, `model.pth` with HuBERT inside). They go through the same code as the real
-ones; what they say is noise.
+ones; their speech is noise.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ from higgs_tune.shards.format import Arrays
 from higgs_tune.shards.reader import ShardSet
 from higgs_tune.shards.sequence import SpecialIds
 from higgs_tune.train.model.load import HiggsAudioConfig, HiggsAudioModel, make_buffers
-from higgs_tune.train.model.lora import PRESETS
+from higgs_tune.train.presets import PRESETS
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
@@ -107,9 +107,9 @@ def make_model(config: HiggsAudioConfig, device: torch.device, dtype: torch.dtyp
 
 def with_lora(model: HiggsAudioModel, rank: int = 16, seed: int = 0) -> PeftModel:
     """LoRA of the `comprehensive` preset, its B matrices random, so that every gradient is of the size it has later."""
-    pattern = rf"layers\.\d+\.({'|'.join(PRESETS['comprehensive'])})"
     torch.manual_seed(seed)
-    peft_model = get_peft_model(model, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=pattern))  # pyright: ignore
+    config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=PRESETS["comprehensive"].pattern)
+    peft_model = get_peft_model(model, config)  # pyright: ignore
     assert isinstance(peft_model, PeftModel)
     for name, parameter in peft_model.named_parameters():
         if parameter.requires_grad:

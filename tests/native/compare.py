@@ -76,8 +76,8 @@ def native_inputs(samples: list[Sample], folder: Path, sizes: dict[str, object])
         mask[row, : len(part.audio_at)] = True
     width = int(str(sizes["vocab_size"])) + 8 * 1026
     weights = np.random.default_rng(1).standard_normal((int(real.sum()), width)).astype(np.float32) / width
-    found = {"input_ids": input_ids, "attention_mask": real.astype(np.int64), "audio_input_ids": codes}
-    return found | {"audio_input_ids_mask": mask, "real": real, "weights": weights}
+    inputs = {"input_ids": input_ids, "attention_mask": real.astype(np.int64), "audio_input_ids": codes}
+    return inputs | {"audio_input_ids_mask": mask, "real": real, "weights": weights}
 
 
 def packed_logits(folder: Path, batch: Batch) -> tuple[torch.nn.Module, torch.Tensor]:
@@ -138,9 +138,11 @@ def check_headless(folder: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, default=ROOT / "runs" / "native")
-    found = compare(parser.parse_args().work)
-    print(f"largest difference of logits {found['logits']:.1e}, of gradients {found['gradients']:.1e} (relative)")
-    sys.exit(max(found.values()) > LIMIT)
+    differences = compare(parser.parse_args().work)
+    print(
+        f"largest difference of logits {differences['logits']:.1e}, of gradients {differences['gradients']:.1e} (relative)"
+    )
+    sys.exit(max(differences.values()) > LIMIT)
 
 
 if __name__ == "__main__":

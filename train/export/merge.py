@@ -1,9 +1,10 @@
-"""Merge an adapter into its base checkpoint: one folder in Boson's layout that needs neither PEFT nor us.
+"""higgs-export: merge an adapter into its base checkpoint, so that neither PEFT nor this package is needed.
 
-    python -m higgs_tune.train.export.merge --adapter OUT2 --out MERGED
+    higgs-export OUT2 --out MERGED
 
-In: a training output folder. Out: config, safetensors and tokenizer files. Never: a half-written checkpoint under the
-final name.
+In: a training output folder. Out: a folder in Boson's layout with config, safetensors and tokenizer files. Guarantees
+(test_handover.py): the merged model has the adapted model's logits; boson's `from_pretrained` reads it; a folder under
+the final name is whole.
 """
 
 from __future__ import annotations
@@ -11,27 +12,27 @@ from __future__ import annotations
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-import torch
 import tyro
 from higgs_tune.shards import durable
 from higgs_tune.shards.errors import UserError, run_command
-from higgs_tune.train.checkpoint.output import whole_weights, write_model
-from higgs_tune.train.model.load import HiggsAudioModel, load_model
-from higgs_tune.train.model.lora import has_audio_attention
-from higgs_tune.train.resolve import resolve_model
-from peft import PeftModel
+
+if TYPE_CHECKING:  # the flags are parsed before torch and transformers are imported
+    import torch
+    from peft import PeftModel
 
 
 @dataclass(frozen=True)
 class ExportConfig:
     """Merge an adapter into its base checkpoint."""
 
-    adapter: Path
+    adapter: tyro.conf.Positional[Path]
     """Output folder of a training run."""
     out: Path
     """Folder that receives the merged checkpoint."""
+    layout: Literal["original", "native"] = "original"
+    """original: Boson's, which this package, boson-multimodal and mlx-audio read. native: not written yet."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Of the merged weights."""
     debug: bool = False
@@ -44,6 +45,11 @@ def load_adapter(folder: Path, *, device: torch.device, dtype: torch.dtype) -> P
     Raises:
         UserError: the folder holds no adapter, or the base checkpoint is not there.
     """
+    from higgs_tune.train.model.load import load_model
+    from higgs_tune.train.model.lora import has_audio_attention
+    from higgs_tune.train.resolve import resolve_model
+    from peft import PeftModel
+
     base, adapter = resolve_model(folder)
     if adapter is None:
         raise UserError("no adapter here", where=folder, expected="adapter_config.json")
@@ -55,15 +61,21 @@ def export(config: ExportConfig) -> None:
     """Write the merged checkpoint.
 
     Raises:
-        UserError: the output folder exists, or the adapter cannot be loaded.
+        UserError: the output folder exists, the layout is not written yet, or the adapter cannot be loaded.
     """
+    if config.layout == "native":
+        raise UserError("--layout native is not written yet", expected="original")
     if config.out.exists():
         raise UserError("the output folder exists already", where=config.out)
     durable.check_writable(config.out.parent)
+    import torch
+    from higgs_tune.train.checkpoint.output import whole_weights, write_model
+    from higgs_tune.train.resolve import resolve_model
+
     base, _ = resolve_model(config.adapter)
     dtype = torch.bfloat16 if config.dtype == "bfloat16" else torch.float32
     peft_model = load_adapter(config.adapter, device=torch.device("cpu"), dtype=torch.float32)
-    model: HiggsAudioModel = peft_model.merge_and_unload()  # pyright: ignore[reportCallIssue]
+    model = peft_model.merge_and_unload()  # pyright: ignore[reportCallIssue]
     model.config.torch_dtype = dtype
     temp = config.out.with_name(f"{durable.TEMP_PREFIX}{config.out.name}")
     shutil.rmtree(temp, ignore_errors=True)
@@ -75,7 +87,7 @@ def export(config: ExportConfig) -> None:
 
 
 def main() -> None:
-    run_command(lambda: export(tyro.cli(ExportConfig, prog="higgs_tune.train.export.merge")))
+    run_command(lambda: export(tyro.cli(ExportConfig, prog="higgs-export")))
 
 
 if __name__ == "__main__":

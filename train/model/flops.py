@@ -1,8 +1,6 @@
-"""What a step costs, by arithmetic: floating-point operations, activations in memory, and what a GPU could do.
+"""The cost of a step, by arithmetic: floating-point operations, memory of activations, and the peaks of GPUs.
 
-In: a model, counts of rows. Out: numbers. Never: a measurement.
-
-Model FLOPs count what the result needs, nothing that is computed again: 2 a weight and row in forward; 2 more for the
+Model FLOPs count the operations that the result needs, no recomputation: 2 a weight and row in forward; 2 more for the
 gradient of its input; 2 more for the weight's own gradient where it trains. Attention takes 4 H a pair of positions
 in forward, half of the pairs being masked, and twice that in backward. MFU is model FLOPs a second over the peak of
 the GPU (https://arxiv.org/abs/2204.02311, appendix B, with frozen weights left out of the weight gradients).
@@ -79,10 +77,10 @@ def _flops_a_row(module: nn.Module) -> float:
 def activation_bytes(
     model: HiggsAudioModel, checkpointing: Checkpointing = "none", rank: int = 16, *, compiled: bool = False
 ) -> float:
-    """Bytes that backward keeps for a position of the packed forward, over all layers.
+    """Bytes that are saved for backward, for a position of the packed forward, over all layers.
 
-    A layer keeps the residual stream before each half, queries, keys, values and output of the attention, gate and
-    up, what LoRA's first factors give, and the attention's normaliser. A compiled one also keeps its norms' outputs
+    A layer saves the residual stream before each half, queries, keys, values and output of the attention, gate and
+    up, the outputs of LoRA's A matrices, and the attention's normaliser. A compiled one also saves its norms' outputs
     and SiLU(gate) * up.
     """
     layers: Any = model.layers
@@ -90,14 +88,14 @@ def activation_bytes(
     attention, config = first.self_attn, first.self_attn.config
     width, size = config.hidden_size, model.embed_tokens.weight.dtype.itemsize
     inner = attention.num_heads * attention.head_dim
-    kept = 2 * width + 2 * inner + 2 * attention.num_key_value_heads * attention.head_dim + 5 * rank
-    kept += 2 * config.intermediate_size + 2 * rank if checkpointing == "none" else 0
+    values = 2 * width + 2 * inner + 2 * attention.num_key_value_heads * attention.head_dim + 5 * rank
+    values += 2 * config.intermediate_size + 2 * rank if checkpointing == "none" else 0
     if compiled:
-        kept += 2 * width + config.intermediate_size if checkpointing == "none" else width
+        values += 2 * width + config.intermediate_size if checkpointing == "none" else width
     if checkpointing == "full":
-        kept = width
+        values = width
     normalisers = 4 * attention.num_heads if checkpointing != "full" else 0
-    return len(layers) * (kept * size + normalisers)
+    return len(layers) * (values * size + normalisers)
 
 
 def working_bytes(model: HiggsAudioModel, positions: int) -> float:

@@ -1,7 +1,8 @@
 """Full fine-tuning: every weight of the stage trains; on several GPUs weights, gradients and optimizer are sharded.
 
 In: boson's model. Out: the same model, its layers wrapped by FSDP2 (`torch.distributed.fsdp.fully_shard`), whose hooks
-gather a layer's weights for our own packed forward. Never: a parameter that the stage freezes.
+gather a layer's weights for our own packed forward. Guarantees (test_diagnostics.py): what the stage freezes does not
+train.
 """
 
 from __future__ import annotations

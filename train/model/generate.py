@@ -1,7 +1,7 @@
-"""Speaking with the model, by boson's own `generate`.
+"""Speech from the model, by boson's own `generate`, so that training's samples sound as inference does.
 
-In: a model (with or without adapters) and a stored sample. Out: the text and codes that it says after the sample's
-last user turn. Never: our packed forward, so that what is heard is what inference gives.
+In: a model (with or without adapters) and a stored sample. Out: the text and codes that it generates after the
+sample's last user turn.
 
 Shapes: K codebooks, T frames.
 """
@@ -84,8 +84,8 @@ def generate(model: Any, sample: Sample, ids: SpecialIds, sampling: Sampling, *,
             eos_token_id=core.config.audio_eos_token_id if sampling.speak else _end_of_turn(sample),
         )
     earlier = int((prompt.tokens_2L[0] == ids.audio_out).sum())
-    found = list(audios)
-    return _said(tokens[0, length:].tolist(), found[earlier:] if len(found) > earlier else found, ids)
+    new = list(audios)[earlier:] or list(audios)
+    return _said(tokens[0, length:].tolist(), new, ids)
 
 
 class _NoPlaceholder(LogitsProcessor):
@@ -107,7 +107,7 @@ def _said(tokens: list[int], audios: list[torch.Tensor], ids: SpecialIds) -> Sai
     ended = bool((delayed_KW[:, -1] == ids.stream_eos).all())
     if delayed_KW.shape[1] <= segment_positions(0, ids.codebooks):
         return Said(tokens, np.zeros((ids.codebooks, 0), np.int64), ended)
-    if not ended:  # cut off: make whole columns of what there is
+    if not ended:  # cut off: one column of EOS completes the delay pattern
         delayed_KW = np.concatenate([delayed_KW, np.full((ids.codebooks, 1), ids.stream_eos)], axis=1)
     return Said(tokens, undelay(delayed_KW), ended)
 

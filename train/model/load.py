@@ -1,8 +1,10 @@
-"""The model: boson's classes hold the weights, our functions run them.
+"""Loading the model: boson's classes hold the weights, our functions run them.
 
 In: a checkpoint folder, in Boson's original or the transformers-native layout. Out: `HiggsAudioModel`, frozen, in
-evaluation mode. Never: remote code, pickles, a weight that is silently missing, a second copy of the weights in host
-memory: the model is built on meta and filled tensor by tensor, straight to the device in the wanted dtype.
+evaluation mode. Guarantees (test_native.py, test_train.py): missing, unexpected and wrong-shaped weights are errors.
+
+The model is built on meta and filled tensor by tensor, straight to the device in the wanted dtype, so host memory holds
+no second copy. No remote code, no pickles.
 """
 
 from __future__ import annotations
@@ -34,7 +36,7 @@ _SUPPORTED = {
 
 @dataclass(frozen=True)
 class Loaded:
-    """A model, and what its checkpoint did not hold.
+    """A model, and the parts that its checkpoint lacks.
 
     has_text_head: False for a native checkpoint without one; text cannot be trained then.
     new_audio_attention: audio self-attention was added, in a way that leaves every logit as it was.
@@ -98,7 +100,7 @@ def load_model(path: Path, *, device: torch.device, dtype: torch.dtype, audio_at
 def _read_weights(
     path: Path, own: dict[str, torch.Tensor], device: torch.device, dtype: torch.dtype
 ) -> tuple[dict[str, torch.Tensor], list[str]]:
-    """The checkpoint's weights under Boson's names, and what does not fit."""
+    """The checkpoint's weights under Boson's names, and a line for each that does not fit."""
     files = sorted(path.glob("model*.safetensors"))
     if not files:
         raise UserError("the checkpoint has no weights", where=path, expected="model*.safetensors")

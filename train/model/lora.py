@@ -1,7 +1,7 @@
-"""What trains: LoRA targets by preset and stage, modules trained in full, and running them without PEFT's casts.
+"""LoRA by preset and stage, and modules trained in full.
 
 In: boson's model, a `TrainableOptions`, a stage, perhaps an adapter to continue. Out: a `PeftModel` whose only
-trainable parameters are those of the stage. Never: a trainable parameter that the stage freezes.
+trainable parameters are those of the stage (test_lora.py, test_train.py).
 
 Methods: LoRA (https://arxiv.org/abs/2106.09685), rsLoRA (https://arxiv.org/abs/2312.03732) and DoRA
 (https://arxiv.org/abs/2402.09353) as PEFT writes them, so an adapter trained here loads on `HiggsAudioModel` with plain
@@ -21,22 +21,12 @@ from typing import Any, Literal
 import torch
 from higgs_tune.shards.errors import UserError
 from higgs_tune.train.model.load import HiggsAudioModel
+from higgs_tune.train.presets import PRESETS
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file
 from torch import nn
 
 Stage = Literal["stage1", "stage2", "single"]
-
-_ATTENTION = r"self_attn\.[qkvo]_proj"
-_TEXT_FFN = r"mlp\.(gate|up|down)_proj"
-_AUDIO_FFN = r"audio_mlp\.(gate|up|down)_proj"
-PRESETS: dict[str, tuple[str, ...]] = {
-    "comprehensive": (_ATTENTION, _TEXT_FFN, _AUDIO_FFN),
-    "text_only": (_ATTENTION, _TEXT_FFN),
-    "audio_focused": (_ATTENTION, _AUDIO_FFN),
-    "attention_only": (_ATTENTION,),
-}
-DEFAULT_PRESET: dict[Stage, str] = {"stage1": "text_only", "stage2": "comprehensive", "single": "comprehensive"}
 
 # every parameter that only audio positions use; stage 1 keeps all of them as they are
 AUDIO_PARAMETER = re.compile(
@@ -50,7 +40,7 @@ _SAVED = re.compile(r"base_model\.model\.(.*?)(\.lora_(A|B|magnitude_vector)\b.*
 
 @dataclass(frozen=True)
 class TrainableOptions:
-    """What trains.
+    """Which modules train, by LoRA or in full.
 
     Attributes:
         r, alpha, dropout: rank of LoRA, its scaling (alpha / r), dropout of its input.
@@ -86,7 +76,7 @@ class TrainableOptions:
         }
         asked = [flag for flag, (wanted, _) in audio.items() if wanted]
         if stage == "stage1" and asked:
-            raise UserError(f"{', '.join(asked)} has no place in stage1, which freezes every audio parameter")
+            raise UserError(f"{', '.join(asked)} cannot train in stage1, which freezes every audio parameter")
         heads = ([TEXT_HEAD] if stage == "stage1" else [TEXT_HEAD, AUDIO_HEAD]) if self.heads else []
         return heads + [name for wanted, names in audio.values() if wanted for name in names]
 
@@ -98,7 +88,7 @@ def target_modules(model: nn.Module, options: TrainableOptions, stage: Stage) ->
         UserError: the preset or the pattern leaves nothing to train in this stage, or is no regular expression.
     """
     try:
-        text = options.pattern or rf"layers\.\d+\.({'|'.join(PRESETS[options.preset])})"
+        text = options.pattern or PRESETS[options.preset].pattern
         pattern = re.compile(text)
     except re.error as error:
         raise UserError(f"--lora_target_modules is not a regular expression: {error}", got=options.pattern) from error
@@ -107,8 +97,8 @@ def target_modules(model: nn.Module, options: TrainableOptions, stage: Stage) ->
     if stage == "stage1":
         names = [name for name in names if not AUDIO_PARAMETER.search(name)]
     if not names:
-        what = f"--lora_target_modules {options.pattern}" if options.pattern else f"--lora_preset {options.preset}"
-        raise UserError(f"{what} leaves nothing to train in {stage}", expected="a linear layer", got=text)
+        flag = f"--lora_target_modules {options.pattern}" if options.pattern else f"--lora_preset {options.preset}"
+        raise UserError(f"{flag} leaves nothing to train in {stage}", expected="a linear layer", got=text)
     return names
 
 
@@ -187,7 +177,7 @@ def add_lora(
         if stage == "stage1" and AUDIO_PARAMETER.search(name):
             parameter.requires_grad_(False)
         if parameter.requires_grad:
-            parameter.data = parameter.data.float()  # what trains has float32 masters
+            parameter.data = parameter.data.float()  # float32 masters of all that trains
     return peft_model
 
 
@@ -201,7 +191,7 @@ def _full_name(name: str) -> str:
 
 
 def _load_adapter(peft_model: PeftModel, weights: dict[str, torch.Tensor], adapter: Path | None) -> None:
-    """Set an earlier adapter's weights; what joins in this stage keeps its own."""
+    """Set an earlier adapter's weights; modules that join in this stage keep their own."""
     own = get_peft_model_state_dict(peft_model)  # peft insists on weights for every module trained in full
     try:
         result = set_peft_model_state_dict(peft_model, own | weights)
@@ -218,7 +208,7 @@ def trainable(module: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def describe_trainable(parameters: dict[str, nn.Parameter]) -> list[str]:
-    """What trains, as people read it: a line for each kind of tensor, with `*` for the number of its layer."""
+    """The trainable parameters for people: a line for each kind of tensor, with `*` for the number of its layer."""
     kinds: dict[tuple[str, tuple[int, ...]], list[int]] = {}
     for name, value in parameters.items():
         kind = re.sub(r"\.\d+\.", ".*.", name.removeprefix("base_model.model."))
@@ -240,10 +230,12 @@ def base_only(peft_model: nn.Module) -> Iterator[None]:
         yield
         return
     flags = {name: parameter.requires_grad for name, parameter in peft_model.named_parameters()}
-    with peft_model.disable_adapter():
-        yield
-    for name, parameter in peft_model.named_parameters():  # peft turns all of an adapter's parameters on
-        parameter.requires_grad_(flags[name])
+    try:
+        with peft_model.disable_adapter():
+            yield
+    finally:  # peft turns all of an adapter's parameters on
+        for name, parameter in peft_model.named_parameters():
+            parameter.requires_grad_(flags[name])
 
 
 @contextmanager

@@ -1,7 +1,8 @@
 """The loss: next-token cross entropy over text labels and over each codebook's labels, with global means.
 
 In: the residual stream, the batch, and the label counts of the whole optimizer step. Out: the step's loss share of
-this pack, and the sums that metrics need. Never: a logit where there is no label; a full [N, vocabulary] tensor.
+this pack, and the sums for the metrics. Guarantees (test_loss.py): the loss of a naive loop over labels; logits exist
+at labels only, a chunk of rows at a time.
 
 text  = mean CE over all text labels of the step
 audio = weighted mean over codebooks of the mean CE over that codebook's labels of the step
@@ -60,7 +61,7 @@ class LossOptions:
 
 
 class _HeadCrossEntropy(torch.autograd.Function):
-    """Linear head and cross entropy, a chunk of rows at a time; gradients are made in the forward pass.
+    """Linear head and cross entropy, a chunk of rows at a time; the forward pass computes the gradients, too.
 
     Args of `apply`: hidden [n, H]; head weight [K * V, H]; targets int [n, K], -100 for none; label weights [K];
     label smoothing; a class whose loss is summed apart (end of stream), or -1.
@@ -97,8 +98,8 @@ class _HeadCrossEntropy(torch.autograd.Function):
             losses_nK = -wanted_nK * labelled_nK
             is_marked_nK = target_nK == marked
             right_nK = logits_nV.view_as(log_share_nKV).argmax(-1) == target_nK
-            found = (losses_nK, right_nK, losses_nK * is_marked_nK, is_marked_nK)
-            stats_4K += torch.stack([values.float().sum(0) for values in found])
+            counted = (losses_nK, right_nK, losses_nK * is_marked_nK, is_marked_nK)
+            stats_4K += torch.stack([values.float().sum(0) for values in counted])
             if need_hidden or need_head:
                 grad_nKV = log_share_nKV.exp_()
                 if smoothing:
@@ -177,7 +178,7 @@ def pack_loss(
     """The loss share of one pack.
 
     Args:
-        hidden_NH: what `hidden_states` returned; or, with `at_labels`, what `label_states` did.
+        hidden_NH: from `hidden_states`; with `at_labels`, from `label_states`.
         label_weights: [2 + K], from `LossOptions.per_label`.
     """
     assert not (at_labels and options.contrastive), "the contrastive loss takes every audio row"

@@ -42,7 +42,7 @@ class PackModel(nn.Module):
         self._model = (model,)  # in a tuple: not a submodule
 
     def forward(self, batch: Batch, label_weights: torch.Tensor, probe: Callable[..., Any] | None = None) -> Any:
-        """The pack's `LossParts`; with `probe`, what `probe(model, batch)` returns instead.
+        """The pack's `LossParts`; with `probe`, the result of `probe(model, batch)` instead.
 
         A probe runs inside this call because FSDP gathers the weights around it.
 

@@ -26,7 +26,7 @@ Inputs = dict[str, Any]
 
 
 def boson_inputs(samples: Sequence[Stored], ids: SpecialIds, pad_token_id: int, *, mel: bool = False) -> Inputs:
-    """Arguments of `HiggsAudioModel.forward`, made by boson's collator, labels among them.
+    """Arguments of `HiggsAudioModel.forward`, from boson's collator, labels among them.
 
     Args:
         mel: add the log-mel features of samples that have them.
@@ -81,7 +81,7 @@ def reference_loss(
     """The same as `pack_loss(model, hidden_states(model, batch), …)`, by boson's forward.
 
     Args:
-        inputs: what `boson_inputs` returned, on the model's device.
+        inputs: from `boson_inputs`, on the model's device.
         label_weights: [2 + K], weight of one label in the total loss.
         weight: 0 leaves every label out.
     """
