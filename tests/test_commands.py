@@ -17,6 +17,7 @@ HEAVY = {
     "soundfile", "tensorboard", "torch", "transformers", "webdataset",
 }  # fmt: skip
 COMMANDS = {
+    "export": "higgs_tune.train.export.merge",
     "inspect": "higgs_tune.inspect.cli",
     "preprocess": "higgs_tune.preprocess.cli",
     "train": "higgs_tune.train.__main__",
