@@ -9,8 +9,9 @@ from helpers.samples import random_sample
 from higgs_tune.shards.sequence import SpecialIds
 from higgs_tune.train.data.batch import collate
 from higgs_tune.train.model.forward import hidden_states
-from higgs_tune.train.model.generate import Sampling, generate
+from higgs_tune.train.model.generate import boson_generate
 from higgs_tune.train.model.loss import LossOptions, pack_loss
+from higgs_tune.train.model.sampling import Sampling, request_of
 from higgs_tune.train.toy import make_model, model_config
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
@@ -41,7 +42,8 @@ def test_overfitted_model_says_its_targets(toy_tokenizer: PreTrainedTokenizerBas
     for sample in samples:
         target = sample.codes_KT[:, -sample.segment_frames[-1] :]
         for speak in (True, False):
-            said = generate(model, sample, toy_ids, Sampling(temperature=0, speak=speak), max_frames=30)
+            request = request_of(sample, toy_ids, speak=speak, max_frames=30)
+            said = boson_generate(model, request, toy_ids, Sampling(temperature=0))
             assert said.reached_eos
             assert said.codes_KT is not None
             np.testing.assert_array_equal(said.codes_KT, target)
@@ -56,10 +58,11 @@ def test_cut_off_generation_is_known(toy_tokenizer: PreTrainedTokenizerBase, toy
     sample = random_sample("s", np.random.default_rng(0), toy_tokenizer, toy_ids)
     config = model_config(toy_tokenizer)
     config._attn_implementation = "sdpa"
-    said = generate(make_model(config, seed=0).eval(), sample, toy_ids, Sampling(seed=1), max_frames=8)
+    request = request_of(sample, toy_ids, speak=True, max_frames=8, seed=1)
+    said = boson_generate(make_model(config, seed=0).eval(), request, toy_ids, Sampling())
     assert not said.reached_eos
     assert said.codes_KT is not None
     assert 0 < said.codes_KT.shape[1] <= 16
-    again = generate(make_model(config, seed=0).eval(), sample, toy_ids, Sampling(seed=1), max_frames=8)
+    again = boson_generate(make_model(config, seed=0).eval(), request, toy_ids, Sampling())
     assert again.codes_KT is not None
     np.testing.assert_array_equal(said.codes_KT, again.codes_KT)

@@ -63,7 +63,8 @@ class ExecOptions:
 class Kernels:
     """The operations that layers are made of, plain or fast.
 
-    project: linear layers on a source, see `plain_project`. attend: see `causal_attention`. qkv, ffn: `_qkv` and
+    project: linear layers on a source, see `plain_project`. attend: queries, keys, values and their span, see
+    `causal_attention`. qkv, ffn: `_qkv` and
     `_ffn`, perhaps compiled or checkpointed.
     """
 
@@ -141,7 +142,7 @@ def label_states(model: HiggsAudioModel, batch: Batch, exec_options: ExecOptions
 def _embed(model: HiggsAudioModel, batch: Batch, exec_options: ExecOptions) -> tuple[torch.Tensor, PackContext]:
     """The embeddings in sorted order [N, H], and the context of the layers."""
     hidden_NH = torch.cat([embed_text(model, batch), embed_audio(model, batch["codes_KA"])])
-    return hidden_NH, make_context(model, batch, hidden_NH, _kernels(exec_options))
+    return hidden_NH, make_context(model, batch, hidden_NH, kernels_of(exec_options))
 
 
 def _run_layer(layer: nn.Module, exec_options: ExecOptions, *packed: Any) -> torch.Tensor:
@@ -271,7 +272,7 @@ def attention(
     """
     layers = layers_of(module.q_proj, module.k_proj, module.v_proj)
     q_NhD, k_NhD, v_NhD = kernels.qkv(source, layers, span, module.head_dim)
-    out_NhD = kernels.attend(q_NhD, k_NhD, v_NhD, span.lengths, span.cu_lengths)
+    out_NhD = kernels.attend(q_NhD, k_NhD, v_NhD, span)
     out = Rows(out_NhD.flatten(1), span.to_sorted, span.to_sequence)
     if labelled:
         out, residual_NH = Rows(out.x_NH, labelled.places), residual_NH.index_select(0, labelled.rows)
@@ -298,17 +299,24 @@ def _ffn(
     return project(Gated(*project(source, gate_up)), down, source.x_NH)[0]
 
 
-def _kernels(exec_options: ExecOptions) -> Kernels:
+def _attend(
+    attend: Callable[..., torch.Tensor], q_NhD: torch.Tensor, k_NhD: torch.Tensor, v_NhD: torch.Tensor, span: Span
+) -> torch.Tensor:
+    return attend(q_NhD, k_NhD, v_NhD, span.lengths, span.cu_lengths)
+
+
+def kernels_of(exec_options: ExecOptions) -> Kernels:
+    """The operations that layers run by."""
     if exec_options.plain:
         qkv = partial(_qkv, plain_project, plain_rope_and_reorder)
-        return Kernels(plain_project, plain_attention, qkv, partial(_ffn, plain_project))
+        return Kernels(plain_project, partial(_attend, plain_attention), qkv, partial(_ffn, plain_project))
     if exec_options.compiled:  # the compiler sees by itself what to fuse and what to recompute
         qkv, ffn = partial(_compiled(_qkv), plain_project, rope_and_reorder), partial(_compiled(_ffn), plain_project)
     else:
         qkv, ffn = partial(_qkv, fused_project, rope_and_reorder), partial(_ffn, fused_project)
     if exec_options.checkpointing == "selective":
         ffn = partial(checkpoint, ffn, use_reentrant=False)
-    return Kernels(fused_project, causal_attention, qkv, ffn)
+    return Kernels(fused_project, partial(_attend, causal_attention), qkv, ffn)
 
 
 @cache

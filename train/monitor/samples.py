@@ -1,4 +1,4 @@
-"""Speech samples during training: fixed texts and voices, boson's own `generate`, metrics beside the base model's.
+"""Speech samples during training: fixed texts and voices, metrics beside the base model's.
 
 In: a run and its shard sets. Out: `samples/NAME/samples.json` and wav files, TensorBoard. NAME is `base` or
 `step-000500`; `samples/target` holds the recorded targets and the reference voices.
@@ -10,7 +10,7 @@ Shapes: K codebooks, T frames, S waveform samples.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,8 @@ from higgs_tune.shards import durable
 from higgs_tune.shards.errors import UserError
 from higgs_tune.shards.format import FRAME_RATE_HZ, Sample
 from higgs_tune.shards.reader import ShardSet
-from higgs_tune.train.model.generate import Said, Sampling, generate
+from higgs_tune.train.model.decoding import generate_batch
+from higgs_tune.train.model.sampling import Said, Sampling, request_of
 from higgs_tune.train.state import Run
 from transformers import PreTrainedTokenizerBase
 
@@ -35,17 +36,15 @@ class SampleGenerator:
     """Generates the same samples at every call; ranks share the work, rank 0 writes.
 
     Raises:
-        UserError: there is no codec, or the model takes stored tower features, which boson's `generate` does not.
+        UserError: there is no codec.
     """
 
     def __init__(self, run: Run, tokenizer: PreTrainedTokenizerBase, features: str) -> None:
-        if features == "encoder":
-            raise UserError("--sample_steps needs the tower's input", expected="--whisper_features mel", got=features)
-        self.run, self.tokenizer, self.mels = run, tokenizer, features != "none"
+        self.run, self.tokenizer, self.features = run, tokenizer, features
         self.folder = run.config.output_dir / "samples"
         sets = run.schedule.sets.sets
         self.samples = [
-            shards.read(row, mels=self.mels) for shards, row in choose(sets, run.config.validation.num_samples)
+            shards.read(row, mels=features != "none") for shards, row in choose(sets, run.config.validation.num_samples)
         ]
         path = codec_path(run.config.validation.audio_tokenizer_path, sets)
         self.codec = load_codec(path, run.context.device) if run.context.is_main else None
@@ -66,14 +65,19 @@ class SampleGenerator:
         """Generate; returns a line of metrics.jsonl, on rank 0."""
         run, world = self.run, self.run.context.world
         with torch.random.fork_rng(), run.eval_mode(base=name == "base"):
-            mine = [self._generate(number) for number in range(world.rank, len(self.samples), world.size)]
+            mine = self._generate(range(world.rank, len(self.samples), world.size))
         outputs = self._gather(mine)
         return self._write(name, outputs) if run.context.is_main else None
 
-    def _generate(self, number: int) -> Said:
-        run = self.run
-        sampling = Sampling(seed=run.config.optim.seed + number, speak=run.config.with_audio)
-        return generate(run.peft_model, self.samples[number], run.special_ids, sampling, max_frames=self._max_frames)
+    def _generate(self, numbers: Sequence[int]) -> list[Said]:
+        """Generate some of the samples, in order."""
+        run, ids, speak = self.run, self.run.special_ids, self.run.config.with_audio
+        requests = [
+            request_of(self.samples[i], ids, speak=speak, max_frames=self._max_frames, seed=run.config.optim.seed + i)
+            for i in numbers
+        ]
+        results = dict(generate_batch(run.model, requests, ids, Sampling(), features=self.features))
+        return [results[i] for i in range(len(requests))]
 
     @property
     def _max_frames(self) -> int:
