@@ -10,6 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from higgs_tune.preprocess.checkpoints.hub import local_checkpoint
 from higgs_tune.shards.errors import UserError
 from higgs_tune.shards.sequence import SpecialIds
 
@@ -38,7 +39,7 @@ class Checkpoints:
         Raises:
             UserError: it is missing.
         """
-        return self._folder(self.model_path, "model", "--model_path")
+        return self._folder(self.model_path, "model", "--model_path", weights=False)
 
     def codec_folder(self) -> Path:
         """The codec's folder.
@@ -48,9 +49,9 @@ class Checkpoints:
         """
         return self._folder(self.audio_tokenizer_path, "codec", "--audio_tokenizer_path")
 
-    def _folder(self, given: Path | None, name: str, flag: str) -> Path:
+    def _folder(self, given: Path | None, name: str, flag: str, *, weights: bool = True) -> Path:
         in_manifest = self.provenance.get("paths", {}).get(name)
-        path = given or (Path(in_manifest) if in_manifest else None)
+        path = local_checkpoint(given, weights=weights) if given else Path(in_manifest) if in_manifest else None
         if path is None or not (path / "config.json").is_file():
             raise UserError(f"the {name} that made this set is not here", where=path, hint=f"Name it with {flag}.")
         return path

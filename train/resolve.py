@@ -11,7 +11,8 @@ from pathlib import Path
 
 import numpy as np
 from higgs_tune.preprocess.checkpoints.checkpoint import describe_checkpoint, load_tokenizer
-from higgs_tune.preprocess.checkpoints.hub import MODEL_FILES, WEIGHT_FILES, local_checkpoint
+from higgs_tune.preprocess.checkpoints.hub import local_checkpoint
+from higgs_tune.preprocess.checkpoints.weights import weight_files
 from higgs_tune.shards.errors import ShardError, UserError
 from higgs_tune.shards.reader import ShardSet
 from higgs_tune.shards.split import ValidationSplit
@@ -57,7 +58,9 @@ def resolve_inputs(config: TrainConfig, context: DistContext) -> Inputs:
         UserError: paths or options are bad, or checkpoint, adapter and shard sets do not fit together.
     """
     base, adapter = resolve_model(config.model_path)
+    weight_files(base)  # this and the next line refuse what would else fail after minutes of loading
     sets = open_sets(config, base)
+    load_tokenizer(base, sets[0].special_ids)
     if config.training_stage == "stage1" and not config.loss.allow_textless_stage1:
         require_text(sets, base)
     model_config = load_config(base)
@@ -98,13 +101,12 @@ def resolve_model(path: Path) -> tuple[Path, Path | None]:
     Raises:
         UserError: there is no such checkpoint, or the adapter's base checkpoint is not there.
     """
-    files = (*MODEL_FILES, *WEIGHT_FILES)
     adapter = read_adapter_config(path)
     if adapter is None:
-        return local_checkpoint(path, files), None
+        return local_checkpoint(path), None
     base = Path(adapter.get("base_model_name_or_path") or "")
     try:
-        return local_checkpoint(base, files), path
+        return local_checkpoint(base), path
     except UserError as error:
         where = path / "adapter_config.json"
         raise UserError("the adapter's base checkpoint is not there", where=where, got=base) from error

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 from higgs_tune.preprocess.audio.resample import resample_soxr
+from higgs_tune.preprocess.checkpoints.weights import all_finite, read_header, weight_files
 from higgs_tune.preprocess.workdir import Features
 from higgs_tune.shards import durable
 from higgs_tune.shards.errors import UserError, few
@@ -128,12 +129,14 @@ def _tower_weights(folder: Path) -> dict[str, torch.Tensor]:
     """The tower's tensors by the names of `HiggsAudioEncoder`."""
     require_tower(folder)
     weights: dict[str, torch.Tensor] = {}
-    for file in sorted(folder.glob("*.safetensors")):
+    for file in weight_files(folder):
         with safe_open(file, framework="pt") as tensors:
             for name in tensors.keys():  # noqa: SIM118  (safe_open is no mapping)
                 prefix = next((p for p in TOWER_PREFIXES if name.startswith(p)), None)
                 if prefix:
                     weights[name.removeprefix(prefix)] = tensors.get_tensor(name)
+    if broken := [name for name, value in weights.items() if not all_finite(value)]:
+        raise UserError("the audio tower's weights are NaN or infinite", where=folder, got=few(sorted(broken)))
     return weights
 
 
@@ -141,12 +144,10 @@ def require_tower(folder: Path) -> None:
     """Make sure that a checkpoint has an audio tower.
 
     Raises:
-        UserError: its safetensors hold no tower, or it has none.
+        UserError: its weights hold no tower, or cannot be read.
     """
-    for file in folder.glob("*.safetensors"):
-        with safe_open(file, framework="pt") as tensors:
-            if any(name.startswith(TOWER_PREFIXES) for name in tensors.keys()):  # noqa: SIM118
-                return
+    if any(name.startswith(TOWER_PREFIXES) for file in weight_files(folder) for name in read_header(file)):
+        return
     hint = "Name one that has it with --whisper_path, or use --whisper_features mel."
     raise UserError(
         "the checkpoint has no audio tower", where=folder, expected=f"weights {TOWER_PREFIXES[0]}*", hint=hint

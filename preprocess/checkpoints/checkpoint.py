@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from higgs_tune.preprocess.checkpoints.native import NATIVE_TYPE, boson_config
+from higgs_tune.preprocess.filetype import refuse_pointer
 from higgs_tune.shards import durable
-from higgs_tune.shards.errors import UserError, first_line
+from higgs_tune.shards.errors import UserError, few, first_line
 from higgs_tune.shards.sequence import SpecialIds
 from higgs_tune.shards.writer import file_sha256
 
@@ -36,6 +37,7 @@ def read_config(path: Path) -> dict[str, Any]:
     file = path / "config.json"
     if not file.is_file():
         raise UserError("no checkpoint here", where=path, expected="config.json")
+    refuse_pointer(file, "the checkpoint's config")
     config = durable.from_json(file.read_bytes(), "the checkpoint's config", file)
     if config.get("model_type") == NATIVE_TYPE:
         return boson_config(config, path)
@@ -65,13 +67,15 @@ def load_tokenizer(path: Path, ids: SpecialIds) -> PreTrainedTokenizerBase:
     """The text tokenizer of a checkpoint folder.
 
     Raises:
-        UserError: the tokenizer files are missing or unreadable, or disagree with the config on an audio placeholder.
+        UserError: the tokenizer files are missing or unreadable, disagree with the config on an audio placeholder, or
+            hold tokens that the model has no embedding for.
     """
     from transformers import AutoTokenizer
 
     missing = [name for name in ("tokenizer.json", "tokenizer_config.json") if not (path / name).is_file()]
     if missing:
         raise UserError("the checkpoint has no tokenizer", where=path, expected=" and ".join(missing))
+    refuse_pointer(path / "tokenizer.json", "the checkpoint's tokenizer")
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # the tokenizers package raises plain ones
@@ -80,7 +84,23 @@ def load_tokenizer(path: Path, ids: SpecialIds) -> PreTrainedTokenizerBase:
         got = tokenizer.convert_tokens_to_ids(token)
         if got != expected:
             raise UserError(f"tokenizer and config disagree on {token}", where=path, expected=expected, got=got)
+    _refuse_tokens_beyond(tokenizer.get_vocab(), path)
     return tokenizer
+
+
+def _refuse_tokens_beyond(token_ids: dict[str, int], path: Path) -> None:
+    """Make sure that the model has an embedding for every token, added ones too.
+
+    Raises:
+        UserError: names the tokens without one.
+    """
+    size = read_config(path)["text_config"].get("vocab_size")
+    beyond = sorted((number, token) for token, number in token_ids.items() if isinstance(size, int) and number >= size)
+    if beyond:
+        got = f"{len(beyond)} tokens beyond it: {few([f'{token} ({number})' for number, token in beyond])}"
+        hint = "Resize the model's embedding (resize_token_embeddings), or take the tokenizer that the model came with."
+        raise UserError("the tokenizer does not fit the model's embedding", where=path, expected=f"ids below {size}",
+                        got=got, hint=hint)  # fmt: skip
 
 
 def describe_checkpoint(path: Path) -> dict[str, Any]:

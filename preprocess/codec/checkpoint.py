@@ -14,9 +14,9 @@ from pickle import UnpicklingError  # what torch.load raises for what weights_on
 from typing import Any
 
 import torch
+from higgs_tune.preprocess.checkpoints.weights import all_finite
 from higgs_tune.preprocess.codec.codec import CodecConfig, HiggsCodec
-from higgs_tune.preprocess.codec.weights import weight_files
-from higgs_tune.shards import durable
+from higgs_tune.preprocess.codec.weights import NATIVE_TYPE, codec_weight_files, read_codec_config
 from higgs_tune.shards.errors import UserError, few, first_line
 from higgs_tune.shards.format import FRAME_RATE_HZ
 from safetensors import SafetensorError
@@ -25,7 +25,6 @@ from torch.nn.utils import parametrize
 from transformers import DacConfig, HubertConfig
 from transformers.modeling_utils import no_init_weights
 
-NATIVE_TYPE = "higgs_audio_v2_tokenizer"
 CODEC_RATE_HZ = 24_000
 RATES_HZ = {"sample_rate": CODEC_RATE_HZ, "semantic_sample_rate": 16_000}  # the encoder's strides presume them
 Weights = dict[str, torch.Tensor]
@@ -44,20 +43,9 @@ def load_codec(path: str | Path, device: str | torch.device = "cpu") -> HiggsCod
         UserError: no config, an unknown layout, or weights that do not fit.
     """
     folder = Path(path)
-    config_path = folder / "config.json"
-    if not config_path.is_file():
-        raise UserError("no audio tokenizer here", where=folder, expected="config.json")
-    raw = durable.from_json(config_path.read_bytes(), "the audio tokenizer's config", config_path)
-    native = raw.get("model_type") == NATIVE_TYPE
-    if not native and ("ratios" not in raw or "sample_rate" not in raw):
-        raise UserError(
-            "not the config of a Higgs audio tokenizer",
-            where=config_path,
-            expected=f"model_type {NATIVE_TYPE}, or Boson's keys (ratios, sample_rate, n_q)",
-            got=f"model_type {raw.get('model_type')}",
-        )
+    raw = read_codec_config(folder)
     try:
-        codec = _make_codec(folder, raw, native=native)
+        codec = _make_codec(folder, raw, native=raw.get("model_type") == NATIVE_TYPE)
     except KeyError as error:
         raise UserError(f"the audio tokenizer lacks a weight or setting: {error}", where=folder) from error
     except UserError:
@@ -80,7 +68,7 @@ def _make_codec(folder: Path, raw: dict[str, Any], *, native: bool) -> HiggsCode
 
 def _read_weights(folder: Path) -> Weights:
     weights: Weights = {}
-    for file in weight_files(folder):
+    for file in codec_weight_files(folder):
         try:
             if file.suffix == ".pth":
                 weights |= torch.load(file, map_location="cpu", weights_only=True, mmap=True)
@@ -90,6 +78,8 @@ def _read_weights(folder: Path) -> Weights:
             pickled = "it holds more than tensors, and no pickled code is run"
             reason = pickled if isinstance(error, UnpicklingError) else first_line(error)
             raise UserError(f"cannot read weights: {reason}", where=file) from error
+    if broken := [name for name, value in weights.items() if not all_finite(value)]:
+        raise UserError("the audio tokenizer's weights are NaN or infinite", where=folder, got=few(sorted(broken)))
     if not any(name.startswith("semantic_model.") for name in weights):
         hint = "Use a checkpoint whose weights hold semantic_model.*: no remote code is run to fetch them."
         raise UserError("the HuBERT weights are missing", where=folder, hint=hint)

@@ -18,6 +18,7 @@ import torch.distributed.tensor  # peft 0.21 uses it without importing it
 from boson_multimodal.model.higgs_audio import HiggsAudioConfig, HiggsAudioModel
 from higgs_tune.preprocess.checkpoints.checkpoint import read_config
 from higgs_tune.preprocess.checkpoints.native import NOT_WEIGHTS, boson_weight_name
+from higgs_tune.preprocess.checkpoints.weights import all_finite, weight_files
 from higgs_tune.shards.errors import UserError
 from safetensors import SafetensorError, safe_open
 
@@ -87,7 +88,7 @@ def load_model(path: Path, *, device: torch.device, dtype: torch.dtype, audio_at
     problems += [f"missing {name}" for name in sorted(missing - {TEXT_HEAD_WEIGHT})]
     if problems:
         more = f" and {len(problems) - 20} more" if len(problems) > 20 else ""
-        raise UserError(f"the checkpoint does not fit its config: {'; '.join(problems[:20])}{more}", where=path)
+        raise UserError(f"the checkpoint cannot be used: {'; '.join(problems[:20])}{more}", where=path)
     if TEXT_HEAD_WEIGHT in missing:
         filled[TEXT_HEAD_WEIGHT] = torch.zeros(own[TEXT_HEAD_WEIGHT].shape, device=device, dtype=dtype)
     if adding:
@@ -101,12 +102,9 @@ def _read_weights(
     path: Path, own: dict[str, torch.Tensor], device: torch.device, dtype: torch.dtype
 ) -> tuple[dict[str, torch.Tensor], list[str]]:
     """The checkpoint's weights under Boson's names, and a line for each that does not fit."""
-    files = sorted(path.glob("model*.safetensors"))
-    if not files:
-        raise UserError("the checkpoint has no weights", where=path, expected="model*.safetensors")
     filled: dict[str, torch.Tensor] = {}
     problems: list[str] = []
-    for file in files:
+    for file in weight_files(path):
         try:
             with safe_open(file, framework="pt", device=str(device)) as tensors:
                 for stored in tensors.keys():  # noqa: SIM118  (safe_open is no mapping)
@@ -115,11 +113,15 @@ def _read_weights(
                         continue
                     if name not in own:
                         problems.append(f"unexpected {stored}")
+                    elif name in filled:
+                        problems.append(f"{stored} is a second {name}")
                     elif list(own[name].shape) != shape:
                         problems.append(f"{stored}: expected {list(own[name].shape)}, got {shape}")
                         filled[name] = own[name]
                     else:
                         filled[name] = tensors.get_tensor(stored).to(dtype)
+                        if not all_finite(filled[name]):
+                            problems.append(f"{stored} holds NaN or infinite values as {dtype}")
         except (SafetensorError, OSError) as error:
             raise UserError(f"cannot read weights: {error}", where=file) from error
     return filled, problems

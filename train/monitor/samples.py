@@ -18,7 +18,9 @@ import numpy as np
 import soundfile
 import torch
 from higgs_tune.preprocess.audio.levels import quiet_share
+from higgs_tune.preprocess.checkpoints.hub import local_checkpoint
 from higgs_tune.preprocess.codec.checkpoint import load_codec
+from higgs_tune.preprocess.codec.weights import codec_weight_files
 from higgs_tune.shards import durable
 from higgs_tune.shards.errors import UserError
 from higgs_tune.shards.format import FRAME_RATE_HZ, Sample
@@ -180,20 +182,22 @@ def choose(sets: list[ShardSet], count: int) -> list[tuple[ShardSet, int]]:
 
 
 def codec_path(given: Path | None, sets: list[ShardSet]) -> Path:
-    """The codec that decodes samples.
+    """The folder of the codec that decodes samples, downloaded if `given` names a repository.
 
     Raises:
-        UserError: none is given, and the codec of the shards does not exist.
+        UserError: it does not exist, is not a codec, or its weight files are missing.
     """
     if given is not None:
-        return given
-    made_with = Path(sets[0].provenance.get("paths", {}).get("codec", ""))
-    if not (made_with / "config.json").is_file():
-        hint = "Give --audio_tokenizer_path."
-        raise UserError(
-            "--sample_steps: the codec that the shards were made with is not there", where=made_with, hint=hint
-        )
-    return made_with
+        folder = local_checkpoint(given)
+    else:
+        folder = Path(sets[0].provenance.get("paths", {}).get("codec", ""))
+        if not (folder / "config.json").is_file():
+            hint = "Give --audio_tokenizer_path."
+            raise UserError(
+                "--sample_steps: the codec that the shards were made with is not there", where=folder, hint=hint
+            )
+    codec_weight_files(folder)
+    return folder
 
 
 def summary(listed: list[dict[str, Any]]) -> dict[str, float]:
