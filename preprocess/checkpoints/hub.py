@@ -83,6 +83,7 @@ def _snapshot(folder: Path) -> Path:
     if repositories:
         expected = "the folder of one checkpoint, or owner/name"
         raise UserError("this is the cache of the Hub", where=folder, expected=expected, got=few(repositories))
+    folder = folder.parent if folder.name == "snapshots" else folder
     repository = _repository(folder)
     if not repository:
         return folder
