@@ -1,0 +1,135 @@
+"""Figures of systems: each with its interval, for all lines and by language, speaker, dialect and length; and paired.
+
+In: the utterances of each system, in the same order of lines. Out: plain dicts for `eval.json`. A figure is
+`{mean, low, high, n}`, or None where no line has a value; `low` and `high` bound it with 95 % confidence.
+
+`wer`, `cer`: errors of all lines over units of all texts (corpus). `wer_mean`, `cer_mean`: mean of the lines' own
+rates, as Seed-TTS-eval reports.
+
+Shapes: N lines, M figures of all systems.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from higgs_tune.evaluate.bootstrap import SEED, resample
+from higgs_tune.evaluate.lists import Line
+from higgs_tune.evaluate.utterances import Utterance
+
+Value = tuple[float, float] | None  # numerator and denominator; None: the line has no value
+
+
+def _of(value: float | None) -> Value:
+    return None if value is None else (value, 1.0)
+
+
+def _quality(name: str) -> Callable[[Utterance], Value]:
+    return lambda utterance: _of((utterance.quality or {}).get(name))
+
+
+FIGURES: dict[str, Callable[[Utterance], Value]] = {
+    "wer": lambda u: (u.words.errors, u.words.length),
+    "wer_mean": lambda u: _of(u.words.rate),
+    "cer": lambda u: (u.characters.errors, u.characters.length),
+    "cer_mean": lambda u: _of(u.characters.rate),
+    "sim": lambda u: _of(u.similarity),
+    "quality": _quality("overall"),
+    "run_on_rate": lambda u: _of(float(u.runs_on)),
+    "silence": lambda u: _of(u.judged.silence),
+    "chars_per_second": lambda u: _of(u.characters_per_second),
+    "duration_ratio": lambda u: _of(u.duration_ratio),
+}
+GROUPS: dict[str, Callable[[Utterance], str]] = {
+    "language": lambda u: u.line.language,
+    "speaker": lambda u: u.line.speaker,
+    "dialect": lambda u: u.line.dialect,
+    "length": lambda u: u.length_group,
+}
+
+Systems = dict[str, list[Utterance]]
+
+
+def compare(systems: Systems, base: str, *, seed: int = SEED) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The figures of each system, and of each system minus `base`, on the same resamples."""
+    extra = sorted({name for said in systems.values() for u in said for name in u.quality or ()} - {"overall"})
+    functions = FIGURES | {f"quality_{name}": _quality(name) for name in extra}
+    pairs = [[_pairs(said, function) for function in functions.values()] for said in systems.values()]
+    table_NM2 = np.array(pairs).reshape(len(systems) * len(functions), -1, 2).transpose(1, 0, 2)
+    resampled = resample(table_NM2[:, :, 0], table_NM2[:, :, 1], seed=seed)
+    column = {(system, name): at for at, (system, name) in enumerate((s, name) for s in systems for name in functions)}
+    figures = {
+        system: {name: resampled.interval(column[system, name]) for name in functions} | {"counts": _counts(said)}
+        for system, said in systems.items()
+    }
+    paired = {
+        system: {name: resampled.difference(column[system, name], column[base, name]) for name in functions}
+        for system in systems
+        if system != base
+    }
+    return figures, paired
+
+
+def _pairs(said: list[Utterance], function: Callable[[Utterance], Value]) -> list[tuple[float, float]]:
+    return [function(utterance) or (0.0, 0.0) for utterance in said]
+
+
+def _counts(said: list[Utterance]) -> dict[str, int]:
+    """Utterances, those with a problem, and edits."""
+    counts = {"utterances": len(said), "problems": sum(bool(u.judged.problem) for u in said)}
+    for unit in ("words", "characters"):
+        edits = [getattr(u, unit) for u in said]
+        counts[unit] = sum(given.length for given in edits)
+        for kind in ("substitutions", "deletions", "insertions"):
+            counts[f"{unit[:-1]}_{kind}"] = sum(getattr(given, kind) for given in edits)
+    return counts
+
+
+def compare_groups(systems: Systems, base: str) -> dict[str, Any]:
+    """`{grouping: {group: {figures, paired}}}`, for each grouping by which the lines differ."""
+    lines = next(iter(systems.values()))
+    groups: dict[str, Any] = {}
+    for grouping, name_of in GROUPS.items():
+        names = [name_of(utterance) for utterance in lines]
+        if len(set(names)) > 1:
+            groups[grouping] = {
+                name or "unknown": _compare_part(systems, base, [at for at, own in enumerate(names) if own == name])
+                for name in sorted(set(names))
+            }
+    return groups
+
+
+def _compare_part(systems: Systems, base: str, rows: list[int]) -> dict[str, Any]:
+    figures, paired = compare({system: [said[at] for at in rows] for system, said in systems.items()}, base)
+    return {"figures": figures, "paired": paired}
+
+
+def shuffled(lines: list[Line], *, seed: int = SEED) -> list[int]:
+    """For each line another line's number: a random cycle through all, for the floor.
+
+    Other lines with an equal text stand for nothing new, but are rare, so they are not avoided.
+    """
+    order = np.random.default_rng(seed).permutation(len(lines))
+    other = np.empty(len(lines), np.int64)
+    other[order] = np.roll(order, 1)
+    return other.tolist()
+
+
+def find_swaps(said: list[Utterance]) -> dict[str, str]:
+    """Lines that speak another line's text: their ids, with the id whose text was heard.
+
+    A line with more than half of its characters wrong that is within a fifth of another line's text.
+    """
+    from rapidfuzz.distance import Levenshtein  # pyright: ignore[reportMissingImports]
+    from rapidfuzz.process import extractOne  # pyright: ignore[reportMissingImports]
+
+    texts = {utterance.line.id: utterance.text for utterance in said}
+    swaps = {}
+    for utterance in said:
+        if utterance.characters.rate > 0.5 and utterance.heard:
+            best = extractOne(utterance.heard, texts, scorer=Levenshtein.normalized_distance, score_cutoff=0.2)
+            if best and best[2] != utterance.line.id:
+                swaps[utterance.line.id] = best[2]
+    return swaps

@@ -1,0 +1,144 @@
+"""One utterance as measured: errors, similarity, quality and timing of one line as one system spoke it.
+
+In: a line, its judgement, a normaliser. Out: an `Utterance`, and its line of `utterances.jsonl`. A line that the system
+did not speak counts as wrong: every word deleted, similarity 0, quality 1 (the lowest of its scale).
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from higgs_tune.evaluate.judging import Judgement
+from higgs_tune.evaluate.lists import Line
+from higgs_tune.preprocess.judges.edits import Edits, count_edits, differences
+from higgs_tune.preprocess.judges.interface import cosine
+from higgs_tune.preprocess.judges.normalisers import Normaliser
+
+WORST_SIMILARITY, WORST_QUALITY = 0.0, 1.0
+RUN_ON_RATIO, RUN_ON_CHARACTERS = 1.5, 10  # more is heard than this many times the text, and this much more
+RUN_ON_SECONDS = 2.0  # or the clip lasts longer than this many times the real recording
+LENGTHS = ((5, "1-5 words"), (10, "6-10 words"), (20, "11-20 words"), (40, "21-40 words"))
+
+
+@dataclass(frozen=True)
+class Utterance:
+    """One line as one system spoke it.
+
+    Attributes:
+        similarity: cosine to the reference voice; None without a speaker encoder.
+        quality: predicted scores; None without a quality model.
+        target_seconds: of the real recording; None without one.
+    """
+
+    line: Line
+    judged: Judgement
+    wav: str
+    chosen: Normaliser
+    similarity: float | None = None
+    quality: dict[str, float] | None = None
+    target_seconds: float | None = None
+
+    @cached_property
+    def text(self) -> str:
+        """The normalised text."""
+        return self.chosen.apply(self.line.text)
+
+    @cached_property
+    def heard(self) -> str:
+        """The normalised transcript."""
+        return self.chosen.apply(self.judged.heard)
+
+    @cached_property
+    def words(self) -> Edits:
+        """Word errors."""
+        return count_edits(self.text.split(), self.heard.split())
+
+    @cached_property
+    def characters(self) -> Edits:
+        """Character errors; spaces count."""
+        return count_edits(self.text, self.heard)
+
+    @property
+    def duration_ratio(self) -> float | None:
+        """Length against the real recording's."""
+        seconds = self.judged.seconds
+        return seconds / self.target_seconds if seconds is not None and self.target_seconds else None
+
+    @property
+    def characters_per_second(self) -> float | None:
+        """Speaking rate: letters of the text a second of the clip."""
+        return len(self.text.replace(" ", "")) / self.judged.seconds if self.judged.seconds else None
+
+    @property
+    def runs_on(self) -> bool:
+        """Whether the system went on speaking after the text."""
+        more = len(self.heard) - len(self.text)
+        long = len(self.heard) > RUN_ON_RATIO * len(self.text) and more >= RUN_ON_CHARACTERS
+        return long or self.judged.problem == "too_long" or (self.duration_ratio or 0) > RUN_ON_SECONDS
+
+    @property
+    def length_group(self) -> str:
+        """The bracket of the text's length."""
+        count = len(self.text.split())
+        return next((name for most, name in LENGTHS if count <= most), "over 40 words")
+
+    def as_line(self, system: str) -> dict[str, Any]:
+        """The line of `utterances.jsonl`."""
+        return {
+            "id": self.line.id,
+            "system": system,
+            "language": self.line.language,
+            "speaker": self.line.speaker,
+            "dialect": self.line.dialect,
+            "wav": self.wav,
+            "problem": self.judged.problem,
+            "detail": self.judged.detail,
+            "text": self.line.text,
+            "heard": self.judged.heard,
+            "text_normalised": self.text,
+            "heard_normalised": self.heard,
+            "differences": differences(self.text.split(), self.heard.split()),
+            "word_edits": asdict(self.words),
+            "character_edits": asdict(self.characters),
+            "wer": round(self.words.rate, 6),
+            "cer": round(self.characters.rate, 6),
+            "sim": _rounded(self.similarity),
+            "quality": self.quality,
+            "run_on": self.runs_on,
+            "silence": self.judged.silence,
+            "seconds": self.judged.seconds,
+            "chars_per_second": _rounded(self.characters_per_second),
+            "duration_ratio": _rounded(self.duration_ratio),
+        }
+
+
+def _rounded(value: float | None) -> float | None:
+    return None if value is None else round(value, 6)
+
+
+def measure(
+    line: Line,
+    judged: Judgement,
+    chosen: Normaliser,
+    *,
+    wav: str = "",
+    reference_D: np.ndarray | None = None,
+    rates_quality: bool = False,
+    target_seconds: float | None = None,
+) -> Utterance:
+    """Measure one line.
+
+    Args:
+        reference_D: embedding of the reference voice; None: no similarity is measured.
+        rates_quality: whether a quality model was at work.
+    """
+    similarity = quality = None
+    if reference_D is not None:
+        near = None if judged.embedding_D is None else cosine(reference_D, judged.embedding_D)
+        similarity = WORST_SIMILARITY if near is None else near
+    if rates_quality:
+        quality = judged.quality or {"overall": WORST_QUALITY}
+    return Utterance(line, judged, wav, chosen, similarity, quality, target_seconds)
