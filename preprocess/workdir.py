@@ -12,11 +12,10 @@ Shapes: K codebooks, T frames of codes, C mel bins or tower channels, F frames o
 
 from __future__ import annotations
 
-import fcntl
 import io
 import json
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -27,6 +26,7 @@ from higgs_tune.preprocess.audio.clip import Clip
 from higgs_tune.preprocess.reject import Reject
 from higgs_tune.shards import durable
 from higgs_tune.shards.errors import UserError, few
+from higgs_tune.shards.lock import locked
 from higgs_tune.shards.writer import WORK
 
 RESULT_OF = {"clips": "unit", "samples": "shard"}  # the committed file that is made from each list
@@ -81,24 +81,9 @@ class WorkFolder:
             refuse_other(json.loads(file.read_bytes()), request, "unfinished work on", self.out)
         durable.write_bytes(file, durable.to_json(request))
 
-    @contextmanager
-    def locked(self) -> Iterator[None]:
-        """Keep a second run out of the folder; the operating system releases the lock of a killed run.
-
-        Raises:
-            UserError: another run holds it, or the folder cannot be made or written.
-        """
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            lock = (self.folder / "lock").open("w")
-        except OSError as error:
-            raise UserError(f"cannot make the folder: {error.strerror}", where=self.out) from error
-        with lock as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise UserError("another higgs-preprocess is writing here", where=self.out) from None
-            yield
+    def locked(self) -> AbstractContextManager[None]:
+        """Keep a second run out of the folder within the block; see `shards/lock.py`."""
+        return locked(self.folder / "lock", "higgs-preprocess", self.out)
 
     # task lists
 

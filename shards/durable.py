@@ -10,7 +10,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -112,7 +112,13 @@ def check_writable(folder: Path, need_bytes: int = 0) -> None:
 def remove_leftovers(folder: Path) -> None:
     """Delete the temporary files and folders of killed writers, directly in this folder."""
     for leftover in folder.glob(f"{TEMP_PREFIX}*"):
-        if leftover.is_dir():
-            shutil.rmtree(leftover, ignore_errors=True)
-        else:
-            leftover.unlink(missing_ok=True)
+        with suppress(OSError):
+            remove(leftover)
+
+
+def remove(path: Path) -> None:
+    """Remove a file, a link (not its target), or a folder with its content."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

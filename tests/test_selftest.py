@@ -196,8 +196,9 @@ def test_untrained_models_go_on(
 
 def test_dropout_and_reference_labels_do_not_disturb_it(trained: Trained, tmp_path: Path) -> None:
     """Dropout is off within the test; labels of reference audio count as segments."""
-    run_train("single", trained.model, trained.data, tmp_path / "1", learning_rate=1e-2, max_steps=3)
-    run_train("stage2", tmp_path / "1", trained.data, tmp_path / "2", lora_dropout=0.5, train_on_reference=True)
+    dropout = {"lora_dropout": 0.5}
+    run_train("single", trained.model, trained.data, tmp_path / "1", learning_rate=1e-2, max_steps=3, **dropout)
+    run_train("stage2", tmp_path / "1", trained.data, tmp_path / "2", train_on_reference=True)
     result = json.loads((tmp_path / "2" / "selftest.json").read_text())
     assert result["eos_labels"] == 8 * result["segments"]
     assert result["segments"] == sum(len(sample.segment_frames) for sample in trained.samples)

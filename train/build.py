@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from higgs_tune.shards.errors import UserError
 from higgs_tune.train.checkpoint.resume import restore
 from higgs_tune.train.config import TrainConfig
 from higgs_tune.train.data.loader import Loader
@@ -21,13 +22,15 @@ from higgs_tune.train.model.lora import add_lora, describe_trainable, trainable
 from higgs_tune.train.model.loss import LossOptions
 from higgs_tune.train.model.pack_model import PackModel
 from higgs_tune.train.optim import Ema, make_optimizer
-from higgs_tune.train.resolve import Inputs, loss_options, wants_audio_attention
+from higgs_tune.train.resolve import Inputs, loss_options, trainable_options, wants_audio_attention
 from higgs_tune.train.state import Progress, Run, StepStats
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 
-def build_run(config: TrainConfig, context: DistContext, inputs: Inputs) -> tuple[Run, StepStats, dict[str, Any]]:
+def build_run(
+    config: TrainConfig, context: DistContext, inputs: Inputs, checkpoint: Path | None
+) -> tuple[Run, StepStats, dict[str, Any]]:
     """The run, the sums of an unfinished logging interval, and the checkpoint's state (empty for a fresh start).
 
     Raises:
@@ -48,7 +51,8 @@ def build_run(config: TrainConfig, context: DistContext, inputs: Inputs) -> tupl
             projector=config.lora.train_audio_encoder_proj,
         )
     else:
-        model = add_lora(loaded.model, inputs.options, config.training_stage, inputs.base, inputs.adapter)
+        options = trainable_options(config, inputs.adapter)
+        model = add_lora(loaded.model, options, config.training_stage, inputs.base, inputs.adapter)
     module = wrap(config, context, loaded.model, model, loss)
     parameters = trainable(model)
     schedule = inputs.schedule
@@ -69,8 +73,12 @@ def build_run(config: TrainConfig, context: DistContext, inputs: Inputs) -> tupl
         ema=Ema(parameters, config.optim.ema_decay) if config.optim.ema_decay else None,
     )
     stats = run.new_stats()
-    state = restore(run, inputs.checkpoint, stats) if inputs.checkpoint else {}
+    state = restore(run, checkpoint, stats) if checkpoint else {}
     run.total_steps = count_steps(run, state)
+    if run.progress.step > run.total_steps:
+        hint = "Give more steps, or resume from an earlier checkpoint."
+        raise UserError("the checkpoint is beyond the end of the run", where=checkpoint,
+                        expected=f"at most {run.total_steps} steps", got=run.progress.step, hint=hint)  # fmt: skip
     run.loader.start_at(run.progress.cursor)
     return run, stats, state
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -17,8 +18,10 @@ from higgs_tune.preprocess.checkpoints.checkpoint import load_tokenizer
 from higgs_tune.shards.durable import check_writable, to_json, write_bytes
 from higgs_tune.shards.errors import UserError
 from higgs_tune.train.build import build_run, checkpoint_bytes, describe_run
+from higgs_tune.train.checkpoint.find import find_checkpoint, keep_lora_options
 from higgs_tune.train.checkpoint.folder import VERSION, Saver, Snapshot
 from higgs_tune.train.checkpoint.output import SELFTEST, STOPPED, save_config, save_trainable
+from higgs_tune.train.checkpoint.output_folder import check_apart, claimed, earlier_files, remove_files, size_of
 from higgs_tune.train.checkpoint.resume import changed_options
 from higgs_tune.train.config import TrainConfig
 from higgs_tune.train.data.loader import naming_dead_workers
@@ -32,8 +35,8 @@ from higgs_tune.train.monitor.diagnostics import UpdateNorms, compare_prediction
 from higgs_tune.train.monitor.logger import MetricsLogger
 from higgs_tune.train.monitor.profiling import StepProfiler
 from higgs_tune.train.monitor.samples import SampleGenerator
-from higgs_tune.train.monitor.selftest import raise_if_wrong, run_selftest
-from higgs_tune.train.resolve import resolve_inputs
+from higgs_tune.train.monitor.selftest import SelfTestResult, raise_if_wrong, run_selftest
+from higgs_tune.train.resolve import Inputs, input_folders, resolve_inputs
 from higgs_tune.train.run_io import (
     RunIO,
     final_weights,
@@ -67,44 +70,67 @@ def train(config: TrainConfig) -> None:
 def _train(config: TrainConfig, context: DistContext) -> None:
     # 1. check everything that needs no weights
     inputs = resolve_inputs(config, context)
-    # 2. load the model, or restore a checkpoint
-    run, stats, state = build_run(config, context, inputs)
-    if context.is_main:
-        print(describe_run(run, inputs.checkpoint), flush=True)
-        for change in changed_options(state, config) if state else ():
-            print(f"  changed since the checkpoint: {change}", flush=True)
-    if context.is_main and not config.dry_run:
-        check_writable(config.output_dir, 3 * checkpoint_bytes(run))
-        resolved = {"base_model": str(inputs.base), "total_steps": run.total_steps}
-        save_config(config, resolved | {"whisper_features": inputs.features})
-        save_trainable(config.output_dir, run.parameters)
-    # 3. prove that the training signal is right
-    if not inputs.checkpoint:
-        self_test(run, inputs.base)
-    if config.dry_run:
-        dry_run(run)
-        return
-    # 4. take the steps
+    folders = input_folders(config, inputs)
+    check_apart(config.output_dir, folders)
+    writes = context.is_main and not config.dry_run
+    with claimed(config.output_dir) if writes else nullcontext():
+        checkpoint = find_checkpoint(config, context)
+        config = keep_lora_options(config, checkpoint) if checkpoint else config
+        earlier = earlier_files(config, checkpoint) if writes else []
+        # 2. load the model, or restore a checkpoint
+        run, stats, state = build_run(config, context, inputs, checkpoint)
+        if context.is_main:
+            print(describe_run(run, checkpoint), flush=True)
+            for change in changed_options(state, config) if state else ():
+                print(f"  changed since the checkpoint: {change}", flush=True)
+        if writes:
+            check_writable(config.output_dir, max(0, 3 * checkpoint_bytes(run) - size_of(earlier)))
+        # 3. prove that the training signal is right
+        selftest = None if checkpoint else self_test(run, inputs.base)
+        if config.dry_run:
+            dry_run(run)
+            return
+        run_io = make_run_io(run, inputs)
+        # 4. write to the output folder from here on
+        if writes:
+            resumed = {"--resume_from_checkpoint": checkpoint} if checkpoint else {}
+            remove_files(earlier, folders | resumed)
+            save_records(run, inputs, selftest)
+            run_io.logger = MetricsLogger(config, run.total_steps, run.progress.step, state.get("written"))
+            run_io.saver = Saver(config.output_dir, config.checkpoints.save_total_limit)
+            if config.reports.profile:
+                run_io.profiler = StepProfiler(config.output_dir / "profile", context.device)
+        # 5. take the steps
+        with run_io.stop.installed(), naming_dead_workers(), scheduled_gc() as run_io.collect_garbage:
+            run_steps(run, run_io, stats)
+        if run_io.profiler:
+            run_io.profiler.close()
+        # 6. save the result
+        save_result(run, run_io, inputs.base)
+
+
+def make_run_io(run: Run, inputs: Inputs) -> RunIO:
+    """Everything around the steps that reads; logger, saver and profiler join on rank 0."""
     tokenizer = load_tokenizer(inputs.base, run.special_ids)
     run_io = RunIO(tokenizer, fingerprint(run.peft_model.named_parameters()), inputs.validation)
     run_io.saved_step = run.progress.step
-    if context.is_main:
-        run_io.logger = MetricsLogger(config, run.total_steps, run.progress.step, state.get("written"))
-        run_io.saver = Saver(config.output_dir, config.checkpoints.save_total_limit)
-    if config.validation.sample_steps:
+    if run.config.validation.sample_steps:
         run_io.sample_generator = SampleGenerator(run, tokenizer, inputs.features)
-    if config.reports.profile and context.is_main:
-        run_io.profiler = StepProfiler(config.output_dir / "profile", context.device)
-    with run_io.stop.installed(), naming_dead_workers(), scheduled_gc() as run_io.collect_garbage:
-        run_steps(run, run_io, stats)
-    if run_io.profiler:
-        run_io.profiler.close()
-    # 5. save the result
-    save_result(run, run_io, inputs.base)
+    return run_io
 
 
-def self_test(run: Run, base: Path) -> None:
-    """Run the self-test before the first step, print it and keep it.
+def save_records(run: Run, inputs: Inputs, selftest: SelfTestResult | None) -> None:
+    """Write config.yaml, trainable.json, and selftest.json at a fresh start."""
+    folder = run.config.output_dir
+    resolved = {"base_model": str(inputs.base), "total_steps": run.total_steps, "whisper_features": inputs.features}
+    save_config(run.config, resolved)
+    save_trainable(folder, run.parameters)
+    if selftest:
+        write_bytes(folder / SELFTEST, to_json(selftest.to_dict(), indent=1) + b"\n")
+
+
+def self_test(run: Run, base: Path) -> SelfTestResult:
+    """Run the self-test before the first step, and print it.
 
     Raises:
         UserError: the training signal is wrong on some rank, and --skip_alignment_check is not given.
@@ -112,12 +138,11 @@ def self_test(run: Run, base: Path) -> None:
     result = run_selftest(run, base)
     if run.context.is_main:
         print("\n".join(result.lines()), flush=True)
-        if not run.config.dry_run:
-            write_bytes(run.config.output_dir / SELFTEST, to_json(result.to_dict(), indent=1) + b"\n")
     wrong_ranks = run.context.all_sum([float(bool(result.problems))])[0]
     if wrong_ranks and not run.config.skip_alignment_check:
         raise_if_wrong(result)
         raise UserError("the training signal looks wrong on another rank; see its message")
+    return result
 
 
 def run_steps(run: Run, run_io: RunIO, stats: StepStats) -> None:

@@ -62,8 +62,8 @@ class LoraArgs:
     """Rank of LoRA; by default 16, or that of the adapter that is continued."""
     lora_alpha: Annotated[float | None, MORE_THAN_0] = None
     """Scaling of LoRA is alpha / r; by default 2 r, or that of the adapter that is continued."""
-    lora_dropout: Annotated[float, FROM_0_BELOW_1] = 0.0
-    """Dropout of LoRA's input."""
+    lora_dropout: Annotated[float | None, FROM_0_BELOW_1] = None
+    """Dropout of LoRA's input; by default 0, or that of the adapter that is continued."""
     lora_preset: Annotated[PresetName | None, tyro.conf.arg(help=preset_help())] = None
     lora_target_modules: tuple[str, ...] | None = None
     """In place of a preset: one regular expression that matches whole module names, or last parts of names as PEFT
@@ -98,7 +98,7 @@ class LoraArgs:
     def is_given(self) -> bool:
         """Whether an option of LoRA differs from its default."""
         values = (self.lora_r, self.lora_alpha, self.lora_preset, self.lora_target_modules)
-        return any(value is not None for value in values) or self.use_rslora or self.use_dora or self.lora_dropout > 0
+        return any(value is not None for value in values) or self.use_rslora or self.use_dora or bool(self.lora_dropout)
 
 
 @dataclass(frozen=True)

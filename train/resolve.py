@@ -16,8 +16,6 @@ from higgs_tune.preprocess.checkpoints.weights import weight_files
 from higgs_tune.shards.errors import ShardError, UserError
 from higgs_tune.shards.reader import ShardSet
 from higgs_tune.shards.split import ValidationSplit
-from higgs_tune.train.checkpoint.output import prepare_folder
-from higgs_tune.train.checkpoint.resume import find_checkpoint
 from higgs_tune.train.config import TrainConfig
 from higgs_tune.train.data.loader import LoaderOptions
 from higgs_tune.train.data.sampler import Schedule
@@ -26,6 +24,7 @@ from higgs_tune.train.model.load import HiggsAudioConfig, Loaded, load_config
 from higgs_tune.train.model.lora import TrainableOptions, has_audio_attention, read_adapter_config
 from higgs_tune.train.model.loss import LossOptions
 from higgs_tune.train.model.reference import boson_inputs
+from higgs_tune.train.monitor.logger import check_trackers
 from higgs_tune.train.monitor.samples import codec_path
 from higgs_tune.train.monitor.validation import Validation
 from higgs_tune.train.presets import DEFAULT_PRESET
@@ -37,22 +36,19 @@ TEXT_PROBE = 64  # samples of a set that `require_text` looks at
 class Inputs:
     """What is known before the weights are read.
 
-    base: the checkpoint. adapter: of an earlier stage. checkpoint: what the run goes on from.
-    features: Whisper features that the model takes.
+    base: the checkpoint. adapter: of an earlier stage. features: Whisper features that the model takes.
     """
 
     base: Path
     adapter: Path | None
-    checkpoint: Path | None
     features: str
-    options: TrainableOptions
     schedule: Schedule
     loading: LoaderOptions
     validation: Validation
 
 
 def resolve_inputs(config: TrainConfig, context: DistContext) -> Inputs:
-    """Check everything that needs no weights, and make the output folder.
+    """Check everything that needs no weights.
 
     Raises:
         UserError: paths or options are bad, or checkpoint, adapter and shard sets do not fit together.
@@ -65,8 +61,7 @@ def resolve_inputs(config: TrainConfig, context: DistContext) -> Inputs:
         require_text(sets, base)
     model_config = load_config(base)
     features = whisper_feature_kind(config, model_config, sets)
-    options = trainable_options(config, adapter)
-    options.full_modules(config.training_stage)
+    trainable_options(config, adapter).full_modules(config.training_stage)
     schedule = Schedule(
         sets,
         tokens_per_pack=config.data.tokens_per_pack,
@@ -80,16 +75,26 @@ def resolve_inputs(config: TrainConfig, context: DistContext) -> Inputs:
     validation = Validation(schedule, loading, config.validation.eval_steps)
     if config.validation.early_stopping_patience and not validation.every:
         raise UserError("--early_stopping_patience needs validation", expected="a validation split, and --eval_steps")
+    check_trackers(config.reports.report_to)
     if config.validation.sample_steps:
         codec_path(config.validation.audio_tokenizer_path, sets)
         if config.lora.full_finetune and context.world.size > 1:
             hint = "Samples of different lengths would wait for each other's weights; generate from the saved model."
             raise UserError("--sample_steps has no place in --full_finetune on several ranks", hint=hint)
-    checkpoint = find_checkpoint(config, context)
-    if context.is_main and not config.dry_run:
-        overwrite, resuming = config.checkpoints.overwrite_output_dir, config.checkpoints.resume_from_checkpoint
-        prepare_folder(config.output_dir, overwrite=overwrite, resuming=resuming, checkpoint=checkpoint)
-    return Inputs(base, adapter, checkpoint, features, options, schedule, loading, validation)
+    return Inputs(base, adapter, features, schedule, loading, validation)
+
+
+def input_folders(config: TrainConfig, inputs: Inputs) -> dict[str, Path]:
+    """The local folders that a run reads, and those that its shards were made from, by name."""
+    folders = {"--model_path": config.model_path, "the base checkpoint": inputs.base}
+    if config.validation.audio_tokenizer_path:
+        folders["--audio_tokenizer_path"] = config.validation.audio_tokenizer_path
+    for shards in inputs.schedule.sets.sets:
+        made_from = shards.provenance.get("paths", {})
+        folders |= {f"the {name} that {shards.location} was made with": Path(path) for name, path in made_from.items()}
+        if "://" not in shards.location:
+            folders[f"--train_data_dir {shards.location}"] = Path(shards.location)
+    return folders
 
 
 def resolve_model(path: Path) -> tuple[Path, Path | None]:
@@ -200,32 +205,28 @@ def wants_audio_attention(config: TrainConfig, adapter: Path | None) -> bool:
 
 
 def trainable_options(config: TrainConfig, adapter: Path | None) -> TrainableOptions:
-    """What trains; what is not given is taken from the adapter that is continued, or from the defaults.
+    """What trains; options that are not given are those of the adapter that is continued, or the defaults.
 
     Raises:
         UserError: an option of LoRA differs from the adapter's.
     """
-    r, alpha = config.lora.lora_r, config.lora.lora_alpha
-    rslora, dora = config.lora.use_rslora, config.lora.use_dora
-    earlier = read_adapter_config(adapter) if adapter else None
-    if earlier:
-        given = {"lora_r": (r, earlier["r"]), "lora_alpha": (alpha, earlier["lora_alpha"])}
-        given |= {"use_rslora": (rslora or None, earlier.get("use_rslora", False))}
-        given |= {"use_dora": (dora or None, earlier.get("use_dora", False))}
-        for name, (wanted, had) in given.items():
+    given = {name: getattr(config.lora, name) or None for name in ("lora_r", "lora_alpha", "use_rslora", "use_dora")}
+    given["lora_dropout"] = config.lora.lora_dropout  # 0 is a value of it
+    if earlier := read_adapter_config(adapter) if adapter else None:
+        for name, wanted in given.items():
+            had = earlier.get("r" if name == "lora_r" else name, 0)
             if wanted is not None and wanted != had:
                 raise UserError(f"--{name} differs from the adapter's", where=adapter, expected=had, got=wanted)
-        r, alpha = earlier["r"], earlier["lora_alpha"]
-        rslora, dora = earlier.get("use_rslora", False), earlier.get("use_dora", False)
-    r = r or 16
+            given[name] = had
+    r = given["lora_r"] or 16
     return TrainableOptions(
         r=r,
-        alpha=alpha or 2.0 * r,
-        dropout=config.lora.lora_dropout,
+        alpha=given["lora_alpha"] or 2.0 * r,
+        dropout=given["lora_dropout"] or 0.0,
         preset=config.lora.lora_preset or DEFAULT_PRESET[config.training_stage],
         pattern=config.lora.target_pattern,
-        rslora=rslora,
-        dora=dora,
+        rslora=bool(given["use_rslora"]),
+        dora=bool(given["use_dora"]),
         heads=config.lora.train_heads,
         audio_embeddings=config.lora.train_audio_embeddings,
         audio_attention=config.lora.use_audio_out_self_attention,

@@ -16,6 +16,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -141,6 +142,15 @@ def verify_checkpoint(folder: Path) -> dict[str, Any]:
     return state
 
 
+def is_valid(folder: Path) -> bool:
+    """Whether a checkpoint is complete and undamaged."""
+    try:
+        verify_checkpoint(folder)
+    except UserError:
+        return False
+    return True
+
+
 def newest_valid(folder: Path) -> tuple[Path | None, list[str]]:
     """The newest valid checkpoint (None: there is none), and an error message for each newer one."""
     problems = []
@@ -161,18 +171,24 @@ def read_tensors(path: Path) -> Iterator[tuple[str, torch.Tensor]]:
             yield name, stored.get_tensor(name)
 
 
-def prune(folder: Path, keep: int | None) -> None:
-    """Remove all but the newest `keep` checkpoints; None keeps all."""
-    for path in list_checkpoints(folder)[keep:] if keep else []:
+def prune(saved: Path, keep: int | None) -> None:
+    """Remove checkpoints older than the one just saved, so that `keep` are left; None keeps all.
+
+    Newer ones are damaged ones of an earlier start: they do not count.
+    """
+    every = list_checkpoints(saved.parent)
+    for path in every[every.index(saved) :][keep:] if keep else []:
         remove(path)
 
 
 def remove(folder: Path) -> None:
     """Rename a folder, then remove it, so that a part of it never stands under its name."""
     doomed = folder.with_name(f"{durable.TEMP_PREFIX}removed-{folder.name}")
-    shutil.rmtree(doomed, ignore_errors=True)
+    with suppress(OSError):
+        durable.remove(doomed)
     folder.rename(doomed)
-    shutil.rmtree(doomed, ignore_errors=True)
+    with suppress(OSError):
+        durable.remove(doomed)
 
 
 class Saver:
@@ -225,4 +241,4 @@ class Saver:
                 if older != path:
                     remove(older)
         else:
-            prune(self.folder, self.keep)
+            prune(path, self.keep)

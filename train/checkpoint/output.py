@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import platform
-import shutil
 import subprocess
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -13,8 +11,6 @@ from typing import Any
 import torch
 import yaml
 from higgs_tune.shards import durable
-from higgs_tune.shards.errors import UserError
-from higgs_tune.train.checkpoint.folder import list_checkpoints
 from higgs_tune.train.config import TrainConfig
 from higgs_tune.train.model.fsdp import whole
 from higgs_tune.train.model.load import HiggsAudioModel
@@ -27,40 +23,7 @@ ADAPTER, ADAPTER_CONFIG, FULL = "adapter_model.safetensors", "adapter_config.jso
 STOPPED = "stopped.json"  # a signal stopped the run; torchrun hides the exit code, so scripts look for this file
 SELFTEST = "selftest.json"
 METRICS, DIAGNOSTICS = "metrics.jsonl", "diagnostics.jsonl"
-RESULTS = (METRICS, DIAGNOSTICS, ADAPTER, ADAPTER_CONFIG, FULL, "config.json", "samples")  # a run's results
-OTHERS = ("config.yaml", "trainable.json", SELFTEST)
-
-
-def prepare_folder(folder: Path, *, overwrite: bool, resuming: str | None, checkpoint: Path | None) -> None:
-    """Make the output folder; remove what killed saves left, and an earlier run's files if `overwrite` says so.
-
-    Args:
-        resuming: `auto` or a path, as the user gave it.
-        checkpoint: the checkpoint that is resumed; if it is in this folder, the folder's files stay.
-
-    Raises:
-        UserError: it holds a run already, or cannot be made.
-    """
-    durable.remove_leftovers(folder)
-    with contextlib.suppress(OSError):
-        (folder / STOPPED).unlink(missing_ok=True)
-    if checkpoint and checkpoint.parent.resolve() == folder.resolve():
-        return
-    results = [name for name in RESULTS if (folder / name).exists()]
-    results += [path.name for path in [*list_checkpoints(folder), *folder.glob("best-*")]]
-    unfinished = resuming == "auto" and not any((folder / name).exists() for name in (ADAPTER, FULL))
-    if results and not (overwrite or unfinished):
-        hint = "Choose another --output_dir, or give --overwrite_output_dir; --resume_from_checkpoint auto goes on."
-        raise UserError("the output folder holds a run already", where=folder, got=", ".join(results), hint=hint)
-    if not overwrite:  # an unfinished run without a valid checkpoint; damaged ones may still be of use to someone
-        results = [name for name in results if name in RESULTS]
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        for name in (*results, *OTHERS):
-            shutil.rmtree(folder / name) if (folder / name).is_dir() else (folder / name).unlink(missing_ok=True)
-        shutil.rmtree(folder / "tensorboard", ignore_errors=True)
-    except OSError as error:
-        raise UserError(f"cannot prepare the output folder: {error.strerror}", where=folder) from error
+CONFIG, MODEL_CONFIG = "config.yaml", "config.json"
 
 
 def save_config(config: TrainConfig, resolved: dict[str, Any]) -> None:
@@ -71,7 +34,7 @@ def save_config(config: TrainConfig, resolved: dict[str, Any]) -> None:
         "versions": versions(),
         "git_revision": git_revision(),
     }
-    durable.write_bytes(config.output_dir / "config.yaml", yaml.safe_dump(content, sort_keys=False).encode())
+    durable.write_bytes(config.output_dir / CONFIG, yaml.safe_dump(content, sort_keys=False).encode())
 
 
 def versions() -> dict[str, str]:
@@ -144,4 +107,4 @@ def write_model(folder: Path, config: PretrainedConfig, weights: dict[str, torch
     save_file(weights, temp, metadata={"format": "pt"})
     durable.fsync_file(temp)
     temp.rename(folder / FULL)
-    durable.write_bytes(folder / "config.json", config.to_json_string().encode())
+    durable.write_bytes(folder / MODEL_CONFIG, config.to_json_string().encode())

@@ -1,4 +1,4 @@
-"""Resume: find a checkpoint, check that it belongs to this run, restore it; and take the snapshots to resume from.
+"""Snapshots of a run, and restoring a run from them.
 
 In: a `Run`. Out: a `Snapshot`, or the run as it was at a checkpoint.
 Guarantees: a run resumes only on the same data, plan and model, unless --resume_anyway (test_resume.py).
@@ -9,7 +9,6 @@ function of the step. Random states and the sums of an unfinished logging interv
 
 from __future__ import annotations
 
-import hashlib
 import json
 import random
 from collections.abc import Iterator
@@ -19,16 +18,8 @@ from typing import Any
 import numpy as np
 import torch
 from higgs_tune.shards.errors import UserError
-from higgs_tune.shards.plan import PLAN_VERSION
-from higgs_tune.train.checkpoint.folder import (
-    STATE,
-    VERSION,
-    Snapshot,
-    checkpoint_path,
-    newest_valid,
-    read_tensors,
-    verify_checkpoint,
-)
+from higgs_tune.train.checkpoint.folder import STATE, VERSION, Snapshot, read_tensors
+from higgs_tune.train.checkpoint.identity import differences, identity, lora_of_checkpoint
 from higgs_tune.train.checkpoint.output import (
     ADAPTER,
     ADAPTER_CONFIG,
@@ -39,79 +30,11 @@ from higgs_tune.train.checkpoint.output import (
 )
 from higgs_tune.train.config import TrainConfig
 from higgs_tune.train.data.sampler import Cursor
-from higgs_tune.train.dist.context import DistContext
 from higgs_tune.train.model.fsdp import spread_like, whole
 from higgs_tune.train.state import Run, StepStats
 from peft import PeftModel, set_peft_model_state_dict
 
 OPTIMIZER, EMA, RANKS = "optimizer.safetensors", "ema.safetensors", "ranks.safetensors"
-
-
-def find_checkpoint(config: TrainConfig, context: DistContext) -> Path | None:
-    """The checkpoint to resume from; None for a fresh start. Verified by rank 0.
-
-    Raises:
-        UserError: the one asked for is not there or damaged, or a rank does not see it.
-    """
-    if config.checkpoints.resume_from_checkpoint is None:
-        return None
-    checkpoint: Path | None = None
-    if context.is_main and config.checkpoints.resume_from_checkpoint != "auto":
-        checkpoint = Path(config.checkpoints.resume_from_checkpoint)
-        verify_checkpoint(checkpoint)
-    elif context.is_main:
-        checkpoint, problems = newest_valid(config.output_dir)
-        for problem in problems:
-            print(f"warning: {problem}; an older checkpoint is tried", flush=True)
-    if config.checkpoints.resume_from_checkpoint == "auto":
-        step = int(checkpoint.name.rpartition("-")[2]) if checkpoint else -1
-        step = int(context.all_sum([float(step) if context.is_main else 0.0])[0])
-        checkpoint = checkpoint_path(config.output_dir, step) if step >= 0 else None
-    else:
-        context.all_sum([0.0])  # rank 0 has verified it
-        checkpoint = Path(config.checkpoints.resume_from_checkpoint)
-    if checkpoint and not (checkpoint / STATE).is_file():
-        expected = "a folder that all nodes share"
-        raise UserError("this rank does not see the checkpoint", where=checkpoint, expected=expected)
-    return checkpoint
-
-
-def identity(run: Run) -> dict[str, Any]:
-    """Properties of a run that must be the same when it is resumed."""
-    schedule, config = run.schedule, run.config
-    architecture = json.dumps(run.model.config.to_dict(), sort_keys=True, default=str)
-    kinds = {name: list(parameter.shape) for name, parameter in run.parameters.items()}
-    return {
-        "stage": config.training_stage,
-        "data": [shards.manifest_hash for shards in schedule.sets.sets],
-        "plan": {
-            "version": PLAN_VERSION,
-            "seed": schedule.seed,
-            "tokens_per_pack": schedule.tokens_per_pack,
-            "mix_weights": list(config.data.mix_weights) if config.data.mix_weights else None,
-            "whisper_features": schedule.features,
-            "hash": schedule.plan(run.progress.cursor.epoch).hash,
-        },
-        "architecture": hashlib.sha256(architecture.encode()).hexdigest(),
-        "trained": hashlib.sha256(json.dumps(kinds, sort_keys=True).encode()).hexdigest(),
-    }
-
-
-def differences(saved: dict[str, Any], now: dict[str, Any], prefix: str = "") -> list[str]:
-    """Names of the properties that have changed, with both values."""
-    changes = []
-    for name in sorted(saved.keys() | now.keys()):
-        old, new = saved.get(name), now.get(name)
-        if isinstance(old, dict) and isinstance(new, dict):
-            changes += differences(old, new, f"{prefix}{name}.")
-        elif old != new:
-            changes.append(f"{prefix}{name}: {_short(old)} -> {_short(new)}")
-    return changes
-
-
-def _short(value: Any) -> str:
-    text = ", ".join(map(_short, value)) if isinstance(value, list) else str(value)
-    return text[:12] + "…" if len(text) == 64 else text
 
 
 def snapshot(run: Run, stats: StepStats, written: dict[str, int]) -> Snapshot | None:
@@ -166,7 +89,8 @@ def restore(run: Run, folder: Path, stats: StepStats) -> dict[str, Any]:
     """
     state = json.loads((folder / STATE).read_bytes())
     run.progress.cursor = Cursor(state["epoch"], state["pack"])
-    changed = differences(state["identity"], identity(run))
+    saved = {"lora": lora_of_checkpoint(folder)} | state["identity"]
+    changed = differences(saved, identity(run))
     fits = not any(text.startswith(("trained", "architecture")) for text in changed)
     if changed and not (run.config.checkpoints.resume_anyway and fits):
         hint = "--resume_anyway resumes all the same." if fits else "Its weights do not fit this model."

@@ -57,6 +57,12 @@ class DistContext:
         dist.all_reduce(total, group=self.control)
         return total.tolist()
 
+    def text_of_main(self, text: str) -> str:
+        """Rank 0's text, on every rank."""
+        data = text.encode() if self.is_main else b""
+        size = int(self.all_sum([float(len(data))])[0])
+        return bytes(map(int, self.all_sum(list(map(float, data)) or [0.0] * size))).decode()
+
     def gather(self, values: torch.Tensor) -> torch.Tensor:
         """A host tensor of every rank, all of one shape: [ranks, ...]."""
         if self.control is None:

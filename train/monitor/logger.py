@@ -28,6 +28,7 @@ from rich.table import Table
 from torch.utils.tensorboard import SummaryWriter
 
 _PROJECT = "higgs-tune"
+_BUILT_IN = {"tensorboard", "none"}
 SPECTRUM_BINS = 512
 
 
@@ -55,7 +56,7 @@ class MetricsLogger:
         purge_step = step + 1 if step else None
         folder = str(self._folder / "tensorboard")
         self._board = None if "none" in trackers else SummaryWriter(folder, purge_step=purge_step)
-        self._trackers = [_start(name, config) for name in trackers if name not in ("tensorboard", "none")]
+        self._trackers = [_start(name, config) for name in trackers if name not in _BUILT_IN]
         self._plain = not sys.stderr.isatty()
         self._console = Console(stderr=True, soft_wrap=self._plain)
         columns = (
@@ -139,17 +140,32 @@ class MetricsLogger:
         return Group(table, self._bar)
 
 
+def check_trackers(names: Iterable[str]) -> None:
+    """Check that the trackers are installed.
+
+    Raises:
+        UserError: one is not.
+    """
+    for name in set(names) - _BUILT_IN:
+        _module_of(name)
+
+
 def _cut(path: Path, size: int) -> None:
     if path.exists() and path.stat().st_size > size:
         os.truncate(path, size)
 
 
+def _module_of(tracker: str) -> Any:
+    try:
+        return importlib.import_module(tracker)
+    except ImportError as error:
+        hint = f"pip install 'higgs-tune[{tracker}]'"
+        raise UserError(f"--report_to {tracker} is not installed", hint=hint) from error
+
+
 def _start(name: str, config: TrainConfig) -> Any:
     """Start a tracker's run; every tracker has `log` and `finish`."""
-    try:
-        tracker = importlib.import_module(name)
-    except ImportError as error:
-        raise UserError(f"--report_to {name} is not installed", hint=f"pip install 'higgs-tune[{name}]'") from error
+    tracker = _module_of(name)
     options = {
         "project": os.environ.get("WANDB_PROJECT", _PROJECT),
         "name": config.reports.run_name or config.output_dir.name,
