@@ -85,10 +85,14 @@ def keep_lora_options(config: TrainConfig, checkpoint: Path) -> TrainConfig:
     A given option that differs is refused when the run is restored, see `identity`.
     """
     saved: dict[str, Any] = json.loads((checkpoint / STATE).read_bytes())["options"]
-    given = {name for name in _KEPT if getattr(config.lora, name) not in (None, False)}
+    given = {name for name in _KEPT if _is_given(getattr(config.lora, name))}
     given |= set(_TARGETS if given & set(_TARGETS) else ())
-    kept = {name: saved[name] for name in _KEPT if name not in given and saved.get(name) not in (None, False)}
+    kept = {name: saved[name] for name in _KEPT if name not in given and _is_given(saved.get(name))}
     if kept.get("lora_target_modules"):
         targets = kept["lora_target_modules"]  # one pattern in older checkpoints
         kept["lora_target_modules"] = (targets,) if isinstance(targets, str) else tuple(targets)
     return config if config.lora.full_finetune else replace(config, lora=replace(config.lora, **kept))
+
+
+def _is_given(value: object) -> bool:
+    return value is not None and value is not False
