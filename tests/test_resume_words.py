@@ -113,6 +113,7 @@ def test_words_for_no_checkpoint(begun: Begun, tmp_path: Path, capsys: pytest.Ca
     assert "from step" not in capsys.readouterr().out
 
 
+@pytest.mark.fast
 def test_a_run_that_is_shorter_than_its_checkpoint_is_refused(
     begun: Begun, out: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
