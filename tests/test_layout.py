@@ -26,7 +26,7 @@ MAY_IMPORT = {
 SOURCES = [path for folder in MAY_IMPORT for path in sorted((ROOT / folder).rglob("*.py"))]
 # train's rooms from the ground floor up; a room imports from itself and from the floors below
 FLOORS = (
-    ("presets", "dist"),
+    ("presets", "dist", "set_checks"),
     ("options",),
     ("config", "data"),
     ("arguments", "model"),

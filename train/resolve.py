@@ -28,6 +28,12 @@ from higgs_tune.train.monitor.logger import check_trackers
 from higgs_tune.train.monitor.samples import codec_path
 from higgs_tune.train.monitor.validation import Validation
 from higgs_tune.train.presets import DEFAULT_PRESET
+from higgs_tune.train.set_checks import (
+    require_one_codec,
+    require_speakers,
+    require_tower_of_features,
+    say_unused_features,
+)
 
 TEXT_PROBE = 64  # samples of a set that `require_text` looks at
 
@@ -60,7 +66,14 @@ def resolve_inputs(config: TrainConfig, context: DistContext) -> Inputs:
     if config.training_stage == "stage1" and not config.loss.allow_textless_stage1:
         require_text(sets, base)
     model_config = load_config(base)
+    require_one_codec(sets)
     features = whisper_feature_kind(config, model_config, sets)
+    if features == "encoder":
+        require_tower_of_features(sets, base)
+    if features == "none" and context.is_main:
+        say_unused_features(sets)
+    if config.loss.contrastive_loss_weight and config.with_audio:
+        require_speakers(sets)
     trainable_options(config, adapter).full_modules(config.training_stage)
     schedule = Schedule(
         sets,
@@ -178,9 +191,12 @@ def whisper_feature_kind(config: TrainConfig, model: HiggsAudioConfig, sets: lis
     """Whisper features that the model takes from the sets: `none`, `mel` or `encoder`.
 
     Raises:
-        UserError: the model has a tower and a set has no features, or features are insisted on without a tower.
+        UserError: the model has a tower and a set has no features, or an option needs a tower that is not there.
     """
     if model.skip_audio_tower:
+        for flag in ("train_audio_tower", "train_audio_encoder_proj"):
+            if getattr(config.lora, flag):
+                raise UserError(f"--{flag}: the checkpoint has no Whisper tower", where=config.model_path)
         if config.model.encode_whisper_embed:
             hint = "It takes a Whisper tower and a trained audio_encoder_proj, as a checkpoint with both has them."
             raise UserError("--encode_whisper_embed: the checkpoint has no Whisper tower", hint=hint)
