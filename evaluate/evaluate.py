@@ -116,7 +116,7 @@ def _judge_all(
         _warn_of_swaps(name, systems[name])
     if len(lines) > 1:
         source = next(iter(paths))
-        other = shuffled(lines)
+        other = shuffled([utterance.text for utterance in systems[source]])
         floor = [_floor(judged[source][at]) for at in other]
         systems[FLOOR] = utterances(floor, lambda line: "")
     return {name: systems[name] for name in (*folders, *(name for name in (CEILING, FLOOR) if name in systems))}

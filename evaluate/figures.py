@@ -16,7 +16,6 @@ from typing import Any
 
 import numpy as np
 from higgs_tune.evaluate.bootstrap import SEED, resample
-from higgs_tune.evaluate.lists import Line
 from higgs_tune.evaluate.utterances import Utterance
 
 Value = tuple[float, float] | None  # numerator and denominator; None: the line has no value
@@ -106,15 +105,14 @@ def _compare_part(systems: Systems, base: str, rows: list[int]) -> dict[str, Any
     return {"figures": figures, "paired": paired}
 
 
-def shuffled(lines: list[Line], *, seed: int = SEED) -> list[int]:
-    """For each line another line's number: a random cycle through all, for the floor.
-
-    Other lines with an equal text stand for nothing new, but are rare, so they are not avoided.
-    """
-    order = np.random.default_rng(seed).permutation(len(lines))
-    other = np.empty(len(lines), np.int64)
-    other[order] = np.roll(order, 1)
-    return other.tolist()
+def shuffled(texts: list[str], *, seed: int = SEED) -> list[int]:
+    """For each text the number of another text, for the floor: the next one that differs, in a random circle of all."""
+    order = np.random.default_rng(seed).permutation(len(texts)).tolist()
+    other = list(range(len(texts)))
+    for place, number in enumerate(order):
+        circle = (order[(place + step) % len(order)] for step in range(1, len(order)))
+        other[number] = next((at for at in circle if texts[at] != texts[number]), order[place - 1])
+    return other
 
 
 def find_swaps(said: list[Utterance]) -> dict[str, str]:

@@ -15,6 +15,7 @@ import pytest
 import soundfile
 from conftest import ROOT
 from helpers.stub_judge import RATE, TEXTS, Stub, run, write_wav
+from higgs_tune.evaluate import cli
 from higgs_tune.evaluate.config import EvalConfig
 from higgs_tune.evaluate.evaluate import evaluate
 from higgs_tune.evaluate.judging import Judges
@@ -228,6 +229,27 @@ def test_the_page_escapes_texts(setting: Path) -> None:
     page = (setting / "out" / "index.html").read_text("utf-8")
     assert "<script" not in page and "&lt;script&gt;" in page
     assert 'src="../good/u0.wav"' in page
+
+
+@pytest.mark.fast
+def test_command(setting: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """The table, the JSON, and the exit code of a mistake."""
+    wavs = [f"one={setting / 'good'}", f"two={setting / 'good'}"]
+    command = ["higgs-eval", "--out", str(setting / "out"), "--asr", "stub", "--data", str(setting / "list.jsonl")]
+    monkeypatch.setattr(cli, "load_judges", lambda _config: Judges(Stub(TEXTS)))
+    monkeypatch.setattr("sys.argv", [*command, "--wavs", *wavs, "--language", "en", "--ceiling"])
+    monkeypatch.setenv("COLUMNS", "200")
+    cli.main()
+    shown = capsys.readouterr().out
+    assert "6 lines, 95 % intervals" in shown and "two - one" in shown and "ceiling" in shown and "floor" in shown
+    assert "0.00 [0.00, 0.00]" in shown and "normaliser omnivoice; asr stub 1" in shown
+    monkeypatch.setattr("sys.argv", [*command, "--wavs", *wavs, "--json"])
+    cli.main()
+    assert json.loads(capsys.readouterr().out)["one"]["wer"]["mean"] == 0
+    monkeypatch.setattr("sys.argv", [*command, "--model_path", "A"])
+    with pytest.raises(SystemExit) as left:
+        cli.main()
+    assert left.value.code == 2 and "speaking is not there yet: give --wavs" in capsys.readouterr().err
 
 
 BUDGET = """

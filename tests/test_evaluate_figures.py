@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from higgs_tune.evaluate.bootstrap import resample
+from higgs_tune.evaluate.figures import shuffled
 
 
 @pytest.mark.fast
@@ -62,3 +63,12 @@ def test_blocks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("higgs_tune.evaluate.bootstrap._CELLS", 400)
     parts = resample(values, np.ones_like(values))
     np.testing.assert_allclose(parts.ratios_BM, whole.ratios_BM)
+
+
+@pytest.mark.fast
+def test_the_floor_takes_other_texts() -> None:
+    texts = ["a", "b", "a", "a", "c", "a"]
+    other = shuffled(texts)
+    assert all(texts[at] != texts[number] for number, at in enumerate(other))
+    assert sorted(shuffled([str(i) for i in range(50)])) == list(range(50))
+    assert all(at != number for number, at in enumerate(shuffled(["same"] * 3)))
