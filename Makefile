@@ -30,8 +30,9 @@ $(INSTALLED): $(RUNS) requirements-dev.lock
 	mkdir -p .venv/types && ln -sfn ../.. .venv/types/higgs_tune
 	touch $@
 
+# make toy TOWER=1 gives the model a Whisper tower
 toy: $(SETUP)
-	$(BIN)/python -m higgs_tune.train.toy --chatml examples/arabic/chatml.json --out $(TOY)
+	$(BIN)/python -m higgs_tune.train.toy --chatml examples/arabic/chatml.json --out $(TOY) $(if $(TOWER),--tower)
 
 # real speech -> shards -> stage 1 -> stage 2 (stopped half-way, resumed) -> report, on the toy checkpoints
 demo: toy

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,7 @@ from higgs_tune.shards.errors import UserError
 from higgs_tune.shards.format import Sample
 from higgs_tune.shards.sequence import SpecialIds
 from higgs_tune.train.data.batch import collate
-from higgs_tune.train.export.merge import ExportConfig, export, load_adapter
+from higgs_tune.train.export.merge import ExportConfig, export, load_adapter, main
 from higgs_tune.train.model.forward import hidden_states
 from higgs_tune.train.model.load import HiggsAudioConfig, HiggsAudioModel, load_model
 from higgs_tune.train.model.reference import boson_inputs
@@ -163,6 +165,19 @@ def test_a_further_run_begins_where_stage2_ended(place: Place, stages: Stages, t
         torch.testing.assert_close(after[name], value, atol=1e-6, rtol=0)
 
 
+@pytest.mark.parametrize("stage", ["stage1", "stage2"])
+def test_full_finetuning_begins_with_the_merged_adapter(
+    stage: str, place: Place, stages: Stages, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its first losses are those of LoRA that goes on from the same adapter."""
+    further = run_train(stage, stages.two, place.data, tmp_path / "lora", learning_rate=1e-30)
+    capsys.readouterr()
+    full = run_train(stage, stages.two, place.data, tmp_path / "full", full_finetune=True, learning_rate=1e-30)
+    assert f"merged the adapter {stages.two} into its base" in capsys.readouterr().out
+    names = ("text_loss",) if stage == "stage1" else ("text_loss", "audio_loss")
+    assert [full[0][n] for n in names] == pytest.approx([further[0][n] for n in names], rel=1e-5)
+
+
 @pytest.mark.parametrize("variant", ["lora", "everything"])
 def test_two_runs_take_the_steps_of_one(variant: str, place: Place, tmp_path: Path) -> None:
     """Two steps and a hand-over: the next loss is that of the third step of one run. AdamW's state starts anew."""
@@ -237,6 +252,28 @@ def test_an_adapter_that_does_not_fit_is_refused(
         run_train("stage2", tmp_path / "1", place.data, tmp_path / "2", **option)
     assert exit_info.value.code == 2
     assert message in capsys.readouterr().err
+
+
+def test_another_base_can_be_given(
+    place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """To the trainer and to the export, where the one that the adapter names has moved; through the commands."""
+    shutil.copytree(place.base, tmp_path / "base")
+    run_train("stage1", tmp_path / "base", place.data, tmp_path / "1", max_steps=2, **STEADY)
+    config = json.loads((tmp_path / "1" / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == "../base"
+    moved = (tmp_path / "base").rename(tmp_path / "moved")
+    monkeypatch.setattr("sys.argv", ["higgs-export", str(tmp_path / "1"), "--out", str(tmp_path / "merged")])
+    for command in (main, lambda: run_train("stage2", tmp_path / "1", place.data, tmp_path / "2")):
+        with pytest.raises(SystemExit) as exit_info:
+            command()
+        assert exit_info.value.code == 2
+        assert "the adapter's base checkpoint is not there" in capsys.readouterr().err
+    run_train("stage2", tmp_path / "1", place.data, tmp_path / "2", base_model=moved)
+    assert json.loads((tmp_path / "2" / "adapter_config.json").read_text())["base_model_name_or_path"] == "../moved"
+    monkeypatch.setattr("sys.argv", [*sys.argv, "--base", str(moved)])
+    main()
+    assert (tmp_path / "merged" / "config.json").is_file()
 
 
 def test_export_refuses_what_is_no_adapter(place: Place, tmp_path: Path) -> None:

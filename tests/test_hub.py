@@ -16,8 +16,8 @@ from higgs_tune.preprocess.checkpoints.hub import PINNED, local_checkpoint, name
 from higgs_tune.shards.errors import UserError
 from higgs_tune.shards.reader import ShardSet
 from higgs_tune.train import loop
+from higgs_tune.train.model.base import resolve_model
 from higgs_tune.train.monitor.samples import codec_path
-from higgs_tune.train.resolve import resolve_model
 from huggingface_hub.errors import LocalEntryNotFoundError
 
 MODEL, CODEC = PINNED

@@ -21,6 +21,7 @@ from higgs_tune.shards.format import Sample
 from higgs_tune.shards.sequence import mel_positions, tower_frames
 from higgs_tune.train import optim
 from higgs_tune.train.data.batch import collate, mel_window
+from higgs_tune.train.export.merge import ExportConfig, export
 from higgs_tune.train.model.forward import hidden_states
 from higgs_tune.train.model.load import HiggsAudioModel, load_model
 from safetensors.torch import load_file, save_file
@@ -133,6 +134,21 @@ def test_without_a_text_head_only_audio_trains(boson: Path, tmp_path: Path, caps
         assert a["text_loss"] is None
         assert b["loss"] == pytest.approx(a["loss"], rel=1e-6)
         assert b["grad_norm"] == pytest.approx(a["grad_norm"], rel=1e-5)
+
+
+def test_a_missing_text_head_is_never_written_as_zeros(
+    boson: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Not by an export, nor by training in full; and zeros of older exports count as no head."""
+    native = write_native(tmp_path / "native", boson, lambda tensors: tensors.pop("text_lm_head.weight"))
+    run_train("single", native, data_of(boson), tmp_path / "audio", text_loss_weight=0)
+    with pytest.raises(UserError, match="the base checkpoint has no text head"):
+        export(ExportConfig(adapter=tmp_path / "audio", out=tmp_path / "merged"))
+    assert not (tmp_path / "merged").exists()
+    said = refused(capsys, "single", native, data_of(boson), tmp_path / "full", text_loss_weight=0, full_finetune=True)
+    assert "the base checkpoint has no text head" in said
+    zeros = write_native(tmp_path / "zeros", boson, lambda tensors: tensors["text_lm_head.weight"].zero_())
+    assert "no text head, so text cannot" in refused(capsys, "stage1", zeros, data_of(boson), tmp_path / "out")
 
 
 @pytest.mark.fast

@@ -22,7 +22,7 @@ from higgs_tune.preprocess.checkpoints.hub import local_checkpoint
 from higgs_tune.preprocess.progress import ProgressBar
 from higgs_tune.shards.errors import UserError
 from higgs_tune.shards.reader import ShardSet
-from higgs_tune.train.resolve import resolve_model
+from higgs_tune.train.model.base import resolve_model
 from huggingface_hub.errors import LocalEntryNotFoundError
 from transformers import PreTrainedTokenizerBase
 

@@ -13,11 +13,12 @@ from higgs_tune.train.config import TrainConfig
 from higgs_tune.train.data.loader import Loader
 from higgs_tune.train.dist.context import DistContext
 from higgs_tune.train.dist.faults import NonFiniteSteps
+from higgs_tune.train.model.adapter import merge_adapter, read_adapter
 from higgs_tune.train.model.flops import choose_checkpointing, free_bytes
 from higgs_tune.train.model.forward import Checkpointing, ExecOptions
 from higgs_tune.train.model.fsdp import shard, train_in_full
 from higgs_tune.train.model.fused_linear import stack_layer
-from higgs_tune.train.model.load import HiggsAudioModel, load_model
+from higgs_tune.train.model.load import HiggsAudioModel, Loaded, load_model
 from higgs_tune.train.model.lora import add_lora, describe_trainable, trainable
 from higgs_tune.train.model.loss import LossOptions
 from higgs_tune.train.model.pack_model import PackModel
@@ -44,6 +45,7 @@ def build_run(
     loss = loss_options(config, loaded)
     model: nn.Module = loaded.model
     if config.lora.full_finetune:
+        _begin_full_finetune(loaded, inputs, context)
         train_in_full(
             loaded.model,
             config.training_stage,
@@ -51,7 +53,7 @@ def build_run(
             projector=config.lora.train_audio_encoder_proj,
         )
     else:
-        options = trainable_options(config, inputs.adapter)
+        options = trainable_options(config, inputs.adapter, inputs.features)
         model = add_lora(loaded.model, options, config.training_stage, inputs.base, inputs.adapter)
     module = wrap(config, context, loaded.model, model, loss)
     parameters = trainable(model)
@@ -81,6 +83,22 @@ def build_run(
                         expected=f"at most {run.total_steps} steps", got=run.progress.step, hint=hint)  # fmt: skip
     run.loader.start_at(run.progress.cursor)
     return run, stats, state
+
+
+def _begin_full_finetune(loaded: Loaded, inputs: Inputs, context: DistContext) -> None:
+    """Merge an earlier stage's adapter into the weights that will train.
+
+    Raises:
+        UserError: the result would be a checkpoint without a text head; or the adapter does not fit.
+    """
+    if not loaded.has_text_head:
+        hint = "Train LoRA, or take a base that holds it, as the released checkpoint does in both layouts."
+        raise UserError("--full_finetune writes Boson's layout, and the base checkpoint has no text head for it",
+                        where=inputs.base, hint=hint)  # fmt: skip
+    if inputs.adapter:
+        merge_adapter(loaded.model, read_adapter(inputs.adapter))
+        if context.is_main:
+            print(f"merged the adapter {inputs.adapter} into its base before training in full", flush=True)
 
 
 def wrap(

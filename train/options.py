@@ -40,8 +40,10 @@ FROM_0_BELOW_1 = Bound("0 to 1", at_least=0, below=1)
 
 @dataclass(frozen=True)
 class ModelArgs:
-    """How the model runs."""
+    """Where the model is, and how it runs."""
 
+    base_model: Path | None = None
+    """Base checkpoint of the adapter in --model_path, in place of the one that its config names."""
     encode_whisper_embed: bool = False
     """Insist on Whisper features: refused where the checkpoint has no tower."""
     forward: Literal["packed", "reference"] = "packed"

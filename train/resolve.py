@@ -11,7 +11,6 @@ from pathlib import Path
 
 import numpy as np
 from higgs_tune.preprocess.checkpoints.checkpoint import describe_checkpoint, load_tokenizer
-from higgs_tune.preprocess.checkpoints.hub import local_checkpoint
 from higgs_tune.preprocess.checkpoints.weights import weight_files
 from higgs_tune.shards.errors import ShardError, UserError
 from higgs_tune.shards.reader import ShardSet
@@ -20,8 +19,10 @@ from higgs_tune.train.config import TrainConfig
 from higgs_tune.train.data.loader import LoaderOptions
 from higgs_tune.train.data.sampler import Schedule
 from higgs_tune.train.dist.context import DistContext
+from higgs_tune.train.model.adapter import read_adapter, read_adapter_config
+from higgs_tune.train.model.base import resolve_model
 from higgs_tune.train.model.load import HiggsAudioConfig, Loaded, load_config
-from higgs_tune.train.model.lora import TrainableOptions, has_audio_attention, read_adapter_config
+from higgs_tune.train.model.lora import TrainableOptions
 from higgs_tune.train.model.loss import LossOptions
 from higgs_tune.train.model.reference import boson_inputs
 from higgs_tune.train.monitor.logger import check_trackers
@@ -59,8 +60,8 @@ def resolve_inputs(config: TrainConfig, context: DistContext) -> Inputs:
     Raises:
         UserError: paths or options are bad, or checkpoint, adapter and shard sets do not fit together.
     """
-    base, adapter = resolve_model(config.model_path)
-    weight_files(base)  # this and the next line refuse what would else fail after minutes of loading
+    base, adapter = resolve_model(config.model_path, config.model.base_model)
+    weight_files(base)  # this and the line after the sets refuse what would else fail after minutes of loading
     sets = open_sets(config, base)
     load_tokenizer(base, sets[0].special_ids)
     if config.training_stage == "stage1" and not config.loss.allow_textless_stage1:
@@ -74,7 +75,7 @@ def resolve_inputs(config: TrainConfig, context: DistContext) -> Inputs:
         say_unused_features(sets)
     if config.loss.contrastive_loss_weight and config.with_audio:
         require_speakers(sets)
-    trainable_options(config, adapter).full_modules(config.training_stage)
+    trainable_options(config, adapter, features).full_modules(config.training_stage)
     schedule = Schedule(
         sets,
         tokens_per_pack=config.data.tokens_per_pack,
@@ -108,26 +109,6 @@ def input_folders(config: TrainConfig, inputs: Inputs) -> dict[str, Path]:
         if "://" not in shards.location:
             folders[f"--train_data_dir {shards.location}"] = Path(shards.location)
     return folders
-
-
-def resolve_model(path: Path) -> tuple[Path, Path | None]:
-    """The base checkpoint of `--model_path`, and the adapter in it, if it is the output folder of a stage.
-
-    Args:
-        path: a folder, or `owner/name[@revision]` of the Hub.
-
-    Raises:
-        UserError: there is no such checkpoint, or the adapter's base checkpoint is not there.
-    """
-    adapter = read_adapter_config(path)
-    if adapter is None:
-        return local_checkpoint(path), None
-    base = Path(adapter.get("base_model_name_or_path") or "")
-    try:
-        return local_checkpoint(base), path
-    except UserError as error:
-        where = path / "adapter_config.json"
-        raise UserError("the adapter's base checkpoint is not there", where=where, got=base) from error
 
 
 def open_sets(config: TrainConfig, base: Path) -> list[ShardSet]:
@@ -217,10 +198,10 @@ def wants_audio_attention(config: TrainConfig, adapter: Path | None) -> bool:
     """Whether the model has audio self-attention beyond what its checkpoint holds."""
     if config.lora.use_audio_out_self_attention:
         return True
-    return adapter is not None and has_audio_attention(adapter)
+    return adapter is not None and read_adapter(adapter).has_audio_attention
 
 
-def trainable_options(config: TrainConfig, adapter: Path | None) -> TrainableOptions:
+def trainable_options(config: TrainConfig, adapter: Path | None, features: str = "none") -> TrainableOptions:
     """What trains; options that are not given are those of the adapter that is continued, or the defaults.
 
     Raises:
@@ -248,6 +229,8 @@ def trainable_options(config: TrainConfig, adapter: Path | None) -> TrainableOpt
         audio_attention=config.lora.use_audio_out_self_attention,
         audio_tower=config.lora.train_audio_tower,
         audio_encoder_proj=config.lora.train_audio_encoder_proj,
+        text_loss=config.loss.text_loss_weight > 0,
+        features=features,
     )
 
 

@@ -178,7 +178,7 @@ def final_weights(run: Run) -> tuple[dict[str, dict[str, torch.Tensor]], dict[st
         tensors = adapter_tensors(run.peft_model, run.parameters)
     if not isinstance(run.peft_model, PeftModel):
         return {FULL: tensors}, {}
-    return {ADAPTER: tensors}, {ADAPTER_CONFIG: adapter_config_json(run.peft_model)}
+    return {ADAPTER: tensors}, {ADAPTER_CONFIG: adapter_config_json(run.peft_model, run.config.output_dir / "best")}
 
 
 def save_result(run: Run, run_io: RunIO, base: Path) -> None:

@@ -1,6 +1,6 @@
 """Toy checkpoints: the real architectures at tiny sizes, random weights, fixed seeds, in Boson's original layout.
 
-    python -m higgs_tune.train.toy --chatml examples/arabic/chatml.json --out runs/toy
+    python -m higgs_tune.train.toy --chatml examples/arabic/chatml.json --out runs/toy [--tower]
 
 In: example texts, for the tokenizer. Out: `OUT/model` (config, safetensors, byte-level BPE with every special token of
 Llama 3 and Higgs) and `OUT/codec` (config, `model.pth` with HuBERT inside). They go through the same code as the real
@@ -64,6 +64,8 @@ class ToyConfig:
     """Folder that receives `model` and `codec`."""
     chatml: Path = Path("examples/arabic/chatml.json")
     """ChatML file whose texts the tokenizer is trained on."""
+    tower: bool = False
+    """Give the model a Whisper tower, so that it takes Whisper features."""
     seed: int = 0
     """Seed of all weights."""
 
@@ -154,6 +156,13 @@ def model_config(tokenizer: PreTrainedTokenizerFast, **changes: Any) -> HiggsAud
     return HiggsAudioConfig(text_config=text, **(fields | changes))
 
 
+def tower_changes() -> dict[str, Any]:
+    """Changes of `model_config` that add a Whisper tower; it takes the 128 mel bins of whisper-large-v3."""
+    sizes = {"d_model": 64, "encoder_layers": 2, "encoder_attention_heads": 2, "encoder_ffn_dim": 128}
+    tower = {"num_mel_bins": 128, "max_source_positions": 1500, **sizes}
+    return {"skip_audio_tower": False, "encode_whisper_embed": True, "audio_encoder_config": tower}
+
+
 def make_model(config: HiggsAudioConfig, seed: int) -> HiggsAudioModel:
     """Random weights; the heads are wide enough that LoRA under them can learn, and logits start near uniform."""
     torch.manual_seed(seed)
@@ -207,12 +216,13 @@ def write_codec(folder: Path, seed: int) -> None:
 def make_toy(config: ToyConfig) -> None:
     """Write `OUT/model` and `OUT/codec`."""
     tokenizer = make_tokenizer(texts_of(config.chatml))
-    model = make_model(model_config(tokenizer), config.seed)
+    model = make_model(model_config(tokenizer, **(tower_changes() if config.tower else {})), config.seed)
     model.save_pretrained(config.out / "model")
     tokenizer.save_pretrained(config.out / "model")
     write_codec(config.out / "codec", config.seed)
     parameters = sum(p.numel() for p in model.parameters())
-    print(f"toy model ({parameters / 1e6:.1f} M parameters, {len(tokenizer)} tokens) and codec in {config.out}")
+    tower = "with a Whisper tower, " if config.tower else ""
+    print(f"toy model ({tower}{parameters / 1e6:.1f} M parameters, {len(tokenizer)} tokens) and codec in {config.out}")
 
 
 def main() -> None:

@@ -54,6 +54,11 @@ def local_checkpoint(given: Path, *, weights: bool = True) -> Path:
     return Path(folder)
 
 
+def is_repository_name(text: str) -> bool:
+    """Whether a text has the form `owner/name[@revision]`; a relative path may have it, too."""
+    return _NAME.fullmatch(text) is not None
+
+
 def name_of(given: Path) -> dict[str, str]:
     """Origin of a checkpoint, for the provenance: a folder's name, or a repository's name and revision."""
     if given.exists():

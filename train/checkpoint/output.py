@@ -12,9 +12,11 @@ import torch
 import yaml
 from higgs_tune.shards import durable
 from higgs_tune.train.config import TrainConfig
+from higgs_tune.train.model.adapter import adapter_state
+from higgs_tune.train.model.base import base_reference
 from higgs_tune.train.model.fsdp import whole
 from higgs_tune.train.model.load import HiggsAudioModel
-from peft import PeftModel, get_peft_model_state_dict
+from peft import PeftModel
 from safetensors.torch import save, save_file
 from torch import nn
 from transformers import PretrainedConfig
@@ -72,13 +74,19 @@ def adapter_tensors(run_model: nn.Module, parameters: dict[str, nn.Parameter]) -
 
     All ranks call this together if the weights are sharded.
     """
-    tensors = get_peft_model_state_dict(run_model) if isinstance(run_model, PeftModel) else parameters
+    tensors = adapter_state(run_model) if isinstance(run_model, PeftModel) else parameters
     return {name: whole(value).detach().cpu().contiguous().clone() for name, value in tensors.items()}
 
 
-def adapter_config_json(peft_model: PeftModel) -> bytes:
-    """adapter_config.json as PEFT's `save_pretrained` would write it."""
+def adapter_config_json(peft_model: PeftModel, folder: Path) -> bytes:
+    """adapter_config.json as PEFT's `save_pretrained` writes it, with the base named as `base_reference` says.
+
+    Args:
+        folder: the folder that it is written to.
+    """
     config: dict[str, Any] = peft_model.peft_config["default"].to_dict() | {"inference_mode": True}
+    base, revision = base_reference(Path(config["base_model_name_or_path"]), folder)
+    config |= {"base_model_name_or_path": base, "revision": revision}
     config = {name: sorted(value) if isinstance(value, set) else value for name, value in config.items()}
     return durable.to_json(config, indent=2)
 
@@ -86,7 +94,7 @@ def adapter_config_json(peft_model: PeftModel) -> bytes:
 def save_adapter(peft_model: PeftModel, tensors: dict[str, torch.Tensor], folder: Path) -> None:
     """Write the final adapter, each file atomically."""
     durable.write_bytes(folder / ADAPTER, save(tensors, metadata={"format": "pt"}))
-    durable.write_bytes(folder / ADAPTER_CONFIG, adapter_config_json(peft_model))
+    durable.write_bytes(folder / ADAPTER_CONFIG, adapter_config_json(peft_model, folder))
 
 
 def whole_weights(model: HiggsAudioModel, dtype: torch.dtype) -> dict[str, torch.Tensor]:

@@ -77,7 +77,10 @@ def snapshot(run: Run, stats: StepStats, written: dict[str, int]) -> Snapshot | 
     tensors |= {OPTIMIZER: optimizer, RANKS: ranks}
     if run.ema:
         tensors[EMA] = {name: value.cpu().clone() for name, value in run.ema.values.items()}
-    texts = {ADAPTER_CONFIG: adapter_config_json(run.peft_model)} if isinstance(run.peft_model, PeftModel) else {}
+    texts: dict[str, bytes] = {}
+    if isinstance(run.peft_model, PeftModel):
+        folder = checkpoint_path(run.config.output_dir, progress.step)
+        texts[ADAPTER_CONFIG] = adapter_config_json(run.peft_model, folder)
     return Snapshot(progress.step, state, tensors, texts)
 
 

@@ -33,28 +33,37 @@ class ExportConfig:
     """Folder that receives the merged checkpoint."""
     layout: Literal["original", "native"] = "original"
     """original: Boson's, which this package, boson-multimodal and mlx-audio read. native: not written yet."""
+    base: Path | None = None
+    """Base checkpoint, in place of the one that the adapter's config names."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Of the merged weights."""
     debug: bool = False
     """Show tracebacks of user errors."""
 
 
-def load_adapter(folder: Path, *, device: torch.device, dtype: torch.dtype) -> PeftModel:
+def load_adapter(folder: Path, *, device: torch.device, dtype: torch.dtype, base: Path | None = None) -> PeftModel:
     """A training output folder's model: base checkpoint and adapter.
 
-    Raises:
-        UserError: the folder holds no adapter, or the base checkpoint is not there.
-    """
-    from higgs_tune.train.model.load import load_model
-    from higgs_tune.train.model.lora import has_audio_attention
-    from higgs_tune.train.resolve import resolve_model
-    from peft import PeftModel
+    Args:
+        base: the base checkpoint, in place of the one that the adapter's config names.
 
-    base, adapter = resolve_model(folder)
+    Raises:
+        UserError: the folder holds no adapter, the base checkpoint is not there or has no text head, or the adapter
+            does not fit it.
+    """
+    from higgs_tune.train.model.adapter import apply_adapter, read_adapter
+    from higgs_tune.train.model.base import resolve_model
+    from higgs_tune.train.model.load import load_model
+
+    base, adapter = resolve_model(folder, base, flag="--base")
     if adapter is None:
         raise UserError("no adapter here", where=folder, expected="adapter_config.json")
-    loaded = load_model(base, device=device, dtype=dtype, audio_attention=has_audio_attention(folder))
-    return PeftModel.from_pretrained(loaded.model, str(folder))  # pyright: ignore[reportArgumentType]
+    tensors = read_adapter(adapter)
+    loaded = load_model(base, device=device, dtype=dtype, audio_attention=tensors.has_audio_attention)
+    if not loaded.has_text_head:
+        hint = "Take a base that holds it, as the released checkpoint does in both layouts."
+        raise UserError("the base checkpoint has no text head, which Boson's layout needs", where=base, hint=hint)
+    return apply_adapter(loaded.model, tensors)
 
 
 def export(config: ExportConfig) -> None:
@@ -70,12 +79,14 @@ def export(config: ExportConfig) -> None:
     durable.check_writable(config.out.parent)
     import torch
     from higgs_tune.train.checkpoint.output import whole_weights, write_model
-    from higgs_tune.train.resolve import resolve_model
+    from higgs_tune.train.model.base import resolve_model
 
-    base, _ = resolve_model(config.adapter)
+    base, adapter = resolve_model(config.adapter, config.base, flag="--base")
+    if adapter is None:
+        raise UserError("no adapter here", where=config.adapter, expected="adapter_config.json")
     dtype = torch.bfloat16 if config.dtype == "bfloat16" else torch.float32
-    peft_model = load_adapter(config.adapter, device=torch.device("cpu"), dtype=torch.float32)
-    model = peft_model.merge_and_unload()  # pyright: ignore[reportCallIssue]
+    cpu = torch.device("cpu")
+    model = load_adapter(config.adapter, device=cpu, dtype=torch.float32, base=base).merge_and_unload()  # pyright: ignore[reportCallIssue]
     model.config.torch_dtype = dtype
     temp = config.out.with_name(f"{durable.TEMP_PREFIX}{config.out.name}")
     shutil.rmtree(temp, ignore_errors=True)

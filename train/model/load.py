@@ -39,7 +39,7 @@ _SUPPORTED = {
 class Loaded:
     """A model, and the parts that its checkpoint lacks.
 
-    has_text_head: False for a native checkpoint without one; text cannot be trained then.
+    has_text_head: False where it is missing or all zeros; text cannot be trained then.
     new_audio_attention: audio self-attention was added, in a way that leaves every logit as it was.
     """
 
@@ -95,7 +95,8 @@ def load_model(path: Path, *, device: torch.device, dtype: torch.dtype, audio_at
         filled |= _identity_attention(filled, config)
     model.load_state_dict(filled, assign=True)
     make_buffers(model, config, device)
-    return Loaded(model.requires_grad_(False).eval(), TEXT_HEAD_WEIGHT not in missing, adding)
+    has_text_head = bool(filled[TEXT_HEAD_WEIGHT].any())  # zeros in older exports of a base without one
+    return Loaded(model.requires_grad_(False).eval(), has_text_head, adding)
 
 
 def _read_weights(

@@ -23,8 +23,9 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from higgs_tune.train.data.batch import Batch
 from higgs_tune.train.model.fused_linear import product
-from higgs_tune.train.model.linear import normed
+from higgs_tune.train.model.linear import layer_of, linear, normed
 from higgs_tune.train.model.load import HiggsAudioModel
+from torch.utils.checkpoint import checkpoint
 
 CHUNK_ELEMENTS = 1 << 25  # logits held at a time: 128 MB in float32
 IGNORE = -100
@@ -90,17 +91,10 @@ class _HeadCrossEntropy(torch.autograd.Function):
             rows_nH = hidden_nH[start : start + step]
             target_nK = targets_nK[start : start + step].long()
             logits_nV = product(rows_nH, head_used_VH).float()
-            log_share_nKV = logits_nV.view(len(rows_nH), codebooks, -1).log_softmax(-1)
-            labelled_nK, index_nK1 = target_nK >= 0, target_nK.clamp(min=0)[..., None]
-            wanted_nK = log_share_nKV.gather(-1, index_nK1)[..., 0]
-            if smoothing:
-                wanted_nK = (1 - smoothing) * wanted_nK + smoothing * log_share_nKV.mean(-1)
-            losses_nK = -wanted_nK * labelled_nK
-            is_marked_nK = target_nK == marked
-            right_nK = logits_nV.view_as(log_share_nKV).argmax(-1) == target_nK
-            counted = (losses_nK, right_nK, losses_nK * is_marked_nK, is_marked_nK)
-            stats_4K += torch.stack([values.float().sum(0) for values in counted])
+            log_share_nKV, part_4K = _label_losses(logits_nV, target_nK, smoothing, marked)
+            stats_4K += part_4K
             if need_hidden or need_head:
+                labelled_nK, index_nK1 = target_nK >= 0, target_nK.clamp(min=0)[..., None]
                 grad_nKV = log_share_nKV.exp_()
                 if smoothing:
                     grad_nKV -= smoothing / grad_nKV.shape[-1]
@@ -217,10 +211,41 @@ def head_cross_entropy(
     smoothing: float = 0.0,
     marked: int = -1,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """See `_HeadCrossEntropy`."""
-    weight = head.weight
-    assert isinstance(weight, torch.Tensor)
-    return _HeadCrossEntropy.apply(normed_nH, weight, labels_nK, weights_K, smoothing, marked)  # pyright: ignore
+    """Cross entropy of a linear head; arguments and results as those of `_HeadCrossEntropy`.
+
+    A head with LoRA runs under autograd, a chunk at a time, and backward recomputes its logits.
+    """
+    layer = layer_of(head)
+    if layer is not None and not layer.rank:
+        return _HeadCrossEntropy.apply(normed_nH, layer.weight_OH, labels_nK, weights_K, smoothing, marked)  # pyright: ignore
+
+    def chunk(rows_nH: torch.Tensor, target_nK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        _, stats_4K = _label_losses(linear(head, rows_nH).float(), target_nK.long(), smoothing, marked)
+        return (stats_4K[0] * weights_K).sum(), stats_4K.detach()
+
+    count = int(labels_nK.shape[1])
+    total, stats_4K = normed_nH.new_zeros((), dtype=torch.float32), normed_nH.new_zeros(4, count, dtype=torch.float32)
+    step = max(1, CHUNK_ELEMENTS // head.out_features)  # pyright: ignore[reportOperatorIssue]
+    for start in range(0, max(1, len(normed_nH)), step):  # no labels give a gradient of zero
+        part = slice(start, start + step)
+        loss, part_4K = checkpoint(chunk, normed_nH[part], labels_nK[part], use_reentrant=False)  # pyright: ignore
+        total, stats_4K = total + loss, stats_4K + part_4K
+    return total, stats_4K
+
+
+def _label_losses(
+    logits_nV: torch.Tensor, target_nK: torch.Tensor, smoothing: float, marked: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-softmax of the logits [n, K, V / K], and the sums over labels that `_HeadCrossEntropy` returns [4, K]."""
+    log_share_nKV = logits_nV.unflatten(1, (target_nK.shape[1], -1)).log_softmax(-1)
+    wanted_nK = log_share_nKV.gather(-1, target_nK.clamp(min=0)[..., None])[..., 0]
+    if smoothing:
+        wanted_nK = (1 - smoothing) * wanted_nK + smoothing * log_share_nKV.mean(-1)
+    losses_nK = -wanted_nK * (target_nK >= 0)
+    is_marked_nK = target_nK == marked
+    right_nK = logits_nV.view_as(log_share_nKV).argmax(-1) == target_nK
+    counted = (losses_nK, right_nK, losses_nK * is_marked_nK, is_marked_nK)
+    return log_share_nKV, torch.stack([values.float().sum(0) for values in counted])
 
 
 def contrastive_loss(audio_AH: torch.Tensor, batch: Batch) -> torch.Tensor:

@@ -14,7 +14,7 @@ from higgs_tune.shards.errors import UserError, few
 from higgs_tune.train.data.batch import Batch
 from higgs_tune.train.model.forward import hidden_states
 from higgs_tune.train.model.fsdp import local, whole
-from higgs_tune.train.model.linear import normed
+from higgs_tune.train.model.linear import linear, normed
 from higgs_tune.train.model.load import HiggsAudioModel
 from higgs_tune.train.model.lora import evaluating
 from higgs_tune.train.model.loss import LossOptions
@@ -102,9 +102,7 @@ def _argmax_per_group(
 ) -> torch.Tensor:
     """The most likely class of each group at some rows: int64 [n, groups]."""
     normed_nH = normed(model.norm, hidden_NH.index_select(0, rows))
-    weight = head.weight
-    assert isinstance(weight, torch.Tensor)
-    return (normed_nH @ weight.to(normed_nH.dtype).t()).view(len(rows), groups, -1).argmax(-1)
+    return linear(head, normed_nH).view(len(rows), groups, -1).argmax(-1)
 
 
 def isolated(text: str) -> str:
