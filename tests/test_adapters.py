@@ -13,6 +13,7 @@ import pytest
 import torch
 from helpers.tiny import tiny_config
 from higgs_tune.shards.errors import UserError
+from higgs_tune.train.model import base as base_module
 from higgs_tune.train.model.adapter import (
     PREFIX,
     adapter_state,
@@ -329,7 +330,7 @@ def test_a_base_of_the_hub_keeps_its_name(base: Path, tmp_path: Path, monkeypatc
         asked.append(given)
         return cached
 
-    monkeypatch.setattr("higgs_tune.train.model.base.local_checkpoint", local)
+    monkeypatch.setattr(base_module, "local_checkpoint", local)
     out = place_adapter(tmp_path / "out", "some/higgs")
     change_config(out, revision="abc123")
     assert resolve_model(out) == (cached, out)

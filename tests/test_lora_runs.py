@@ -41,6 +41,7 @@ def gradients(case: Case, run: Any) -> dict[str, torch.Tensor]:
     return found | {"loss": total.detach()}
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize("dora", [False, True])
 def test_lora_on_every_linear_layer_trains_as_in_bosons_forward(case: Case, dora: bool, tmp_path: Path) -> None:
     layers = {name for name, module in case.model.named_modules() if isinstance(module, nn.Linear)}
