@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 from higgs_tune.shards.errors import UserError
-from higgs_tune.train.checkpoint.folder import STATE, VERSION, Snapshot, read_tensors
+from higgs_tune.train.checkpoint.folder import STATE, VERSION, Snapshot, checkpoint_path, read_tensors
 from higgs_tune.train.checkpoint.identity import differences, identity, lora_of_checkpoint
 from higgs_tune.train.checkpoint.output import (
     ADAPTER,
