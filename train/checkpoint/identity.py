@@ -11,8 +11,9 @@ from typing import Any
 from higgs_tune.shards.errors import few
 from higgs_tune.shards.plan import PLAN_VERSION
 from higgs_tune.train.checkpoint.output import ADAPTER, ADAPTER_CONFIG
+from higgs_tune.train.model.adapter import adapter_state
 from higgs_tune.train.state import Run
-from peft import PeftModel, get_peft_model_state_dict
+from peft import PeftModel
 from safetensors import safe_open
 
 _LORA = ("r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern")
@@ -42,7 +43,7 @@ def identity(run: Run) -> dict[str, Any]:
 
 def lora_of_model(model: PeftModel) -> dict[str, Any]:
     """Scaling, dropout and target modules of a model's LoRA."""
-    return _lora(model.peft_config["default"].to_dict(), get_peft_model_state_dict(model))
+    return _lora(model.peft_config["default"].to_dict(), adapter_state(model))
 
 
 def lora_of_checkpoint(folder: Path) -> dict[str, Any] | None:
