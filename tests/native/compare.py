@@ -129,7 +129,7 @@ def compare(work: Path) -> dict[str, float]:
 
 
 def check_headless(folder: Path) -> None:
-    """A checkpoint without a text head, as the released one, loads and says so."""
+    """A checkpoint without a text head loads and says so."""
     loaded = load_model(folder, device=torch.device("cpu"), dtype=torch.float32)
     if loaded.has_text_head:
         raise UserError("a text head where the checkpoint has none", where=folder)

@@ -2,8 +2,8 @@
 
     python native_model.py FOLDER
 
-In: FOLDER/inputs.npz, FOLDER/sizes.json. Out: FOLDER/checkpoint (with text head) and FOLDER/headless (as the released
-one, without), as transformers saves them; FOLDER/results.safetensors: text and audio logits of every real position,
+In: FOLDER/inputs.npz, FOLDER/sizes.json. Out: FOLDER/checkpoint (with text head) and FOLDER/headless (without
+one), as transformers saves them; FOLDER/results.safetensors: text and audio logits of every real position,
 and the gradient of their sum under random weights for every parameter, by its native name.
 """
 
