@@ -12,6 +12,7 @@ import sys
 
 from higgs_tune.shards.errors import run_command
 from higgs_tune.train.arguments import parse_arguments
+from higgs_tune.train.dist.last_words import outlive_terminal, recorded_for_torchrun
 
 
 def main() -> None:
@@ -19,13 +20,15 @@ def main() -> None:
 
 
 def _main() -> None:
-    config = parse_arguments(sys.argv[1:])
-    from higgs_tune.train.loop import (
-        train,  # after the flags are checked: torch and transformers take seconds to import
-    )
+    with recorded_for_torchrun():
+        config = parse_arguments(sys.argv[1:])
+        from higgs_tune.train.loop import (
+            train,  # after the flags are checked: torch and transformers take seconds to import
+        )
 
-    train(config)
+        train(config)
 
 
 if __name__ == "__main__":
+    outlive_terminal()
     main()

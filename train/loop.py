@@ -12,6 +12,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import NoReturn
 
 import torch.distributed as dist
 from higgs_tune.preprocess.checkpoints.checkpoint import load_tokenizer
@@ -29,7 +30,7 @@ from higgs_tune.train.dist.context import DistContext, init_distributed
 from higgs_tune.train.dist.device_timing import Timestamp
 from higgs_tune.train.dist.faults import propagate_failures
 from higgs_tune.train.dist.gc_schedule import scheduled_gc
-from higgs_tune.train.dist.signals import EXIT_REQUEUE, Stopped
+from higgs_tune.train.dist.signals import EXIT_INTERRUPTED, EXIT_REQUEUE, Stopped, StopSignal
 from higgs_tune.train.metrics import max_memory_gb
 from higgs_tune.train.monitor.diagnostics import UpdateNorms, compare_predictions, fingerprint
 from higgs_tune.train.monitor.logger import MetricsLogger
@@ -101,18 +102,20 @@ def _train(config: TrainConfig, context: DistContext) -> None:
             if config.reports.profile:
                 run_io.profiler = StepProfiler(config.output_dir / "profile", context.device)
         # 5. take the steps
-        with run_io.stop.installed(), naming_dead_workers(), scheduled_gc() as run_io.collect_garbage:
-            run_steps(run, run_io, stats)
-        if run_io.profiler:
-            run_io.profiler.close()
-        # 6. save the result
-        save_result(run, run_io, inputs.base)
+        with run_io.stop.installed():
+            with naming_dead_workers(), scheduled_gc() as run_io.collect_garbage:
+                run_steps(run, run_io, stats)
+            if run_io.profiler:
+                run_io.profiler.close()
+            # 6. save the result
+            save_result(run, run_io, inputs.base)
 
 
 def make_run_io(run: Run, inputs: Inputs) -> RunIO:
     """Everything around the steps that reads; logger, saver and profiler join on rank 0."""
     tokenizer = load_tokenizer(inputs.base, run.special_ids)
-    run_io = RunIO(tokenizer, fingerprint(run.peft_model.named_parameters()), inputs.validation)
+    stop = StopSignal(announces=run.context.is_main)
+    run_io = RunIO(tokenizer, fingerprint(run.peft_model.named_parameters()), inputs.validation, stop)
     run_io.saved_step = run.progress.step
     if run.config.validation.sample_steps:
         run_io.sample_generator = SampleGenerator(run, tokenizer, inputs.features)
@@ -211,13 +214,14 @@ def pause(run: Run, run_io: RunIO, stats: StepStats) -> bool:
 class Agreement:
     """What all ranks know before a step.
 
-    label_counts: [2 + K], summed over ranks. stop: a rank got a signal. save_due: a checkpoint is due by time.
-    save_failed: a save failed, and that ends the run. too_many_bad_steps: more than --max_bad_steps.
-    failures: messages of failed saves, on rank 0 only.
+    label_counts: [2 + K], summed over ranks. stop: a rank got a signal. interrupt: it was Ctrl-C.
+    save_due: a checkpoint is due by time. save_failed: a save failed, and that ends the run.
+    too_many_bad_steps: more than --max_bad_steps. failures: messages of failed saves, on rank 0 only.
     """
 
     label_counts: list[float]
     stop: bool
+    interrupt: bool
     save_due: bool
     save_failed: bool
     too_many_bad_steps: bool
@@ -233,10 +237,10 @@ def sync_ranks(run: Run, run_io: RunIO, own_counts: list[float]) -> Agreement:
     minutes = (time.monotonic() - run_io.saved_at) / 60
     save_due = bool(saver) and unsaved and 0 < config.checkpoints.save_every_minutes <= minutes
     save_failed = bool(failures) and not config.checkpoints.allow_failed_saves
-    own_flags = [bool(run_io.stop), save_due, save_failed, run.bad_steps.too_many]
+    own_flags = [bool(run_io.stop), run_io.stop.is_interrupt, save_due, save_failed, run.bad_steps.too_many]
     sums = run.context.all_sum([*own_counts, *map(float, own_flags)])
-    stop, save_due, save_failed, too_many = (total > 0 for total in sums[len(own_counts) :])
-    return Agreement(sums[: len(own_counts)], stop, save_due, save_failed, too_many, failures)
+    stop, interrupt, save_due, save_failed, too_many = (total > 0 for total in sums[len(own_counts) :])
+    return Agreement(sums[: len(own_counts)], stop, interrupt, save_due, save_failed, too_many, failures)
 
 
 def act_on(agreement: Agreement, run: Run, run_io: RunIO, stats: StepStats) -> None:
@@ -259,12 +263,20 @@ def act_on(agreement: Agreement, run: Run, run_io: RunIO, stats: StepStats) -> N
         save(run, run_io, stats)
     if agreement.stop:
         finish_saves(run, run_io)
-        step, signal_name = run.progress.step, run_io.stop.name or "a signal to another rank"
-        run_io.say(f"stopped by {signal_name} at step {step}; --resume_from_checkpoint auto goes on")
-        if run_io.logger:
-            run_io.logger.close()
-            write_bytes(run.config.output_dir / STOPPED, to_json({"exit_code": EXIT_REQUEUE, "step": step}))
-        raise Stopped
+        stop_run(run, run_io, interrupt=agreement.interrupt)
+
+
+def stop_run(run: Run, run_io: RunIO, *, interrupt: bool) -> NoReturn:
+    """End the run after a stop signal; stopped.json tells scripts to start it again, unless a person ended it."""
+    step, signal_name = run.progress.step, run_io.stop.name or "a signal to another rank"
+    message = f"stopped by {signal_name} at step {step}; --resume_from_checkpoint auto goes on"
+    run_io.say(message)
+    exit_code = EXIT_INTERRUPTED if interrupt else EXIT_REQUEUE
+    if run_io.logger:
+        run_io.logger.close()
+        if not interrupt:
+            write_bytes(run.config.output_dir / STOPPED, to_json({"exit_code": exit_code, "step": step}))
+    raise Stopped(message, exit_code)
 
 
 def validate(run: Run, run_io: RunIO) -> bool:

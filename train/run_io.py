@@ -68,7 +68,7 @@ class RunIO:
     tokenizer: PreTrainedTokenizerBase
     frozen: dict[str, tuple[str, int]]
     validation: Validation
-    stop: StopSignal = field(default_factory=StopSignal)
+    stop: StopSignal
     logger: MetricsLogger | None = None
     saver: Saver | None = None
     sample_generator: SampleGenerator | None = None

@@ -19,6 +19,7 @@ import torch.distributed as dist
 
 from higgs_tune.shards.errors import UserError, few
 from higgs_tune.train.dist.device_timing import HostCopy
+from higgs_tune.train.dist.last_words import record_cause
 from higgs_tune.train.dist.signals import Stopped
 
 SHOWN_KEYS = 8
@@ -131,7 +132,9 @@ def propagate_failures(rank: int, work: Callable[[], None]) -> None:
                 _store().set(_FAILURE_KEY, f"rank {rank}: {type(error).__name__}: {error}")
             raise
         reason = _peers_failure() or "without a word; was it killed, or out of host memory?"
-        print(f"error: rank {rank} stops because another rank has stopped: {reason}", file=sys.stderr, flush=True)
+        message = f"error: rank {rank} stops because another rank has stopped: {reason}"
+        record_cause(message, is_consequence=True)
+        print(message, file=sys.stderr, flush=True)
         os._exit(1)  # kernels may hang in the dead rank's collectives
 
 
