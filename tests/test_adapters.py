@@ -68,7 +68,7 @@ def foreign(base: Path, folder: Path, **options: Any) -> dict[str, torch.Tensor]
             if parameter.requires_grad and "lora_A" not in name:
                 parameter.add_(torch.randn_like(parameter) * 0.05)
     peft_model.peft_config["default"].base_model_name_or_path = str(base)
-    peft_model.save_pretrained(folder)
+    peft_model.save_pretrained(folder, save_embedding_layers=False)  # boson's class does not name its own
     return peft_model.merge_and_unload().state_dict()
 
 
@@ -161,6 +161,15 @@ def test_trained_biases_are_merged_and_refused_for_training(bias: str, base: Pat
     merge_adapter(model, read_adapter(tmp_path))
     assert_same_weights(model, expected)
     with pytest.raises(UserError, match=r"trains biases cannot be trained on .*expected bias: none"):
+        add_lora(fresh(base), TrainableOptions(r=4, alpha=8), "stage2", base, tmp_path)
+
+
+def test_lora_on_embeddings_is_merged_and_refused_for_training(base: Path, tmp_path: Path) -> None:
+    expected = foreign(base, tmp_path, target_modules=["embed_tokens", "q_proj"])
+    model = fresh(base)
+    merge_adapter(model, read_adapter(tmp_path))
+    assert_same_weights(model, expected)
+    with pytest.raises(UserError, match=r"only LoRA on linear layers can be trained on .*embed_tokens"):
         add_lora(fresh(base), TrainableOptions(r=4, alpha=8), "stage2", base, tmp_path)
 
 
