@@ -375,10 +375,11 @@ def test_a_tracker_that_is_not_installed_is_a_clear_error(options: Options, tmp_
         run(options, tmp_path / "out", report_to=("trackio",))
 
 
+@pytest.mark.parametrize("width", [80, 200])
 def test_the_live_display_shows_the_last_numbers(
-    options: Options, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    options: Options, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, width: int
 ) -> None:
-    """On a terminal: a table of what was reported last, under it the bar."""
+    """On a terminal: the last metrics with every loss that trains, no cell cut or split, and the bar under them."""
     from higgs_tune.train.monitor import logger as report
     from rich.console import Console
 
@@ -386,11 +387,16 @@ def test_the_live_display_shows_the_last_numbers(
     consoles: list[Console] = []
 
     def console(**_: Any) -> Console:
-        consoles.append(Console(force_terminal=True, width=200, record=True, file=(tmp_path / "screen").open("w")))
+        consoles.append(Console(force_terminal=True, width=width, record=True, file=(tmp_path / "screen").open("w")))
         return consoles[-1]
 
     monkeypatch.setattr(report, "Console", console)
-    run(options, tmp_path / "out", max_steps=2)
+    run(options, tmp_path / "out", max_steps=2, contrastive_loss_weight=0.1)
     shown = consoles[0].export_text()
-    for part in ("train 2", "eval 2", "text ", "audio ", "tokens/s", "h/GPU-h", "wait ", "GB", "2/2"):
-        assert part in shown
+    last = shown[shown.rindex("eval 2") :]
+    train = lines(tmp_path / "out", "train")[-1]
+    losses = [f"{name} {train[f'{name}_loss']:.4f}" for name in ("text", "audio", "contrastive")]
+    for part in (*losses, "eos ", " tokens/s", " h/GPU-h", "wait ", " GB", "train 2", "2/2", "elapsed", "left"):
+        assert part in last
+    assert max(map(len, shown.splitlines())) <= width
+    assert "…" not in shown

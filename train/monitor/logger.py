@@ -22,14 +22,15 @@ from higgs_tune.train.config import TrainConfig
 from higgs_tune.train.monitor.diagnostics import format_diagnostics
 from rich.console import Console, Group
 from rich.live import Live
-from rich.progress import BarColumn, MofNCompleteColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
-from rich.table import Table
+from rich.text import Text
 from torch.utils.tensorboard import SummaryWriter
 
 _PROJECT = "higgs-tune"
 _BUILT_IN = {"tensorboard", "none"}
 SPECTRUM_BINS = 512
+ESTIMATE_S = 3600.0  # steps of this time give the time left; a step may take minutes
 
 
 class MetricsLogger:
@@ -59,13 +60,8 @@ class MetricsLogger:
         self._trackers = [_start(name, config) for name in trackers if name not in _BUILT_IN]
         self._plain = not sys.stderr.isatty()
         self._console = Console(stderr=True, soft_wrap=self._plain)
-        columns = (
-            BarColumn(None),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-        )
-        self._bar = Bar(*columns)
+        times = (TextColumn("elapsed"), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
+        self._bar = Bar(BarColumn(None), MofNCompleteColumn(), *times, speed_estimate_period=ESTIMATE_S)
         self._task = self._bar.add_task("", total=total_steps, completed=step)
         self._shown: dict[str, dict[str, Any]] = {}
         self._live = None if self._plain else Live(self._view(), console=self._console, refresh_per_second=4)
@@ -133,11 +129,11 @@ class MetricsLogger:
 
     def _view(self) -> Group:
         """The live display: the last metrics of each kind above a progress bar."""
-        table = Table.grid(padding=(0, 2))
+        lines = []
         for kind, metrics in self._shown.items():
-            cells = [f"[bold]{kind}[/] {metrics['step']}", *_cells(metrics)]
-            table.add_row(*cells)
-        return Group(table, self._bar)
+            first, *more = _lines([f"{kind} {metrics['step']}", *_cells(metrics)], self._console.width)
+            lines += [Text(first, style="bold"), *map(Text, more)]
+        return Group(*lines, self._bar)
 
 
 def check_trackers(names: Iterable[str]) -> None:
@@ -191,6 +187,7 @@ def _numbers(metrics: dict[str, Any]) -> Iterable[tuple[str, float]]:
 _SHOWN = (
     ("text_loss", "text {:.4f}"),
     ("audio_loss", "audio {:.4f}"),
+    ("contrastive_loss", "contrastive {:.4f}"),
     ("eos_loss", "eos {:.3f}"),
     ("tokens_per_second", "{:,.0f} tokens/s"),
     ("audio_hours_per_gpu_hour", "{:.0f} h/GPU-h"),
@@ -209,6 +206,16 @@ _SHOWN = (
 
 def _cells(metrics: dict[str, Any]) -> list[str]:
     return [form.format(metrics[name]) for name, form in _SHOWN if isinstance(metrics.get(name), int | float)]
+
+
+def _lines(cells: list[str], width: int) -> list[str]:
+    """Cells in lines of at most `width` characters; those after the first are indented."""
+    lines = [cells[0]]
+    for cell in cells[1:]:
+        if len(lines[-1]) + 2 + len(cell) > width:
+            lines.append("")
+        lines[-1] += f"  {cell}"
+    return lines
 
 
 def _line(metrics: dict[str, Any]) -> str:
