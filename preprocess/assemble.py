@@ -77,14 +77,14 @@ def make_sample(
     """
     if "reject" in line:
         raise Reject(*line["reject"])
-    chat = parse_entry(line["entry"], line["position"], job.audio_base, job.config.max_text_chars)
+    chat = parse_entry(line["entry"], line["position"], job.audio_paths, job.texts)
     tokens_2L = tokenize(chat, tokenizer, ids)
     encoded = [
         _encoded(work, number, job.config.clips_per_unit, clip.source)
         for number, clip in zip(line["clips"], chat.clips, strict=True)
     ]
     if line["entry"].get(DISTINCT):
-        refuse_same_audio([result.info for result in encoded])
+        refuse_same_audio([result.info for result in encoded], [clip.offset_s for clip in chat.clips])
     segments = [
         _segments(role, result, whisper=job.wants_whisper(role))
         for role, result in zip(chat.roles, encoded, strict=True)
@@ -118,13 +118,13 @@ def _encoded(work: WorkFolder, clip: int, clips_per_unit: int, source: str) -> E
     return replace(result, info=result.info | {"source": own_name(result.info["source"])})
 
 
-def refuse_same_audio(infos: list[dict[str, Any]]) -> None:
+def refuse_same_audio(infos: list[dict[str, Any]], offsets_s: list[float | None]) -> None:
     """Refuse a pair of clips with equal content under different names.
 
     Raises:
-        Reject: two of the clips have the same content.
+        Reject: two of the clips have the same content, and are not different pieces of it.
     """
-    digests = [info["sha256"] for info in infos]
+    digests = [(info["sha256"], offset) for info, offset in zip(infos, offsets_s, strict=True)]
     if len(set(digests)) < len(digests):
         raise Reject("self_reference", f"{infos[0]['source']} and {infos[-1]['source']} are equal", infos[-1]["source"])
 

@@ -8,6 +8,7 @@ Guarantees: it rejects the samples that a build rejects, and leaves no file behi
 
 from __future__ import annotations
 
+import math
 import tempfile
 import time
 from collections import Counter
@@ -18,21 +19,29 @@ from typing import Any
 
 import numpy as np
 from higgs_tune.preprocess.assemble import cached_tokenizer, make_sample, set_writer
+from higgs_tune.preprocess.audio.audio import clip_seconds
 from higgs_tune.preprocess.audio.clip import Clip
 from higgs_tune.preprocess.audio.resample import resampled_length
 from higgs_tune.preprocess.audio.whisper import HOP, RATE_HZ, channels_of
-from higgs_tune.preprocess.check_stats import dominant_script, language_table, percentiles, rate_outliers
+from higgs_tune.preprocess.check_stats import (
+    dominant_script,
+    findings_table,
+    language_table,
+    percentiles,
+    rate_outliers,
+)
 from higgs_tune.preprocess.codec.checkpoint import CODEC_RATE_HZ
 from higgs_tune.preprocess.config import Job, PreprocessConfig
 from higgs_tune.preprocess.encode import codec_for, load_for_codec, one_thread
 from higgs_tune.preprocess.engine import Stop, auto_processes, run_tasks
 from higgs_tune.preprocess.listing import list_work
-from higgs_tune.preprocess.pipeline import make_job
+from higgs_tune.preprocess.pipeline import audio_advice, make_job
 from higgs_tune.preprocess.progress import ProgressBar, UnitStats
 from higgs_tune.preprocess.reject import Reject
 from higgs_tune.preprocess.workdir import Encoded, Features, WorkFolder
 from higgs_tune.shards.format import FRAME_RATE_HZ, Sample, encode_sample
 from higgs_tune.shards.sequence import mel_positions, packed_length
+from higgs_tune.shards.split import split_sides
 from transformers import PreTrainedTokenizerBase
 
 DURATION_BINS_S = (0, 1, 2, 3, 5, 10, 15, 20, 30, 60)
@@ -43,6 +52,7 @@ PAIR = 2  # a speaker with fewer clips has no reference
 FEW_CLIPS = 5  # a speaker with fewer clips has little choice of references
 TIMED_S = 4.0
 SHOWN = 20
+CUT_SHORT_S = 0.1  # durations in lists are rounded
 
 
 @dataclass
@@ -54,6 +64,7 @@ class SampleFacts:
         texts: (language, characters, tokens) of each text.
         rates: (language, characters a second) of each spoken text.
         self_reference: a reference has the target's content.
+        spoken: texts of its messages, but for the system's.
     """
 
     reject: dict[str, Any] | None
@@ -65,6 +76,7 @@ class SampleFacts:
     texts: list[tuple[str, int, int]] = field(default_factory=list)
     rates: list[tuple[str, float]] = field(default_factory=list)
     self_reference: bool = False
+    spoken: list[str] = field(default_factory=list)
 
 
 def check_data(config: PreprocessConfig) -> dict[str, Any]:
@@ -118,7 +130,16 @@ def _measure(clip: Clip, job: Job, *, whisper: bool) -> Encoded | Reject:
             frames = frames if job.config.whisper_features == "mel" else frames // 4
             features.append(Features(np.zeros((channels, frames), np.float16), frames))
     info = {"source": clip.source, "seconds": round(wave.seconds, 6), "sha256": wave.sha256}
+    info |= {"cut_short": True} if _is_cut_short(clip, wave.seconds, job) else {}
     return Encoded(codes_KT, tuple(features), info | ({"flags": wave.flags} if wave.flags else {}))
+
+
+def _is_cut_short(clip: Clip, seconds: float, job: Job) -> bool:
+    """Whether a clip has a duration, no offset, and a longer file: lists often give a duration as a mere fact."""
+    if clip.duration_s is None or clip.offset_s:
+        return False
+    whole = clip_seconds(replace(clip, duration_s=None), replace(job.audio, max_seconds=math.inf))
+    return whole is not None and whole - seconds > CUT_SHORT_S
 
 
 def measure_shard(job: Job, number: int) -> tuple[int, list[SampleFacts]]:
@@ -170,6 +191,12 @@ def _facts(
         texts,
         rates,
         bool(pieces[True] & pieces[False]),
+        [
+            part["text"]
+            for message in meta["messages"]
+            for part in message["content"]
+            if part["type"] == "text" and message["role"] != "system"
+        ],
     )
 
 
@@ -179,14 +206,20 @@ def make_report(clips: list[Encoded | Reject], facts: list[SampleFacts], job: Jo
     rejects = [sample.reject for sample in facts if sample.reject is not None]
     itself = [sample.key for sample in good if sample.self_reference]
     measured = [clip.info for clip in clips if isinstance(clip, Encoded)]
-    bad = Counter((clip.reason, clip.file) for clip in clips if isinstance(clip, Reject))
+    bad = {(clip.reason, clip.file) for clip in clips if isinstance(clip, Reject)}
+    bad |= {(reject["reason"], reject["file"]) for reject in rejects if reject["file"]}
     share = (len(rejects) + len(itself)) / max(len(facts), 1)
     flags = Counter(flag for info in measured for flag in info.get("flags", ()))
     seconds, tokens = [info["seconds"] for info in measured], [sample.tokens for sample in good]
     return {
         "fit_to_build": bool(good) and share <= job.config.max_reject_share,
         "bad_share": share,
-        "samples": {"all": len(facts), "usable": len(good), "rejected": len(rejects)},
+        "samples": {
+            "all": len(facts),
+            "usable": len(good),
+            "rejected": len(rejects),
+        },
+        "samples_with_audio_target": sum(any(s["role"] == "assistant" for s in sample.segments) for sample in good),
         "rejects": dict(Counter(reject["reason"] for reject in rejects)),
         "reject_examples": rejects[:SHOWN],
         "hours": {
@@ -205,7 +238,13 @@ def make_report(clips: list[Encoded | Reject], facts: list[SampleFacts], job: Jo
         "empty_texts": sum(reject["reason"] == "empty_text" for reject in rejects),
         "rate_outliers": rate_outliers([(s.key, language, rate) for s in good for language, rate in s.rates]),
         "languages": language_table(text for sample in good for text in sample.texts),
+        "samples_without_speaker": sum(not sample.speaker for sample in good),
+        "cut_short": sorted({info["source"] for info in measured if info.get("cut_short")}),
+        "text_findings": findings_table((sample.key, sample.spoken) for sample in good),
+        "advice": audio_advice(rejects, job),
         "speakers": _speakers(good),
+        "val_fraction": job.config.val_fraction,
+        "sides": _sides(good, job),
         "predicted": _predicted(good, sum(seconds), len(clips), job),
     }
 
@@ -228,13 +267,23 @@ def _speakers(good: list[SampleFacts]) -> dict[str, Any]:
     clips: dict[str, set[str]] = {}
     for sample in good:
         targets = {s["sha256"] for s in sample.segments if s["role"] == "assistant"}
-        clips.setdefault(sample.speaker or "(none)", set()).update(targets)
+        if sample.speaker:
+            clips.setdefault(sample.speaker, set()).update(targets)
     counts = {name: len(digests) for name, digests in sorted(clips.items())}
     return {
         "count": len(counts),
         "single_clip": [name for name, count in counts.items() if count < PAIR],
         "few_clips": {name: count for name, count in counts.items() if count < FEW_CLIPS},
     }
+
+
+def _sides(good: list[SampleFacts], job: Job) -> dict[str, int]:
+    """The sides of the validation split that a build makes."""
+    by_speaker = job.config.val_by == "speaker"
+    names = [sample.speaker or str(None) if by_speaker else sample.key for sample in good]
+    distinct = sorted(set(names))
+    held_out = dict(zip(distinct, set_writer(job).split.held_out(distinct).tolist(), strict=True))
+    return split_sides(np.array([held_out[name] for name in names], np.bool_), [sample.speaker for sample in good])
 
 
 def _predicted(good: list[SampleFacts], distinct_s: float, clips: int, job: Job) -> dict[str, Any]:

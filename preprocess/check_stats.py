@@ -10,9 +10,11 @@ from functools import lru_cache
 from typing import Any
 
 import numpy as np
+from higgs_tune.preprocess.text_findings import DESCRIPTIONS, VARIANTS, excerpt, text_findings, variants
 
 OUTLIER_FACTOR = 2.5  # more than this many times faster or slower than the language's median
 OUTLIER_LEAST = 8  # samples of a language below which its median says little
+EXAMPLES = 5  # of each finding
 PERCENTS = (0, 5, 50, 95, 100)
 
 
@@ -45,6 +47,37 @@ def language_table(texts: Iterable[tuple[str, int, int]]) -> dict[str, dict[str,
     return {
         language: {"texts": n, "characters": c, "tokens": t, "tokens_per_character": round(t / max(c, 1), 3)}
         for language, (n, c, t) in sorted(sums.items())
+    }
+
+
+def findings_table(samples: Iterable[tuple[str, list[str]]]) -> dict[str, dict[str, Any]]:
+    """How many samples have each finding in their texts, with examples, from (key, texts) of each sample.
+
+    Digits and letters of which a set is to have one form are findings in the samples that have another form than most.
+    """
+    findings: dict[str, list[tuple[str, str]]] = {}
+    forms: dict[tuple[str, int], dict[str, str]] = {}
+    for key, texts in samples:
+        first: dict[str, str] = {}
+        for text in texts:
+            for name in text_findings(text):
+                first[name] = text  # the last, which is the answer's
+            for form in variants(text):
+                forms.setdefault(form, {})[key] = text
+        for name, text in first.items():
+            findings.setdefault(name, []).append((key, text))
+    for name in VARIANTS:
+        by_form = sorted((list(keys.items()) for form, keys in forms.items() if form[0] == name), key=len)
+        others = dict(pair for pairs in by_form[:-1] for pair in pairs)
+        if others:
+            findings[name] = list(others.items())
+    return {
+        name: {
+            "samples": len(findings[name]),
+            "examples": [{"id": key, "text": excerpt(text)} for key, text in findings[name][:EXAMPLES]],
+        }
+        for name in DESCRIPTIONS
+        if name in findings
     }
 
 

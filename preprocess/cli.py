@@ -48,6 +48,8 @@ def _build(config: PreprocessConfig) -> None:
 
 
 def _print_summary(summary: dict[str, Any], config: PreprocessConfig, elapsed: float) -> None:
+    from higgs_tune.preprocess.check_report import describe_sides
+
     rejects = summary["rejects"]
     if summary["already_built"]:
         print(f"{config.out} is already built from this data with these options: nothing to do")
@@ -56,6 +58,7 @@ def _print_summary(summary: dict[str, Any], config: PreprocessConfig, elapsed: f
         return
     print(f"samples   {summary['samples']} in {config.out}")
     print(f"audio     {summary['seconds'] / 3600:.3f} h in samples, {summary['clips']} distinct clips")
+    print(f"held out  {describe_sides(summary['sides'], config.val_fraction)}")
     print(f"speed     {summary['encoded_seconds'] / max(elapsed, 1e-9):.1f} hours an hour ({elapsed:.0f} s)")
     spent = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in summary["spent"].items())
     print(f"spent     {spent or 'nothing: all was encoded before'}")
@@ -64,3 +67,5 @@ def _print_summary(summary: dict[str, Any], config: PreprocessConfig, elapsed: f
     print(f"rejects   {sum(rejects.values())}" + (f", see {config.out}/rejects.jsonl" if rejects else ""))
     for reason, count in sorted(rejects.items()):
         print(f"  {reason:<24}{count}")
+    if summary["advice"]:
+        print(f"hint      {summary['advice']}")

@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Literal
 
 from higgs_tune.preprocess.audio.options import AudioOptions, Flag
+from higgs_tune.preprocess.input.audio_paths import AudioPaths
+from higgs_tune.preprocess.text_normalization import TextNormalization, TextOptions
 from higgs_tune.shards.errors import UserError
 from higgs_tune.shards.remote import is_url
 
@@ -17,8 +19,9 @@ class PreprocessConfig:
     """Encode audio once, offline, into tar shards that the trainer streams."""
 
     data: Path
-    """ChatML (JSON array or JSONL), a manifest (JSONL, CSV or TSV with audio, text, speaker and, if wanted, ref_audio,
-    ref_text, id), or a Hugging Face datasets folder on disk with either kind of columns."""
+    """ChatML (JSON array or JSONL), a manifest (a table or JSON with audio, text, speaker and, optionally, ref_audio,
+    ref_text, id), a list of another tool, or a folder of datasets, Parquet, Kaldi or clips with texts; see
+    docs/preprocessing.md."""
     model_path: Path
     """Checkpoint of the language model, a folder or Hub name[@revision]: config and tokenizer are read; with
     --whisper_features encoder also its audio tower."""
@@ -32,14 +35,19 @@ class PreprocessConfig:
     one below $HIGGS_TUNE_CACHE, else ~/.cache/higgs-tune."""
 
     audio_root: Path | None = None
-    """Folder that relative audio paths start from and that no path may leave, links resolved; by default relative
-    paths start from the folder of the data, and may lead anywhere."""
+    """Folder that relative audio paths start from and that no path may leave, links resolved; a `..` that would leave
+    it stops at it. By default relative paths start from the folder of the data, and may lead anywhere."""
     min_seconds: float = 0.1
     """Shortest clip that is taken, in seconds."""
     max_seconds: float = 60.0
     """Longest clip that is taken, in seconds."""
     max_text_chars: int = 20_000
     """Longest single text that is taken, in characters."""
+    text_normalization: TextNormalization = "none"
+    """Normalize every text: nfc (Unicode's composed form), or arabic (also presentation forms, tatweel, invisible
+    characters, spaces, digits); docs/text_normalization.md says what each does."""
+    allow_text_only: bool = False
+    """Build a set in which no assistant message has audio, so that only text is trained on."""
     loudness_lufs: float | None = None
     """Bring every clip to this integrated loudness (LUFS, ITU-R BS.1770) before it is encoded; boson's value is -23."""
     reject_flags: tuple[Flag, ...] = ()
@@ -50,6 +58,8 @@ class PreprocessConfig:
     """Manifests: share of samples that get no reference clip, 0 to 1; chosen by a hash, so it is stable."""
     ref_min_seconds: float = 1.0
     """Manifests: shortest clip that is chosen as a reference, in seconds."""
+    speaker: str | None = None
+    """Manifests: speaker of the rows that name none."""
     seed: int = 0
     """Manifests: seed of the choice of references."""
 
@@ -60,8 +70,9 @@ class PreprocessConfig:
     whisper_path: Path | None = None
     """Checkpoint that holds the tower (a Higgs or a Whisper model), a folder or Hub name; by default --model_path."""
 
-    val_fraction: float = 0.0
-    """Share of samples held out for validation, 0 to 1; chosen by a hash, so it is stable."""
+    val_fraction: float = 0.05
+    """Share of samples held out for validation, 0 to 1; chosen by a hash, so it is stable. Of two or more at least one
+    is held out, and never all."""
     val_by: Literal["sample", "speaker"] = "sample"
     """Hold out single samples, or whole speakers."""
     samples_per_shard: int = 4096
@@ -155,15 +166,21 @@ class Job:
         return out if out and is_url(out) else None
 
     @property
-    def audio_base(self) -> Path:
-        """The start of relative audio paths."""
-        return self.data if self.data.is_dir() else self.config.audio_root or self.data.parent
+    def audio_paths(self) -> AudioPaths:
+        """Where audio is looked for."""
+        folder = self.data if self.data.is_dir() else self.data.parent
+        return AudioPaths(self.config.audio_root or folder, folder, self.config.audio_root)
+
+    @property
+    def texts(self) -> TextOptions:
+        """Which texts are taken, and their normalization."""
+        return TextOptions(self.config.max_text_chars, self.config.text_normalization)
 
     @property
     def audio(self) -> AudioOptions:
         """The options that reading audio needs."""
         c = self.config
-        roots = (c.audio_root, self.audio_base) if c.audio_root else ()
+        roots = (c.audio_root, self.data) if c.audio_root else ()
         return AudioOptions(c.min_seconds, c.max_seconds, c.loudness_lufs, roots, c.reject_flags)
 
     def wants_whisper(self, role: str) -> bool:

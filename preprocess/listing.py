@@ -13,17 +13,21 @@ import os
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 from higgs_tune.preprocess.audio.clip import Clip
 from higgs_tune.preprocess.config import Job
 from higgs_tune.preprocess.input.arrow import arrow_cell
-from higgs_tune.preprocess.input.chatml import key_of, parse_entry, storable
+from higgs_tune.preprocess.input.audio_paths import exists
+from higgs_tune.preprocess.input.chatml import ChatSample, audio_targets, key_of, parse_entry, storable
+from higgs_tune.preprocess.input.conversations import as_chatml
 from higgs_tune.preprocess.input.entries import read_entries
+from higgs_tune.preprocess.input.manifest import DISTINCT
 from higgs_tune.preprocess.reject import Reject
 from higgs_tune.preprocess.workdir import WorkFolder, batches
 from higgs_tune.shards.errors import UserError
+
+PAIR = 2
 
 
 class ClipNumbers:
@@ -42,7 +46,7 @@ class ClipNumbers:
         number = self._numbers.setdefault(name, len(self._numbers))
         if number == len(self.whisper):
             self.whisper.append(0)
-            self.missing += bool(clip.path) and not arrow_cell(clip.path) and not _exists(clip.path)
+            self.missing += bool(clip.path) and not arrow_cell(clip.path) and not exists(clip.path)
             self._waiting.append(clip)
             if len(self._waiting) == self.clips_per_unit:
                 self.flush()
@@ -57,6 +61,49 @@ class ClipNumbers:
             self._waiting = []
 
 
+class Seen:
+    """What the accepted samples have between them.
+
+    Attributes:
+        keys: hashes of their keys.
+        audio_targets: number of audios that are trained on.
+        speakers: their names.
+    """
+
+    def __init__(self) -> None:
+        self.keys, self.speakers = set[bytes](), set[str]()
+        self.audio_targets = 0
+
+    def add(self, key: str, sample: ChatSample) -> None:
+        """Take in a sample.
+
+        Raises:
+            Reject: another has its key.
+        """
+        name = _digest(key)
+        if name in self.keys:
+            raise Reject("duplicate_id", f"another sample is named {key}")
+        self.keys.add(name)
+        self.audio_targets += audio_targets(sample)
+        if sample.chat.speaker:
+            self.speakers.add(sample.chat.speaker)
+
+    def require(self, job: Job) -> None:
+        """Refuse data that cannot be used as a whole.
+
+        Raises:
+            UserError: nothing to speak, or not enough speakers for `--val_by speaker`.
+        """
+        if not self.audio_targets and not job.config.allow_text_only:
+            hint = "An audio is a target in an assistant message. --allow_text_only builds a set of text alone."
+            got = f"{len(self.keys)} samples without audio to train on"
+            raise UserError("no sample has an audio target", where=job.data, got=got, hint=hint)
+        if job.config.val_by == "speaker" and job.config.val_fraction and len(self.speakers) < PAIR:
+            hint = "Name the speaker of each sample, or hold out single samples: --val_by sample."
+            raise UserError("--val_by speaker cannot hold out a speaker", where=job.data,
+                            expected="2 speakers or more", got=len(self.speakers), hint=hint)  # fmt: skip
+
+
 def list_work(job: Job, work: WorkFolder, go_on: Callable[[], None]) -> dict[str, int]:
     """Check every entry, number the clips, write the tasks.
 
@@ -68,19 +115,21 @@ def list_work(job: Job, work: WorkFolder, go_on: Callable[[], None]) -> dict[str
         unless it is 0, a restart lists again.
 
     Raises:
-        UserError: the data cannot be read, or holds no samples.
+        UserError: the data cannot be read, holds no samples, no audio target, or too few speakers for `--val_by`.
     """
-    numbers, keys = ClipNumbers(work, job.config.clips_per_unit), set[bytes]()
+    numbers, seen = ClipNumbers(work, job.config.clips_per_unit), Seen()
     samples = shards = rejects = 0
     work.forget_listing()
     for batch in batches(enumerate(read_entries(job)), job.config.samples_per_shard):
         go_on()
-        lines = [_line(entry, at, job, keys, numbers) for at, entry in batch]
+        lines = [_line(entry, at, job, seen, numbers) for at, entry in batch]
         work.write_lines("samples", shards, lines)
         rejects += sum("reject" in line for line in lines)
         samples, shards = samples + len(batch), shards + 1
     if not samples:
         raise UserError("the data holds no samples", where=job.data)
+    if samples > rejects:
+        seen.require(job)
     numbers.flush()
     listing = {"samples": samples, "shards": shards, "clips": len(numbers.whisper), "units": numbers.units}
     listing["unsettled"] = rejects + numbers.missing
@@ -88,14 +137,13 @@ def list_work(job: Job, work: WorkFolder, go_on: Callable[[], None]) -> dict[str
     return listing
 
 
-def _line(entry: Any, position: int, job: Job, keys: set[bytes], numbers: ClipNumbers) -> dict[str, Any]:
+def _line(entry: Any, position: int, job: Job, seen: Seen, numbers: ClipNumbers) -> dict[str, Any]:
     key = key_of(entry, position)
     try:
-        sample = parse_entry(entry, position, job.audio_base, job.config.max_text_chars)
-        name = _digest(key)
-        if name in keys:
-            raise Reject("duplicate_id", f"another sample is named {key}")
-        keys.add(name)
+        if isinstance(entry, dict) and DISTINCT not in entry:
+            entry = as_chatml(entry)
+        sample = parse_entry(entry, position, job.audio_paths, job.texts)
+        seen.add(key, sample)
         used = zip(sample.clips, sample.roles, strict=True)
         clips = [numbers.number(clip, job.wants_whisper(role)) for clip, role in used]
         return {"key": key, "position": position, "entry": storable(entry, sample), "clips": clips}
@@ -110,13 +158,6 @@ def _real_path(path: str) -> str:
         return os.path.realpath(path, strict=True) if path else ""
     except (OSError, ValueError):
         return path
-
-
-def _exists(path: str) -> bool:
-    try:
-        return Path(path).exists()
-    except OSError:  # a name that is too long
-        return False
 
 
 def _digest(text: str) -> bytes:

@@ -32,14 +32,16 @@ from higgs_tune.preprocess.codec.weights import weights_sha256
 from higgs_tune.preprocess.config import Job, PreprocessConfig
 from higgs_tune.preprocess.encode import device_of, encode_unit
 from higgs_tune.preprocess.engine import Stop, run_tasks
-from higgs_tune.preprocess.input import arrow
+from higgs_tune.preprocess.input.folders import data_digest
 from higgs_tune.preprocess.listing import list_work
 from higgs_tune.preprocess.progress import ProgressBar
 from higgs_tune.preprocess.workdir import WorkFolder, refuse_other
 from higgs_tune.shards import durable
 from higgs_tune.shards.errors import UserError
+from higgs_tune.shards.index import SPLIT_VAL, join_index
 from higgs_tune.shards.remote import Cache, Source, is_url
-from higgs_tune.shards.writer import MANIFEST, REJECTS, count_reasons, file_sha256
+from higgs_tune.shards.split import split_sides
+from higgs_tune.shards.writer import MANIFEST, REJECTS, count_reasons
 
 
 def build_shards(config: PreprocessConfig) -> dict[str, Any]:
@@ -47,7 +49,7 @@ def build_shards(config: PreprocessConfig) -> dict[str, Any]:
 
     Returns:
         `samples`, `seconds`, `clips`, `encoded_seconds`, `flags` and `spent` (of this run), `rejects` (a dict by
-        reason), `already_built`.
+        reason), `advice` (on missing files), `sides` (of the validation split), `already_built`.
 
     Raises:
         UserError: bad paths, checkpoints or options; or every sample was rejected.
@@ -93,9 +95,12 @@ def _run_steps(job: Job, provenance: dict[str, Any], stop: Stop) -> dict[str, An
         if not any(len(shard.rows) for shard in shards):
             writer.discard(shards)  # the same command starts anew
             durable.write_bytes(job.out / REJECTS, b"".join(durable.to_json(reject) + b"\n" for reject in rejects))
+            hints = [f"Each is named in {job.out / REJECTS}.", audio_advice(rejects, job)]
             raise UserError("no sample is left", where=job.data, got=f"rejects by reason: {count_reasons(rejects)}",
-                            hint=f"Each is named in {job.out / REJECTS}.")  # fmt: skip
+                            hint=" ".join(filter(None, hints)))  # fmt: skip
         totals = writer.finish(listing["shards"], provenance)["totals"]
+    index, names = join_index([shard.rows for shard in shards], [shard.speakers for shard in shards])
+    writer.split.settle(index, names)
     return {
         "already_built": False,
         "samples": totals["samples"],
@@ -105,7 +110,14 @@ def _run_steps(job: Job, provenance: dict[str, Any], stop: Stop) -> dict[str, An
         "flags": progress.flags,
         "spent": progress.spent,
         "rejects": count_reasons(rejects),
+        "advice": audio_advice(rejects, job),
+        "sides": split_sides(index["split"] == SPLIT_VAL, [names[number] for number in index["speaker"]]),
     }
+
+
+def audio_advice(rejects: list[dict[str, Any]], job: Job) -> str:
+    """What would make the files found that rejects name as missing or outside; empty where nothing does."""
+    return job.audio_paths.advice(reject["file"] for reject in rejects if reject["reason"] in NOT_FOUND)
 
 
 def finished(location: str, request: dict[str, Any]) -> dict[str, Any] | None:
@@ -195,14 +207,16 @@ def make_provenance(job: Job) -> dict[str, Any]:
     request = {"data": data_digest(job.data), "model": model, "codec": codec, "features": features, "options": options}
     request = json.loads(durable.to_json(request))  # as it will be compared with a stored one
     paths = {"model": str(job.model), "codec": str(job.codec)}
-    return {"model": model, "codec": codec, "features": features, "request": request, "paths": paths}
+    made = {"model": model, "codec": codec, "features": features, "text_normalization": config.text_normalization}
+    return made | {"request": request, "paths": paths}
 
 
+NOT_FOUND = ("missing_audio", "outside_audio_root")  # rejects that another --audio_root may cure
 # options of where and how the work runs; they do not change the set
 MACHINE_ONLY = {
     *("data", "out", "staging", "model_path", "audio_tokenizer_path", "whisper_path"),
     *("engine", "ray_address", "num_processes", "decode_threads", "device"),
-    *("check", "json", "max_reject_share", "debug"),
+    *("check", "json", "max_reject_share", "allow_text_only", "debug"),
 }
 
 
@@ -214,11 +228,3 @@ def whisper_provenance(job: Job) -> dict[str, Any]:
     settings = extractor_settings(mel_bins_of(job.tower))
     made = {"whisper": kind, "roles": job.config.whisper_roles, "extractor": settings}
     return made | ({"tower_sha256": tower_sha256(job.tower)} if kind == "encoder" else {})
-
-
-def data_digest(data: Path) -> str:
-    """Identifies the data: a file's SHA-256; for a folder, that of its state and the sizes of its files."""
-    if data.is_file():
-        return file_sha256(data)
-    sizes = [f"{file.name} {file.stat().st_size}" for file in arrow.data_files(data)]
-    return ", ".join([file_sha256(data / "state.json"), *sizes])

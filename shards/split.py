@@ -38,6 +38,45 @@ class ValidationSplit:
             mask[digests.argmin()], mask[digests.argmax()] = True, False
         return mask
 
+    def settle(self, index: np.ndarray, speakers: Sequence[str]) -> bool:
+        """Hold out at least one of a set's samples (or speakers), and not all, where there are two or more.
+
+        Args:
+            index: all rows of the set, each with its own split; changed in place where none or all are held out.
+            speakers: their names by number.
+
+        Returns:
+            Whether it was changed.
+        """
+        before = index["split"].copy()
+        if not self.fraction or len(np.unique(before)) != 1:
+            return False
+        if self.by == "speaker":
+            index["split"] = self.held_out([name or str(None) for name in speakers])[index["speaker"]]
+        else:
+            index["split"] = self.held_out([key.decode() for key in index["key"].tolist()])
+        return bool((index["split"] != before).any())
+
+
+def split_sides(held_out_N: np.ndarray, speakers: Sequence[str]) -> dict[str, int]:
+    """Samples and speakers on both sides of a split.
+
+    Args:
+        held_out_N: bool [N].
+        speakers: the speaker of each sample; empty where none is named.
+    """
+    sides = [
+        {name for name, held_out in zip(speakers, held_out_N.tolist(), strict=True) if held_out is side and name}
+        for side in (False, True)
+    ]
+    return {
+        "train_samples": int((~held_out_N).sum()),
+        "validation_samples": int(held_out_N.sum()),
+        "train_speakers": len(sides[0]),
+        "validation_speakers": len(sides[1]),
+        "speakers_in_both": len(sides[0] & sides[1]),
+    }
+
 
 def _digest(name: str) -> int:
     return xxhash.xxh3_64_intdigest(name.encode())

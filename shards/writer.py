@@ -220,6 +220,7 @@ class SetWriter:
             raise ShardError("shards are not committed", where=self.folder, expected=shards, got=len(done))
         durable.remove_leftovers(self.folder)  # temporary files of workers that died and were replaced
         index, names = join_index([part.rows for part in done], [part.speakers for part in done])
+        self.split.settle(index, names)
         rejects = [reject for part in done for reject in part.rejects]
         self._put(INDEX, npy_bytes(index))
         self._put(REJECTS, b"".join(durable.to_json(reject) + b"\n" for reject in rejects))

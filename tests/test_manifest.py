@@ -105,9 +105,9 @@ def test_a_reference_is_the_first_other_clip_from_a_hashed_place_on(
     """As the naive rotation finds it, at no cost that grows with the number of clips."""
     rows = rows_of("a" * 12) + [{"audio": "./3.wav", "text": "again", "speaker": "a"}] * 8
     data = write_csv(folder / "data.csv", rows)
-    candidates = manifest._candidates(list(rows), job_of(toy, data))
+    candidates = manifest.References(list(rows), job_of(toy, data)).candidates
     monkeypatch.setattr(
-        manifest, "_candidates", lambda *_: {name: _NoCopies(rows) for name, rows in candidates.items()}
+        manifest.References, "_candidates", lambda _: {name: _NoCopies(rows) for name, rows in candidates.items()}
     )
     for row, entry in zip(rows, entries(toy, data), strict=True):
         start = int(manifest._uniform(f"reference 0 {row['audio']}") * len(candidates["a"]))
@@ -302,7 +302,7 @@ def test_columns_of_every_type_are_stored(toy: Path, folder: Path) -> None:
 def test_damaged_tables(toy: Path, folder: Path) -> None:
     """A line that is no row is named; a file without the columns is refused."""
     (folder / "data.csv").write_text(
-        'audio,text,speaker\n0.wav,one,a\n1.wav,two\n2.wav,"three\n2.wav,four",a\n3.wav,"fi"ve,a\n4.wav,six,a\n'
+        'audio,text,speaker\n0.wav,one,a\n1.wav,two\n2.wav,"three\nfour",a\n3.wav,"fi"ve,a\n4.wav,six,a\n'
         '5.wav,"sev\nen"\n6.wav,"eight,a'
     )
     made = entries(toy, folder / "data.csv", ref_drop=1.0)
@@ -312,9 +312,9 @@ def test_damaged_tables(toy: Path, folder: Path) -> None:
     assert [str(detail).partition(":")[0] for detail in details] == [
         *("None", "line 3", "None", "line 6", "None", "lines 8 to 9", "line 10")
     ]
-    (folder / "data.csv").write_text("path,sentence\n0.wav,one\n")
+    (folder / "data.csv").write_text("colour,size\nred,one\n")
     with pytest.raises(
-        UserError, match=r"lacks columns .*expected \['audio', 'speaker', 'text'\], got \['path', 'sentence'\]"
+        UserError, match=r"lacks columns .*expected \['audio', 'speaker', 'text'\], got \['colour', 'size'\]"
     ):
         preprocess(toy, folder / "data.csv", folder / "out")
 

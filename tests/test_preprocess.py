@@ -17,11 +17,16 @@ import pytest
 import soundfile
 from boson_multimodal.dataset.chatml_dataset import prepare_chatml_sample
 from conftest import EXAMPLES, preprocess
+from higgs_tune.inspect.verify.verify import VerifyOptions, verify_set
 from higgs_tune.preprocess import encode, pipeline
+from higgs_tune.preprocess.check import check_data
+from higgs_tune.preprocess.check_report import describe_sides
 from higgs_tune.preprocess.checkpoints.hub import local_checkpoint
+from higgs_tune.preprocess.config import PreprocessConfig
 from higgs_tune.preprocess.progress import ProgressBar
 from higgs_tune.shards.errors import UserError
 from higgs_tune.shards.reader import ShardSet
+from higgs_tune.shards.writer import file_sha256
 from higgs_tune.train.model.base import resolve_model
 from huggingface_hub.errors import LocalEntryNotFoundError
 from transformers import PreTrainedTokenizerBase
@@ -47,7 +52,7 @@ def test_example_set_is_whole(shards: ShardSet, toy_tokenizer: PreTrainedTokeniz
         assert target["seconds"] == pytest.approx(given["misc"]["duration"], abs=1e-3)
         assert target["frames"] == pytest.approx(target["seconds"] * 25, abs=1)
         source = EXAMPLES.parent / target["source"]
-        assert target["sha256"] == pipeline.file_sha256(source)
+        assert target["sha256"] == file_sha256(source)
 
 
 def test_json_lines_and_units_change_nothing(toy: Path, shards: ShardSet, tmp_path: Path) -> None:
@@ -326,3 +331,42 @@ def test_command_line(toy: Path, tmp_path: Path) -> None:
     command[command.index("--model-path") + 1] = str(tmp_path)
     result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
     assert (result.returncode, result.stderr.count("\n"), "Traceback" in result.stderr) == (2, 1, False)
+
+
+def test_at_least_one_sample_is_held_out_and_never_all(toy: Path, tmp_path: Path) -> None:
+    """The default, both extremes, and one sample alone; the check foresees it, and verify agrees."""
+    entries = json.loads(EXAMPLES.read_text())
+    (tmp_path / "clips").symlink_to(EXAMPLES.parent / "clips")
+    data = tmp_path / "data.json"
+    cases: list[tuple[int, dict[str, Any], int]] = [
+        (4, {}, 1),
+        (4, {"val_fraction": 1.0}, 3),
+        (4, {"val_fraction": 0.0}, 0),
+        (1, {}, 0),
+        (4, {"val_by": "speaker"}, 1),
+    ]
+    sides: dict[str, int] = {}
+    for number, (count, options, held_out) in enumerate(cases):
+        data.write_text(json.dumps(entries[:count]))
+        out = tmp_path / f"out-{number}"
+        sides = preprocess(toy, data, out, **options)["sides"]
+        assert (sides["validation_samples"], sides["train_samples"]) == (held_out, count - held_out)
+        made = ShardSet(out)
+        assert made.index["split"].sum() == made.manifest["totals"]["validation_samples"] == held_out
+        assert (
+            check_data(PreprocessConfig(data=data, model_path=toy / "model", check=True, **options))["sides"] == sides
+        )
+        assert not verify_set(out, VerifyOptions()).findings
+    assert sides == {"train_samples": 3, "validation_samples": 1, "train_speakers": 3, "validation_speakers": 1,
+                     "speakers_in_both": 0}  # fmt: skip
+    assert describe_sides(sides, 0.05) == "1 of 4 samples (at least one): 1 speakers, 0 of them trained on too"
+
+
+def test_speakers_cannot_be_held_out_without_names(toy: Path, tmp_path: Path) -> None:
+    entries = json.loads(EXAMPLES.read_text())[:4]
+    (tmp_path / "clips").symlink_to(EXAMPLES.parent / "clips")
+    for speakers, count in (([None] * 4, 0), (["a"] * 4, 1)):
+        named = [entry | {"speaker": speaker} for entry, speaker in zip(entries, speakers, strict=True)]
+        (tmp_path / "data.json").write_text(json.dumps(named))
+        with pytest.raises(UserError, match=rf"--val_by speaker cannot .*expected 2 speakers or more, got {count}\."):
+            preprocess(toy, tmp_path / "data.json", tmp_path / "out", val_by="speaker")

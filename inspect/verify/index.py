@@ -76,6 +76,7 @@ def compare_with_shards(index: IndexFile, results: list[ShardResult], manifest: 
     if index.rows is None or findings:
         return findings
     made, names = join_index([result.array() for result in results], [result.speakers for result in results])
+    made["split"] = manifest.expected_split(made, names, index.rows["key"])
     listed = manifest.content["speakers"]
     if names != listed and len(made) == len(index.rows):
         detail = f"speakers: expected {len(names)}, {names[:5]}, got {len(listed)}, {listed[:5]}"

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from higgs_tune.inspect.verify.diagnose import Finding
 from higgs_tune.shards.errors import UserError
 from higgs_tune.shards.format import FORMAT_VERSION
@@ -71,6 +72,27 @@ class Manifest:
         if not {"val_fraction", "val_by"} <= options.keys():
             return None
         return ValidationSplit(options["val_fraction"], options["val_by"])
+
+    def expected_split(self, index: np.ndarray, speakers: list[str], keys: np.ndarray) -> np.ndarray:
+        """The split of index rows, with at least one row of the whole set held out, and not all, as a writer does it.
+
+        Args:
+            index: rows with their own splits, perhaps not all of the set.
+            speakers: their names by number.
+            keys: of the whole set.
+        """
+        totals = self.content["totals"]
+        settled = 0 < totals["validation_samples"] < totals["samples"]  # older writers held out none, or all
+        if not self.split or not settled or len(np.unique(index["split"])) != 1:
+            return index["split"]
+        if self.split.by == "speaker":
+            names = sorted({*speakers, *map(str, self.content["speakers"])})
+            own = [speakers[number] for number in index["speaker"]]
+        else:
+            names, own = sorted({*index["key"].tolist(), *keys.tolist()}), index["key"].tolist()
+        plain = [name.decode() if isinstance(name, bytes) else name or str(None) for name in names]
+        held_out = dict(zip(names, self.split.held_out(plain).tolist(), strict=True))
+        return np.array([held_out[name] for name in own], index["split"].dtype)
 
 
 def read_manifest(folder: Path) -> tuple[Manifest | None, list[Finding]]:

@@ -71,9 +71,10 @@ def _rebuilt(folder: Path, verdict: Verdict) -> np.ndarray:
     if verdict.manifest is None or others:
         faults = "; ".join(f"{one.file} {one.key} {one.kind}: {one.detail}" for one in (others or verdict.findings)[:5])
         raise UserError("the index can only be rebuilt from intact shards", where=folder, got=faults)
-    index, _ = join_index(
+    index, names = join_index(
         [result.array() for result in verdict.results], [result.speakers for result in verdict.results]
     )
+    index["split"] = verdict.manifest.expected_split(index, names, index["key"])
     if verdict.manifest.split is None:
         old = verdict.index.rows if verdict.index else None
         if old is None or not np.array_equal(old["key"], index["key"]):

@@ -64,10 +64,19 @@ def load_clip(clip: Clip, sample_rate_hz: int, options: AudioOptions) -> Wavefor
 def clip_seconds(clip: Clip, options: AudioOptions) -> float | None:
     """Length in seconds by the file's header; None where the header already tells that the file cannot be used."""
     try:
-        with _open_audio(_source(clip, options), clip.source) as file:
-            return _span(file, clip, options)[1] / file.samplerate
+        return header_seconds(clip, options)
     except Reject:
         return None
+
+
+def header_seconds(clip: Clip, options: AudioOptions) -> float:
+    """Length in seconds by the file's header.
+
+    Raises:
+        Reject: the header already tells that the file cannot be used.
+    """
+    with _open_audio(_source(clip, options), clip.source) as file:
+        return _span(file, clip, options)[1] / file.samplerate
 
 
 def _source(clip: Clip, options: AudioOptions) -> Path | bytes:

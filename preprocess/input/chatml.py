@@ -20,8 +20,10 @@ import xxhash
 from boson_multimodal.data_types import AudioContent, ChatMLSample, Message, TextContent
 from boson_multimodal.dataset.chatml_dataset import prepare_chatml_sample
 from higgs_tune.preprocess.audio.clip import Clip
+from higgs_tune.preprocess.input.audio_paths import AudioPaths, plain_path
 from higgs_tune.preprocess.input.jsonable import plain
 from higgs_tune.preprocess.reject import Reject
+from higgs_tune.preprocess.text_normalization import TextOptions, normalize_text
 from higgs_tune.shards.durable import to_json
 from higgs_tune.shards.sequence import SpecialIds
 from transformers import PreTrainedTokenizerBase
@@ -41,7 +43,7 @@ TEMPLATE_TOKENS = (
     "<|AUDIO|>",
     "<|AUDIO_OUT|>",
 )
-MAX_TEXT_CHARS = 20_000
+NO_FOLDER, ANY_TEXT = AudioPaths(Path()), TextOptions()
 _UNSAFE = re.compile(r"[^A-Za-z0-9_-]")
 _CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")  # all control characters but tab and line ends
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
@@ -77,14 +79,14 @@ def key_of(entry: Any, position: int) -> str:
     return safe if safe == name else f"{safe}-{xxhash.xxh3_64_hexdigest(name.encode('utf-8', 'replace'))}"
 
 
-def parse_entry(entry: Any, position: int, folder: Path, max_text_chars: int = MAX_TEXT_CHARS) -> ChatSample:
+def parse_entry(entry: Any, position: int, paths: AudioPaths = NO_FOLDER, texts: TextOptions = ANY_TEXT) -> ChatSample:
     """Check one raw entry.
 
     Args:
-        entry: an entry of `read_entries`.
+        entry: our ChatML (conversations), or a reject.
         position: its place in the data, from 0.
-        folder: the start of relative audio paths.
-        max_text_chars: longest single text that is taken, in characters.
+        paths: where audio is looked for.
+        texts: which texts are taken, and their normalization.
 
     Raises:
         Reject: malformed, unknown role, a text that is empty, too long, or holds control characters or a template
@@ -95,7 +97,7 @@ def parse_entry(entry: Any, position: int, folder: Path, max_text_chars: int = M
     if not isinstance(entry, dict) or not isinstance(entry.get("messages"), list) or not entry["messages"]:
         raise Reject("malformed_chatml", "expected an object with a non-empty list of messages")
     check_storable(entry)
-    messages = [_message(m, f"message {i}", max_text_chars) for i, m in enumerate(entry["messages"])]
+    messages = [_message(m, f"message {i}", texts) for i, m in enumerate(entry["messages"])]
     start_index = entry.get("start_index")
     if start_index is not None and (not _is(start_index, int) or start_index < 0):
         raise Reject("malformed_chatml", f"start_index: expected an integer of at least 0, got {start_index!r:.60}")
@@ -110,7 +112,7 @@ def parse_entry(entry: Any, position: int, folder: Path, max_text_chars: int = M
     audios = [
         (part, message.role) for message in messages for part in _parts(message) if isinstance(part, AudioContent)
     ]
-    clips, roles = tuple(_clip(part, folder) for part, _ in audios), tuple(role for _, role in audios)
+    clips, roles = tuple(_clip(part, paths) for part, _ in audios), tuple(role for _, role in audios)
     return ChatSample(key_of(entry, position), chat, clips, roles)
 
 
@@ -139,7 +141,7 @@ def _parts(message: Message) -> list[Any]:
     return message.content
 
 
-def _message(message: Any, where: str, max_chars: int) -> Message:
+def _message(message: Any, where: str, texts: TextOptions) -> Message:
     if not isinstance(message, dict):
         raise Reject("malformed_chatml", f"{where}: expected an object, got {message!r:.40}")
     role = message.get("role")
@@ -153,23 +155,23 @@ def _message(message: Any, where: str, max_chars: int) -> Message:
     if recipient is not None and (not isinstance(recipient, str) or role != "assistant"):
         raise Reject("malformed_chatml", f"{where}: recipient: expected a string, of an assistant message")
     if recipient:
-        check_text(recipient, where, max_chars)
-    return Message(role=role, content=[_content(part, where, max_chars) for part in parts], recipient=recipient)
+        check_text(recipient, where, texts.max_chars)
+    return Message(role=role, content=[_content(part, where, texts) for part in parts], recipient=recipient)
 
 
-def _content(part: Any, where: str, max_chars: int) -> TextContent | AudioContent:
+def _content(part: Any, where: str, texts: TextOptions) -> TextContent | AudioContent:
     if isinstance(part, str):
         part = {"type": "text", "text": part}
     kind = part.get("type") if isinstance(part, dict) else None
     if kind == "text":
-        return TextContent(text=check_text(part.get("text"), where, max_chars))
+        return TextContent(text=usable_text(part.get("text"), where, texts))
     if kind != "audio":
         raise Reject("malformed_chatml", f"{where}: expected content of type text or audio, got {part!r:.60}")
     url, inline = part.get("audio_url"), part.get("raw_audio")
     if not isinstance(url, str | None) or not isinstance(inline, str | None) or not (url or inline):
         raise Reject("malformed_chatml", f"{where}: audio without audio_url or raw_audio")
-    if url and not inline and _URL.match(url):
-        raise Reject("remote_audio", f"{where}: audio is not fetched from a network: {url:.200}", url)
+    if url and not inline:
+        check_local(url, where)
     cut = {name: part.get(name) for name in ("offset", "duration")}
     for name, value in cut.items():
         least = 0 if name == "offset" else 1e-9
@@ -178,8 +180,30 @@ def _content(part: Any, where: str, max_chars: int) -> TextContent | AudioConten
     return AudioContent(audio_url=url or "", raw_audio=inline, offset=cut["offset"], duration=cut["duration"])
 
 
-def check_text(text: Any, where: str, max_chars: int = MAX_TEXT_CHARS) -> str:
-    """Return the text if it can be used.
+def check_local(name: str, where: str) -> None:
+    """Refuse audio that is not a local file.
+
+    Raises:
+        Reject: its name is a URL.
+    """
+    if _URL.match(plain_path(name)):
+        raise Reject("remote_audio", f"{where}: audio is not fetched from a network: {name:.200}", name)
+
+
+def usable_text(text: Any, where: str, texts: TextOptions) -> str:
+    """The text after its normalization, if it can be used.
+
+    Raises:
+        Reject: see `check_text`.
+    """
+    if isinstance(text, str) and len(text) <= texts.max_chars:
+        text = normalize_text(text, texts.normalization)
+    check_text(text, where, texts.max_chars)
+    return text
+
+
+def check_text(text: Any, where: str, max_chars: int) -> None:
+    """Refuse a text that cannot be used.
 
     Args:
         where: the text's place in the sample, for the message.
@@ -200,14 +224,22 @@ def check_text(text: Any, where: str, max_chars: int = MAX_TEXT_CHARS) -> str:
     token = next((token for token in TEMPLATE_TOKENS if token in text), None)
     if token:
         raise Reject("template_token_in_text", f"{where}: text holds {token}")
-    return text
 
 
-def _clip(content: AudioContent, folder: Path) -> Clip:
-    source, path, inline = content.audio_url, str(folder / content.audio_url), content.raw_audio or ""
+def _clip(content: AudioContent, paths: AudioPaths) -> Clip:
+    source, inline = content.audio_url, content.raw_audio or ""
     if inline:
-        source, path = f"inline:{hashlib.sha256(inline.encode()).hexdigest()}", ""
-    return Clip(source, path, inline, content.offset, content.duration)
+        return Clip(
+            f"inline:{hashlib.sha256(inline.encode()).hexdigest()}", "", inline, content.offset, content.duration
+        )
+    return Clip(source, paths.locate(source), "", content.offset, content.duration)
+
+
+def audio_targets(sample: ChatSample) -> int:
+    """How many audios are trained on: those of assistant messages from `start_index` on."""
+    messages = sample.chat.messages[sample.chat.start_index or 0 :]
+    spoken = [part for message in messages if message.role == "assistant" for part in _parts(message)]
+    return sum(isinstance(part, AudioContent) for part in spoken)
 
 
 def tokenize(sample: ChatSample, tokenizer: PreTrainedTokenizerBase, ids: SpecialIds) -> np.ndarray:

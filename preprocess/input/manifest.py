@@ -1,58 +1,61 @@
 """Turns a manifest into ChatML: each row becomes "speak this text in the voice of that clip".
 
-In: rows with `audio`, `text`, `speaker` and, optionally, `ref_audio`, `ref_text`, `id`; other columns go to `misc`.
-Out: one ChatML entry for each row, in order.
+In: rows with `audio`, `text`, `speaker` and, optionally, `ref_audio`, `ref_text`, `id`, and `offset` and `duration`,
+which cut the row's piece out of its file; other columns go to `misc`. Out: one ChatML entry for each row, in order.
 
 Reference policy: a row's own `ref_audio` is its reference. Without one, the reference is another row's clip of the
-same speaker: a different file, at least `--ref_min_seconds` long, chosen by a hash of `--seed` and the row's audio, so
-that it stays the same when other speakers come or go. Rows that are rejects by their columns or their audio's header
-are not references. A hash also chooses the `--ref_drop` share of rows that get no reference. A row that is its own
-reference, or whose speaker has no other clip, is a reject.
+same speaker: a different file or piece, at least `--ref_min_seconds` long, chosen by a hash of `--seed` and the row's
+audio, so that it stays the same when other speakers come or go. Rows that are rejects by their columns or their audio's
+header are not references. A hash also chooses the `--ref_drop` share of rows that get no reference. A row that is its
+own reference, or whose speaker has no other clip, is a reject; a fault of its own audio is named first.
 """
 
 from __future__ import annotations
 
-import os
+import math
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import xxhash
-from higgs_tune.preprocess.audio.audio import clip_seconds
+from higgs_tune.preprocess.audio.audio import clip_seconds, header_seconds
 from higgs_tune.preprocess.audio.clip import Clip
 from higgs_tune.preprocess.config import Job
-from higgs_tune.preprocess.input.chatml import check_storable, check_text
+from higgs_tune.preprocess.input.chatml import check_local, check_storable, usable_text
 from higgs_tune.preprocess.input.jsonable import plain
 from higgs_tune.preprocess.reject import Reject
+from higgs_tune.preprocess.text_normalization import TextOptions
 
 SYSTEM = "Generate audio following instruction."
 INSTRUCTION = "Read this text in the same voice: "
 PLAIN_INSTRUCTION = "Read this text: "
-COLUMNS = ("audio", "text", "speaker", "ref_audio", "ref_text", "id")
+COLUMNS = ("audio", "text", "speaker", "ref_audio", "ref_text", "id", "offset")
 HEADER_THREADS = 8
 DISTINCT = "distinct_audio"  # marks an entry whose audios must differ in content, too
+Row = dict[str, Any]
 
 
 def to_chatml(rows: list[Any], job: Job) -> Iterator[Any]:
     """One entry, or Reject, for each row."""
-    checked = [_checked(row, job.config.max_text_chars) for row in rows]
-    candidates = _candidates(checked, job)
+    checked = [_checked(row, job.texts) for row in rows]
+    references = References(checked, job)
     for row in checked:
         try:
-            yield row if isinstance(row, Reject) else _entry(row, _reference(row, candidates, checked, job))
+            yield row if isinstance(row, Reject) else _entry(row, references.of(row))
         except Reject as reject:
             yield reject
 
 
-def _checked(row: Any, max_text_chars: int) -> dict[str, Any] | Reject:
+def _checked(row: Any, texts: TextOptions) -> Row | Reject:
     try:
-        return _usable(row, max_text_chars)
+        return _usable(row, texts)
     except Reject as reject:
         return reject
 
 
-def _usable(row: Any, max_text_chars: int) -> dict[str, Any]:
-    """The row, with None in its empty cells.
+def _usable(row: Any, texts: TextOptions) -> Row:
+    """The row, with None in its empty cells, its text normalized and its cut in numbers.
 
     Raises:
         Reject: it is not a row, a column is missing or of a wrong type, or its text cannot be used.
@@ -67,69 +70,123 @@ def _usable(row: Any, max_text_chars: int) -> dict[str, Any]:
         raise Reject("malformed_manifest", f"audio: expected a string, got {row.get('audio')!r:.60}")
     if row.get("text") is None:
         raise Reject("empty_text", "text is empty")
+    if isinstance(row.get("speaker"), float) and row["speaker"].is_integer():
+        row["speaker"] = int(row["speaker"])  # a column of numbers with gaps
     for name, kind in (("text", str), ("speaker", str | int), ("ref_audio", str), ("ref_text", str)):
         value = row.get(name)
         if value is not None and (not isinstance(value, kind) or isinstance(value, bool)):
             raise Reject("malformed_manifest", f"{name}: expected a string, got {value!r:.60}")
-    check_text(row["text"], "row", max_text_chars)
-    return row
+    if row.get("offset") is not None:
+        row |= {name: _seconds(row.get(name), name) for name in ("offset", "duration")}
+    return row | {"text": usable_text(row["text"], "row", texts)}
 
 
-def _candidates(rows: list[dict[str, Any] | Reject], job: Job) -> dict[str, list[int]]:
-    """Numbers of the rows that may be references, by speaker."""
-    by_speaker: dict[str, list[int]] = {}
-    usable = [i for i, row in enumerate(rows) if isinstance(row, dict) and row.get("speaker") is not None]
-    wanted = any(isinstance(row, dict) and row.get("ref_audio") is None for row in rows) and job.config.ref_drop < 1
-    if not wanted:
-        return by_speaker
-    shortest = max(job.config.ref_min_seconds, job.config.min_seconds)
-
-    def long_enough(i: int) -> bool:
-        row = rows[i]
-        assert isinstance(row, dict)
-        seconds = clip_seconds(Clip(row["audio"], str(job.audio_base / row["audio"])), job.audio)
-        return seconds is not None and shortest <= seconds <= job.config.max_seconds
-
-    with ThreadPoolExecutor(HEADER_THREADS) as pool:
-        for i, good in zip(usable, pool.map(long_enough, usable), strict=True):
-            row = rows[i]
-            if good and isinstance(row, dict):
-                by_speaker.setdefault(str(row["speaker"]), []).append(i)
-    return by_speaker
-
-
-def _reference(
-    row: dict[str, Any], candidates: dict[str, list[int]], rows: list[dict[str, Any] | Reject], job: Job
-) -> tuple[str, str | None] | None:
-    """(audio, text or None) of the row's reference; None without one (`--ref_drop`).
-
-    Raises:
-        Reject: the reference is the row itself, its text cannot be used, or there is none.
-    """
-    config, audio = job.config, row["audio"]
-    if _uniform(f"drop {config.seed} {audio}") < config.ref_drop:
+def _seconds(value: Any, name: str) -> float | None:
+    if value is None:
         return None
-    if row.get("ref_audio") is not None:
-        if _same_file(row["ref_audio"], audio, job):
-            raise Reject("self_reference", "ref_audio is the row's own audio", audio)
-        text = row.get("ref_text")
-        return row["ref_audio"], text and check_text(text, "ref_text", config.max_text_chars)
-    clips = candidates.get(str(row.get("speaker")), [])
-    start = int(_uniform(f"reference {config.seed} {audio}") * len(clips))
-    for step in range(len(clips)):
-        other = rows[clips[(start + step) % len(clips)]]
-        assert isinstance(other, dict)
-        if not _same_file(other["audio"], audio, job):
-            return other["audio"], other["text"]
-    detail = f"speaker {row.get('speaker')!r:.60} has no other clip of at least {config.ref_min_seconds:g} s"
-    raise Reject("no_reference", detail, audio)
-
-
-def _same_file(one: str, two: str, job: Job) -> bool:
     try:
-        return one == two or os.path.realpath(job.audio_base / one) == os.path.realpath(job.audio_base / two)
-    except ValueError:  # a name with a NUL byte; reading the file gives the reject
-        return False
+        seconds = float(value)
+    except (TypeError, ValueError):
+        seconds = math.nan
+    if not 0 <= seconds < math.inf or (name == "duration" and not seconds):
+        raise Reject("malformed_manifest", f"{name}: expected seconds, got {value!r:.60}")
+    return seconds
+
+
+def _cut(row: Row) -> dict[str, float]:
+    """`offset` and `duration` of a row that is a piece of its file."""
+    names = ("offset", "duration") if row.get("offset") is not None else ()
+    return {name: row[name] for name in names if row.get(name) is not None}
+
+
+def _piece(row: Row) -> str:
+    """The name of a row's audio, with its cut."""
+    return "#".join([row["audio"], *(f"{seconds:g}" for seconds in _cut(row).values())])
+
+
+class References:
+    """Chooses the reference of each row.
+
+    Args:
+        rows: all rows; rejects stay in their places.
+    """
+
+    def __init__(self, rows: list[Row | Reject], job: Job) -> None:
+        self.rows, self.job = rows, job
+        self.paths, self.config = job.audio_paths, job.config
+        self.clips_of = Counter(str(row.get("speaker")) for row in rows if isinstance(row, dict))
+        self.candidates = self._candidates()
+
+    def _clip(self, row: Row) -> Clip:
+        cut = _cut(row)
+        return Clip(row["audio"], self.paths.locate(row["audio"]), "", cut.get("offset"), cut.get("duration"))
+
+    def _candidates(self) -> dict[str, list[int]]:
+        """Numbers of the rows that may be references, by speaker."""
+        by_speaker: dict[str, list[int]] = {}
+        named = [row for row in self.rows if isinstance(row, dict)]
+        if self.config.ref_drop >= 1 or all(row.get("ref_audio") is not None for row in named):
+            return by_speaker
+        spoken = [
+            (i, row) for i, row in enumerate(self.rows) if isinstance(row, dict) and row.get("speaker") is not None
+        ]
+        shortest = max(self.config.ref_min_seconds, self.config.min_seconds)
+
+        def long_enough(numbered: tuple[int, Row]) -> bool:
+            seconds = clip_seconds(self._clip(numbered[1]), self.job.audio)
+            return seconds is not None and shortest <= seconds <= self.config.max_seconds
+
+        with ThreadPoolExecutor(HEADER_THREADS) as pool:
+            for (i, row), good in zip(spoken, pool.map(long_enough, spoken), strict=True):
+                if good:
+                    by_speaker.setdefault(str(row["speaker"]), []).append(i)
+        return by_speaker
+
+    def of(self, row: Row) -> tuple[Row, str | None] | None:
+        """(row whose audio is the reference, text or None); None without a reference (`--ref_drop`).
+
+        Raises:
+            Reject: the reference is the row itself, its text cannot be used, or there is none.
+        """
+        if _uniform(f"drop {self.config.seed} {_piece(row)}") < self.config.ref_drop:
+            return None
+        if row.get("ref_audio") is not None:
+            if self.paths.same_file(row["ref_audio"], row["audio"]):
+                raise Reject("self_reference", "ref_audio is the row's own audio", row["audio"])
+            text = row.get("ref_text")
+            return {"audio": row["ref_audio"]}, text and usable_text(text, "ref_text", self.job.texts)
+        clips = self.candidates.get(str(row.get("speaker")), [])
+        start = int(_uniform(f"reference {self.config.seed} {_piece(row)}") * len(clips))
+        for step in range(len(clips)):
+            other = self.rows[clips[(start + step) % len(clips)]]
+            assert isinstance(other, dict)
+            if not self._overlap(row, other):
+                return other, other["text"]
+        check_local(row["audio"], "row")
+        header_seconds(self._clip(row), self.job.audio)
+        raise Reject("no_reference", self._why_none(row), row["audio"])
+
+    def _overlap(self, one: Row, other: Row) -> bool:
+        """Whether two rows share audio of one file."""
+        if not self.paths.same_file(one["audio"], other["audio"]):
+            return False
+        (start, end), (first, last) = (_span(row) for row in (one, other))
+        return start < last and first < end
+
+    def _why_none(self, row: Row) -> str:
+        speaker, least = row.get("speaker"), f"{self.config.ref_min_seconds:g} s"
+        if speaker is None:
+            return "the row names neither a speaker nor ref_audio"
+        others = self.clips_of[str(speaker)] - 1
+        unusable = f" ({others} others are too short, missing or unreadable, or the same file)" if others > 0 else ""
+        return f"speaker {speaker!r:.60} has no other clip of at least {least}{unusable}"
+
+
+def _span(row: Row) -> tuple[float, float]:
+    """First and last second of a row's piece."""
+    cut = _cut(row)
+    start = cut.get("offset", 0.0)
+    return start, start + cut.get("duration", math.inf)
 
 
 def _uniform(name: str) -> float:
@@ -137,20 +194,21 @@ def _uniform(name: str) -> float:
     return xxhash.xxh3_64_intdigest(name.encode("utf-8", "surrogatepass")) / 2**64
 
 
-def _entry(row: dict[str, Any], reference: tuple[str, str | None] | None) -> dict[str, Any]:
+def _entry(row: Row, reference: tuple[Row, str | None] | None) -> dict[str, Any]:
     """The ChatML entry of one row."""
-    user: list[dict[str, str]] = []
+    user: list[dict[str, Any]] = []
     if reference:
-        audio, text = reference
+        other, text = reference
         user += [{"type": "text", "text": text}] if text else []
-        user += [{"type": "audio", "audio_url": audio}]
+        user += [{"type": "audio", "audio_url": other["audio"], **_cut(other)}]
     user += [{"type": "text", "text": (INSTRUCTION if reference else PLAIN_INSTRUCTION) + row["text"]}]
-    answer = [{"type": "text", "text": row["text"]}, {"type": "audio", "audio_url": row["audio"]}]
+    answer = [{"type": "text", "text": row["text"]}, {"type": "audio", "audio_url": row["audio"], **_cut(row)}]
     messages = [
         {"role": "system", "content": SYSTEM},
         {"role": "user", "content": user},
         {"role": "assistant", "content": answer},
     ]
-    misc = {name: plain(value) for name, value in row.items() if name not in COLUMNS and value is not None}
+    taken = {*COLUMNS, *_cut(row)}
+    misc = {name: plain(value) for name, value in row.items() if name not in taken and value is not None}
     entry = {"id": row.get("id"), "messages": messages, "speaker": row.get("speaker"), "misc": misc or None}
     return entry | {DISTINCT: True}

@@ -33,7 +33,7 @@ class SampleMaker:
     def __call__(self, number: int, **changes: Any) -> Sample:
         """One sample; `changes` replace fields of its ChatML entry."""
         entry = self.entries[number % len(self.entries)] | {"id": f"clip-{number:06d}"} | changes
-        chat = parse_entry(entry, number, Path())
+        chat = parse_entry(entry, number)
         rng = np.random.default_rng(number)
         frames = rng.integers(self.frames // 2, 2 * self.frames, len(chat.clips)).tolist()
         segments: list[dict[str, Any]] = [

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -42,7 +41,7 @@ def random_sample(
     **entry_options: Any,
 ) -> Sample:
     """A sample with random texts and random codes, and with log-mel features of its input segments if wanted."""
-    chat = parse_entry(random_entry(rng, **entry_options), 0, Path())
+    chat = parse_entry(random_entry(rng, **entry_options), 0)
     lengths = rng.integers(*frames, len(chat.clips)).tolist()
     segments: list[dict[str, Any]] = [
         {"role": role, "frames": length, "seconds": length / 25, "source": clip.source, "sha256": ""}
