@@ -8,6 +8,7 @@ import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -247,3 +248,30 @@ def test_mistakes_are_named(tmp_path: Path, ctc: Path) -> None:
     (tmp_path / "pytorch_model.bin").write_bytes(b"a pickle")
     with pytest.raises(UserError, match="cannot load Whisper"):  # safetensors only
         load_recogniser(str(tmp_path))
+
+
+@pytest.mark.fast
+def test_a_download_is_named_with_its_size(
+    ctc: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of the files that are taken: safetensors and CTranslate2, no pickles."""
+    sizes = {"model.safetensors": 3_000_000, "model.bin": 2_000_000, "pytorch_model.bin": 9_000_000, "a.pth": 9_000_000}
+    files = [SimpleNamespace(rfilename=name, size=size) for name, size in sizes.items()]
+    info = SimpleNamespace(siblings=files, sha="abc")
+    asked: list[dict[str, Any]] = []
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", lambda *_given, **_named: info)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_given, **named: asked.append(named) or str(ctc))
+    judge = load_recogniser("owner/name@v1", "cpu")
+    assert (judge.name, judge.revision) == ("owner/name@v1", ctc.name)
+    assert "owner/name@abc: 5 MB, downloaded unless it is here" in capsys.readouterr().err
+    assert asked[0]["revision"] == "v1" and "*.pth" not in asked[0]["allow_patterns"]
+
+    def unreachable(*_given: Any, **_named: Any) -> str:
+        raise OSError("offline")
+
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", unreachable)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", unreachable)
+    with pytest.raises(UserError, match=r"no such folder, and as a Hub repository: offline"):
+        load_recogniser("owner/name", "cpu")
+    with pytest.raises(UserError, match="no checkpoint here"):
+        load_recogniser("no/such/folder", "cpu")

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 import torch
+from higgs_tune.preprocess.judges.device import torch_device
 from higgs_tune.preprocess.judges.interface import SAMPLE_RATE_HZ
-from higgs_tune.preprocess.judges.load import torch_device
 from higgs_tune.shards.errors import UserError, first_line
 
 

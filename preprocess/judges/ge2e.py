@@ -6,7 +6,7 @@ import importlib.metadata
 from typing import Any
 
 import numpy as np
-from higgs_tune.preprocess.judges.load import torch_device
+from higgs_tune.preprocess.judges.device import torch_device
 from higgs_tune.shards.errors import UserError
 
 
