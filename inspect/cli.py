@@ -54,7 +54,7 @@ class StatsCommand:
     debug: Debug = False
 
     def run(self) -> None:
-        from higgs_tune.inspect.stats import scan_samples, statistics
+        from higgs_tune.inspect.stats import notes, scan_samples, statistics
         from higgs_tune.shards.reader import ShardSet
 
         _at_least("tokens_per_pack", self.tokens_per_pack)
@@ -66,7 +66,7 @@ class StatsCommand:
             return
         from higgs_tune.inspect.console import print_statistics
 
-        print_statistics(numbers)
+        print_statistics(numbers, notes(shards))
 
 
 def _at_least(name: str, value: int | None, least: int = 1) -> None:
@@ -111,6 +111,7 @@ class ShowCommand:
             show.print_raw(console, sample, shards, row)
             return
         checkpoints = Checkpoints(shards.provenance, self.model_path)
+        checkpoints.model_folder()
         packed = self._packed(shards, row) if self.as_trained else None
         show.print_header(console, sample, shards, row)
         if packed:
@@ -151,6 +152,7 @@ class DecodeCommand:
 
         shards = ShardSet(self.shards)
         checkpoints = Checkpoints(shards.provenance, None, self.audio_tokenizer_path, self.device)
+        checkpoints.check_codec()
         auto = "target" if self.output.suffix == ".wav" else "all"
         kind = auto if self.segment == "auto" else self.segment
         decode_to_files(shards, checkpoints, self.keys, self.output, kind=kind, delayed=self.delayed)
@@ -245,6 +247,7 @@ class ReportCommand:
         _at_least("max_samples", self.max_samples)
         shards = ShardSet(self.shards)
         checkpoints = Checkpoints(shards.provenance, self.model_path, self.audio_tokenizer_path, self.device)
+        checkpoints.check(audio=not self.no_audio)
         run = read_run(self.run_dir) if self.run_dir else None
         options = {"max_samples": self.max_samples, "run": run, "audio": not self.no_audio}
         shown = write_report(shards, checkpoints, self.output, **options)
@@ -274,9 +277,7 @@ class ServeCommand:
 
         shards = ShardSet(self.shards)
         checkpoints = Checkpoints(shards.provenance, self.model_path, self.audio_tokenizer_path, self.device)
-        checkpoints.model_folder()
-        if not self.no_audio:
-            checkpoints.codec_folder()
+        checkpoints.check(audio=not self.no_audio)
         run = read_run(self.run_dir) if self.run_dir else None
         server = open_server(shards, checkpoints, run, audio=not self.no_audio, port=self.port)
         print(f"http://{HOST}:{server.port}/  ({len(shards)} samples; Ctrl-C ends)", flush=True)

@@ -8,7 +8,8 @@ from __future__ import annotations
 from typing import Any
 
 from higgs_tune.inspect.diff import SetDiff
-from higgs_tune.inspect.show import isolated, open_console
+from higgs_tune.inspect.show import WIDE, isolated, open_console
+from higgs_tune.inspect.verify.diagnose import Finding
 from higgs_tune.inspect.verify.verify import Verdict
 from higgs_tune.inspect.view import printable
 from rich.console import Console
@@ -19,12 +20,8 @@ MOST_ROWS = 50
 SIZES = ("B", "kB", "MB", "GB", "TB")
 
 
-def _cell(value: Any) -> Text:
-    return Text(isolated(printable(value)) if isinstance(value, str) else str(value))
-
-
-def print_statistics(numbers: dict[str, Any]) -> None:
-    """Print the output of `statistics`."""
+def print_statistics(numbers: dict[str, Any], notes: list[str]) -> None:
+    """Print the output of `statistics`, then the notes."""
     console = open_console()
     facts = Table(show_header=False, box=None, pad_edge=False)
     for name, value in numbers.items():
@@ -35,16 +32,19 @@ def print_statistics(numbers: dict[str, Any]) -> None:
             more = f", and {len(value) - MOST_ROWS} more (--json lists all)" if len(value) > MOST_ROWS else ""
             facts.add_row(_title(name), Text(", ".join(items) + more if items else "none"))
     console.print(facts)
+    wide = open_console(WIDE)
     rows = {name: value for name, value in numbers.items() if name.endswith("percentiles") and value}
     lengths = Table("percentile", *next(iter(rows.values()), {}), box=None, pad_edge=False)
     for name, value in rows.items():
         lengths.add_row(_title(name.removesuffix("_percentiles")), *(f"{item:,.6g}" for item in value.values()))
-    console.print(lengths)
+    wide.print(lengths)
     usage = numbers["code_usage"]
     books = Table("codebook", *(str(k) for k in range(len(usage["dead_codes"]))), box=None, pad_edge=False)
     books.add_row("entropy, bits", *(f"{bits:.3f}" for bits in usage["entropy_bits"]))
     books.add_row(f"dead codes of {usage['codebook_size']}", *map(str, usage["dead_codes"]))
-    console.print(books)
+    wide.print(books)
+    for note in notes:
+        console.print(Text(f"note: {note}"), soft_wrap=True)
 
 
 def _title(name: str) -> Text:
@@ -74,12 +74,8 @@ def print_verdict(verdict: Verdict) -> None:
     """Print the findings of `verify`, one line each, then the notes and the sum."""
     console = open_console()
     if verdict.findings:
-        table = Table("finding", "file", "key", "offset", "detail", box=None)
         for finding in verdict.findings[:MOST_ROWS]:
-            offset = "" if finding.offset is None else str(finding.offset)
-            cells = (finding.kind, finding.file, finding.key, offset, finding.detail)
-            table.add_row(*(_cell(value) for value in cells))
-        console.print(table)
+            console.print(Text(_finding_line(finding)), soft_wrap=True)
         if len(verdict.findings) > MOST_ROWS:
             console.print(Text(f"and {len(verdict.findings) - MOST_ROWS} more: --json lists all"))
     for note in verdict.notes:
@@ -88,6 +84,13 @@ def print_verdict(verdict: Verdict) -> None:
     kinds = ", ".join(f"{count} {kind}" for kind, count in verdict.kinds.items())
     total = f"{len(verdict.findings)} findings: {kinds}" if verdict.findings else "nothing is wrong"
     console.print(Text(f"{size} ({verdict.seconds:.1f} s): {total}", "bold"), soft_wrap=True)
+
+
+def _finding_line(finding: Finding) -> str:
+    place = [finding.file]
+    place += [f"key {isolated(printable(finding.key))}"] if finding.key else []
+    place += [f"offset {finding.offset}"] if finding.offset is not None else []
+    return f"{finding.kind}  {', '.join(place)}: {isolated(printable(finding.detail))}"
 
 
 def print_diff(difference: SetDiff) -> None:

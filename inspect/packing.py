@@ -15,6 +15,7 @@ from higgs_tune.inspect.web.run import read_run
 from higgs_tune.shards.errors import UserError
 from higgs_tune.shards.plan import PlanInput, plan_epoch
 from higgs_tune.shards.reader import ShardSet
+from higgs_tune.shards.writer import ValidationSplit
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,9 @@ def packing_of_run(folder: Path, shards: ShardSet) -> Packing:
     except KeyError as error:
         raise UserError(f"the run's config lacks {error}", where=folder / "config.yaml") from error
     sets = [ShardSet(location) for location in ([locations] if isinstance(locations, str) else locations)]
+    if options.get("val_fraction") is not None:  # the run held samples out by itself
+        for one in sets:
+            one.hold_out(ValidationSplit(options["val_fraction"], options.get("val_by", "sample")))
     if shards.manifest_hash not in [one.manifest_hash for one in sets]:
         names = ", ".join(one.location for one in sets)
         raise UserError("the run did not train on this set", where=folder, expected=shards.location, got=names)
@@ -93,7 +97,8 @@ def find_pack(shards: ShardSet, row: int, packing: Packing, epoch: int) -> Packe
     if length > budget:
         expected = f"at most --tokens_per_pack {budget}"
         raise UserError("the sample is longer than a pack", where=f"key {key}", expected=expected, got=length)
-    if row not in shards.rows_of(validation=False):
+    own = [one.manifest_hash for one in packing.sets].index(shards.manifest_hash)
+    if row not in packing.sets[own].rows_of(validation=False):
         raise UserError(
             "the sample is in no pack: it is held out for validation", where=f"{shards.location}, key {key}"
         )
@@ -107,7 +112,6 @@ def find_pack(shards: ShardSet, row: int, packing: Packing, epoch: int) -> Packe
         inputs.append(PlanInput(rows, lengths[rows], one.manifest_hash, weight))
     options = {"tokens_per_pack": budget, "seed": packing.seed, "weighted": packing.weights is not None}
     plan = plan_epoch(inputs, epoch=epoch, **options)
-    own = [one.manifest_hash for one in packing.sets].index(shards.manifest_hash)
     at = np.flatnonzero(plan.rows == row + starts[own])
     if not len(at):
         raise UserError(f"the sample is in no pack of epoch {epoch}", where=f"{shards.location}, key {key}")

@@ -25,16 +25,18 @@ from rich.text import Text
 ISOLATE, END_ISOLATE = "\u2068", "\u2069"  # first strong isolate: the text's own direction decides
 STYLES = {"text": "", "whisper": "magenta", "audio_in": "cyan", "audio_out": "green"}
 NO_LABEL = "·"
+WIDE = 250  # characters; the widest table needs less
 
 
 def isolated(text: str) -> str:
-    """A text whose direction does not reach its neighbours."""
-    return f"{ISOLATE}{text}{END_ISOLATE}"
+    """A text whose direction does not reach its neighbours; unchanged where the output has no Unicode."""
+    unicode = (sys.stdout.encoding or "utf-8").lower().startswith("utf")
+    return f"{ISOLATE}{text}{END_ISOLATE}" if unicode else text
 
 
-def open_console() -> Console:
-    """A console as wide as the terminal, or wide enough for every table where output goes to a file."""
-    return Console() if sys.stdout.isatty() else Console(width=250)
+def open_console(width: int | None = None) -> Console:
+    """A console for texts, as wide as the terminal; in a file, or for tables of numbers, WIDE: no number is cut."""
+    return Console(width=width if sys.stdout.isatty() else WIDE)
 
 
 def print_header(console: Console, sample: Sample, shards: ShardSet, row: int) -> None:
@@ -56,26 +58,25 @@ def print_sequence(console: Console, sample: Sample, shards: ShardSet, checkpoin
     ids = shards.special_ids
     console.print(Text("label: id supervised at this position and predicted by the position before; ·: none"))
     rows = positions(sample, ids, shards.features)
-    _print_table(console, ("position",), (((str(row.number),), row) for row in rows), checkpoints, ids)
+    _print_table(("position",), (((str(row.number),), row) for row in rows), checkpoints, ids)
 
 
 def _print_table(
-    console: Console,
     numbers: tuple[str, ...],
     rows: Iterable[tuple[tuple[str, ...], Position]],
     checkpoints: Checkpoints,
     ids: SpecialIds,
 ) -> None:
     books = range(ids.codebooks)
-    table = Table(box=None, pad_edge=False)
+    table = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False)
     for name in numbers:
-        table.add_column(name, justify="right")
+        table.add_column(name, justify="right", no_wrap=True)
     for name in ("modality", "id", "token", "label", *(f"c{k}" for k in books), *(f"l{k}" for k in books)):
         table.add_column(name, justify="left" if name in ("modality", "token") else "right", no_wrap=True)
     for own, position in rows:
         cells = (*own, *_cells(position, checkpoints, ids.codebooks))
         table.add_row(*(Text(cell) for cell in cells), style=STYLES[position.modality])
-    console.print(table)
+    open_console(WIDE).print(table)
 
 
 def _cells(position: Position, checkpoints: Checkpoints, codebooks: int) -> tuple[str, ...]:
@@ -122,7 +123,7 @@ def print_as_trained(
     console.print(Text("label: the token of the next position, which this position is trained to predict; ·: none"))
     rows = list(positions(sample, shards.special_ids, packed.features))
     numbered = (((str(start + p.number), str(p.number)), p) for p in shifted(rows))
-    _print_table(console, ("in pack", "position"), numbered, checkpoints, shards.special_ids)
+    _print_table(("in pack", "position"), numbered, checkpoints, shards.special_ids)
 
 
 def shifted(rows: list[Position]) -> Iterable[Position]:

@@ -25,6 +25,7 @@ from higgs_tune.shards.sequence import SpecialIds, segment_positions
 
 PERCENTILES = (0, 5, 25, 50, 75, 95, 99, 100)
 PROGRESS_EVERY = 256  # samples
+NO_SPEAKER = "(none)"
 
 
 @cache
@@ -131,7 +132,7 @@ def statistics(shards: ShardSet, scanned: ScanResult, tokens_per_pack: int) -> d
     index, totals = shards.index, shards.manifest["totals"]
     lengths = packed_lengths(shards)
     speakers = np.bincount(index["speaker"], minlength=len(shards.manifest["speakers"]))
-    names = [name or "(none)" for name in shards.manifest["speakers"]]
+    names = [name or NO_SPEAKER for name in shards.manifest["speakers"]]
     by_speaker = dict(zip(names, speakers.tolist(), strict=True))
     return {
         "samples": totals["samples"],
@@ -142,6 +143,9 @@ def statistics(shards: ShardSet, scanned: ScanResult, tokens_per_pack: int) -> d
         "audio_labels": totals["audio_labels"],
         "whisper_features": shards.features,
         "speakers": dict(sorted(by_speaker.items(), key=lambda item: (-item[1], item[0]))),
+        "speakers_by_split": speakers_by_split(shards),
+        "samples_without_audio_target": int((index["audio_labels"] == 0).sum()),
+        "samples_without_speaker": by_speaker.get(NO_SPEAKER, 0),
         "scanned_samples": scanned.samples,
         "languages_by_script": dict(scanned.scripts.most_common()),
         "length_percentiles": percentiles(lengths),
@@ -156,6 +160,37 @@ def statistics(shards: ShardSet, scanned: ScanResult, tokens_per_pack: int) -> d
         "disk_bytes": disk_bytes(shards),
         "rejects": shards.manifest["rejects"]["by_reason"],
     }
+
+
+def speakers_by_split(shards: ShardSet) -> dict[str, int]:
+    """Number of named speakers with training samples, with validation samples, and with both."""
+    names = np.array([bool(name) for name in shards.manifest["speakers"]], bool)
+    speakers = shards.index["speaker"]
+    training, validation = (
+        np.bincount(speakers[shards.rows_of(validation=held_out)], minlength=len(names)).astype(bool) & names
+        for held_out in (False, True)
+    )
+    counts = {"training": training, "validation": validation, "both": training & validation}
+    return {name: int(count.sum()) for name, count in counts.items()}
+
+
+def notes(shards: ShardSet) -> list[str]:
+    """Properties of a set that limit its use, in words."""
+    samples, index = len(shards), shards.index
+    if not samples:
+        return ["the set holds no sample"]
+    texts, speakers = [], shards.manifest["speakers"]
+    if without := int((index["audio_labels"] == 0).sum()):
+        texts.append(f"{without:,} of {samples:,} samples have no audio target: the model learns no speech from them")
+    if unnamed := int((index["speaker"] == speakers.index("")).sum()) if "" in speakers else 0:
+        texts.append(f"{unnamed:,} of {samples:,} samples have no speaker name")
+    split = speakers_by_split(shards)
+    if not len(shards.rows_of(validation=True)):
+        texts.append("no sample is held out for validation")
+    elif split["both"]:
+        shared = f"{split['both']:,} of the {split['validation']:,} speakers of the validation split"
+        texts.append(f"{shared} are in the training split too: validation does not measure unseen voices")
+    return texts
 
 
 def packed_lengths(shards: ShardSet) -> np.ndarray:

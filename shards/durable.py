@@ -9,12 +9,13 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from higgs_tune.shards.errors import UserError
+from higgs_tune.shards.errors import STORAGE_ERRNOS, UserError
 
 TEMP_PREFIX = ".tmp-"
 
@@ -88,11 +89,12 @@ def from_json(data: bytes, what: str, where: object) -> dict[str, Any]:
     return value
 
 
-def check_writable(folder: Path, need_bytes: int = 0) -> None:
+def check_writable(folder: Path, need_bytes: int = 0, file_bytes: int = 1) -> None:
     """Make a folder, and check that files can be written to it.
 
     Args:
         need_bytes: free disk space that they need.
+        file_bytes: size of the largest file, or less; quotas and limits must allow it.
 
     Raises:
         UserError: the folder cannot be made or written, or the disk has less free space.
@@ -105,8 +107,21 @@ def check_writable(folder: Path, need_bytes: int = 0) -> None:
     if free < need_bytes:
         expected, got = f"{need_bytes / 1e9:.2f} GB", f"{free / 1e9:.2f} GB"
         raise UserError("not enough free disk space", where=folder, expected=expected, got=got)
-    write_bytes(folder / f"{TEMP_PREFIX}probe", b"probe")
-    (folder / f"{TEMP_PREFIX}probe").unlink()
+    try:
+        with tempfile.NamedTemporaryFile(dir=folder, prefix=TEMP_PREFIX, buffering=0) as probe:
+            probe.write(b"probe")
+            _allocate(probe.fileno(), file_bytes)
+    except OSError as error:
+        raise UserError(f"cannot write: {error.strerror}", where=folder) from error
+
+
+def _allocate(fd: int, size: int) -> None:
+    """Reserve a file's bytes, where the file system can: a full disk, a quota or a limit raises OSError."""
+    try:
+        os.posix_fallocate(fd, 0, size)
+    except OSError as error:
+        if error.errno in STORAGE_ERRNOS:
+            raise
 
 
 def remove_leftovers(folder: Path) -> None:

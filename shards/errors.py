@@ -5,10 +5,18 @@ Each carries one message: what, where, expected, got, hint. A command prints it 
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import sys
 from collections.abc import Callable, Sequence
+from typing import NoReturn
+
+# OSErrors that a user can mend: permissions, a full or broken disk, a quota or limit, an unusable name
+STORAGE_ERRNOS = frozenset(
+    getattr(errno, name)
+    for name in ("EACCES", "EPERM", "EROFS", "ENOSPC", "EDQUOT", "EFBIG", "EIO", "ENOTDIR", "ENAMETOOLONG", "ELOOP")
+)
 
 
 def describe(what: str, *, where: object = None, expected: object = None, got: object = None, hint: str = "") -> str:
@@ -48,7 +56,7 @@ class ShardError(UserError):
 
 
 def run_command(main: Callable[[], None], *, debug: bool | None = None) -> None:
-    """Run a command's main function; turn a UserError into one line on stderr and exit code 2.
+    """Run a command's main function; turn a UserError, or a storage error, into one line on stderr and exit code 2.
 
     Characters that the terminal's encoding lacks are printed as escapes (`\\u0639`).
 
@@ -62,14 +70,33 @@ def run_command(main: Callable[[], None], *, debug: bool | None = None) -> None:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     try:
-        main()
+        try:
+            main()
+        finally:
+            if sys.stdout is not None:
+                sys.stdout.flush()  # here a full disk gives one line; at the interpreter's end, a traceback
     except UserError as error:
         if debug:
             raise
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        sys.exit(2)
+        _fail(str(error))
     except KeyboardInterrupt:
         sys.exit(130)
     except BrokenPipeError:  # the program that reads our output (head, less) has ended
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_output()
         sys.exit(0)
+    except OSError as error:
+        if debug or error.errno not in STORAGE_ERRNOS:
+            raise
+        if error.filename is None:  # a write to the standard output
+            _drop_output()
+        _fail(describe(f"cannot read or write: {error.strerror}", where=error.filename or "standard output"))
+
+
+def _fail(message: str) -> NoReturn:
+    print(f"error: {message}", file=sys.stderr, flush=True)
+    sys.exit(2)
+
+
+def _drop_output() -> None:
+    """Let the rest of the standard output go nowhere, so that the interpreter can end."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 from higgs_tune.inspect.checkpoints import Checkpoints
-from higgs_tune.inspect.stats import set_name
+from higgs_tune.inspect.stats import notes, set_name, speakers_by_split
 from higgs_tune.inspect.view import Segment, all_text, facts, segments_of, speaker_of, target_text, turns_of, visible
 from higgs_tune.shards.errors import ShardError
 from higgs_tune.shards.format import FRAME_RATE_HZ, Sample
@@ -90,7 +90,9 @@ def set_info(shards: ShardSet) -> dict[str, Any]:
         "samples": totals["samples"],
         "validation_samples": totals["validation_samples"],
         "hours": totals["seconds"] / 3600,
-        "speakers": len(shards.manifest["speakers"]),
+        "speakers": sum(map(bool, shards.manifest["speakers"])),
+        "speakers_in_both_splits": speakers_by_split(shards)["both"],
+        "notes": notes(shards),
         "positions": totals["tokens"],
         "shards": len(shards.manifest["shards"]),
         "rejects": shards.manifest["rejects"]["rows"],

@@ -13,15 +13,16 @@ from typing import Any
 
 import numpy as np
 from higgs_tune.inspect.checkpoints import Checkpoints
+from higgs_tune.inspect.output import check_replaceable
 from higgs_tune.inspect.stats import evenly, scan_samples
 from higgs_tune.inspect.view import Segment
 from higgs_tune.inspect.web.charts import code_charts, data_charts
 from higgs_tune.inspect.web.clips import decode_all, ogg_of_file
-from higgs_tune.inspect.web.html import Blob, for_html, render
+from higgs_tune.inspect.web.html import PAGE_START, Blob, for_html, plotly_script, render
 from higgs_tune.inspect.web.pages import as_base64, detail, list_row, packed_codes, searchable, set_info
 from higgs_tune.inspect.web.run import RunFolder, run_page
 from higgs_tune.preprocess.progress import ProgressBar
-from higgs_tune.shards.durable import atomic_file
+from higgs_tune.shards.durable import atomic_file, check_writable
 from higgs_tune.shards.format import checksum
 from higgs_tune.shards.reader import ShardSet
 
@@ -56,9 +57,15 @@ def write_report(
         run: a training run to show.
         audio: decode the clips; else the page has no players for them.
 
+    Raises:
+        UserError: the page cannot be written, or would overwrite another file; nothing is read before this is known.
+
     Returns:
         Number of samples on the page.
     """
+    check_replaceable(path, "an HTML page", PAGE_START)
+    least_bytes = len(plotly_script())
+    check_writable(path.parent, least_bytes, least_bytes)
     rows = evenly(len(shards), max_samples)
     clips, lines, details = _Clips(), [], []
     for row in rows:
@@ -75,7 +82,6 @@ def write_report(
         "charts": {"data": data_charts(shards, scanned), "codes": code_charts(scanned)},
         "run": run_page(run) if run else None,
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_file(path) as file:
         for piece in render(f"{info['name']}: report", info, _blobs(details, clips, codec, run)):
             file.write(piece.encode())

@@ -4,7 +4,7 @@ function tiles(info) {
   const items = [
     ["Samples", number(info.samples), `${number(info.validation_samples)} for validation`],
     ["Audio", info.hours < 1 ? `${number(60 * info.hours, 1)} min` : `${number(info.hours, info.hours < 10 ? 2 : 0)} h`, "references included"],
-    ["Speakers", number(info.speakers), ""],
+    ["Speakers", number(info.speakers), info.validation_samples ? `${number(info.speakers_in_both_splits)} in both splits` : ""],
     ["Positions", number(info.positions), `${number(info.positions / Math.max(info.samples, 1))} a sample`],
     ["Rejected", number(info.rejects), info.rejects ? "by reason below" : "no sample was rejected"],
   ];
@@ -15,6 +15,7 @@ function tiles(info) {
 function summary(info) {
   const rejects = Object.entries(info.rejects_by_reason);
   return section("summary", "Summary", tiles(info),
+    info.notes.length ? el("ul", { class: "notes" }, ...info.notes.map((note) => el("li", { text: note }))) : null,
     rejects.length ? table("Rejects by reason", ["Reason", "Samples"], rejects.map(([reason, count]) => [bdi(reason), number(count)])) : null,
     el("details", {}, el("summary", { text: "Provenance" }), pairs(Object.entries(info.provenance).filter(([, value]) => value))));
 }
