@@ -44,7 +44,8 @@ def chosen_segments(shards: ShardSet, keys: tuple[str, ...], kind: str) -> Itera
                 empty = False
                 yield sample, segment
     if empty:
-        raise UserError(f"no {kind} segment in these samples", where=shards.location, got=", ".join(keys))
+        wanted = "audio" if kind == "all" else f"{kind} segment"
+        raise UserError(f"these samples hold no {wanted}", where=shards.location, got=", ".join(keys))
 
 
 def codes_from_sequence(sample: Sample, segment: Segment, ids: SpecialIds) -> np.ndarray:

@@ -15,7 +15,7 @@ from higgs_tune.inspect.web.run import read_run
 from higgs_tune.shards.errors import UserError
 from higgs_tune.shards.plan import PlanInput, plan_epoch
 from higgs_tune.shards.reader import ShardSet
-from higgs_tune.shards.writer import ValidationSplit
+from higgs_tune.shards.split import ValidationSplit
 
 
 @dataclass(frozen=True)

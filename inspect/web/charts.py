@@ -112,7 +112,7 @@ def _speakers(shards: ShardSet) -> dict[str, Any]:
     names = shards.manifest["speakers"]
     hours = np.bincount(shards.index["speaker"], shards.index["seconds"], minlength=len(names)) / 3600
     order = np.argsort(-hours, kind="stable")[:MOST_SPEAKERS].tolist()
-    unit, size = ("hours", 1) if hours.max() >= 1 else ("minutes", 60)
+    unit, size = ("hours", 1) if hours.max(initial=0) >= 1 else ("minutes", 60)
     items = [(f"{number}. {_clip(names[row])}", float(hours[row]) * size) for number, row in enumerate(order, 1)]
     note = f"The {len(items)} of {len(names):,} with most audio"
     return figure("speakers", "Speakers", note, [_bars(items)], x=f"{unit}, references included")
