@@ -114,13 +114,14 @@ def evenly(count: int, most: int | None) -> list[int]:
 
 def scan_samples(shards: ShardSet, max_samples: int | None = None) -> ScanResult:
     """Read and count samples, with progress on stderr."""
-    size = shards.provenance["model"].get("codebook_size") or shards.special_ids.stream_bos
-    result = ScanResult(np.zeros((shards.special_ids.codebooks, size), np.int64))
+    ids = shards.special_ids
+    size = shards.provenance["model"].get("codebook_size") or ids.stream_bos
+    result = ScanResult(np.zeros((ids.codebooks, size), np.int64))
     rows = evenly(len(shards), max_samples)
     with ProgressBar() as progress:
         progress.start("scan", len(rows), "samples")
         for done, row in enumerate(rows):
-            result.add(shards.read(row), shards.special_ids, int(shards.index["mel_tokens"][row]))
+            result.add(shards.read(row), ids, int(shards.index["mel_tokens"][row]))
             if done % PROGRESS_EVERY == PROGRESS_EVERY - 1:
                 progress.advance(PROGRESS_EVERY)
         progress.advance(len(rows) % PROGRESS_EVERY)

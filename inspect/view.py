@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from higgs_tune.shards.errors import ShardError
 from higgs_tune.shards.format import FRAME_RATE_HZ, Sample
 from higgs_tune.shards.sequence import IGNORE, SpecialIds, expand, mel_positions
 
@@ -54,10 +55,19 @@ class Segment:
 
 
 def segments_of(sample: Sample, ids: SpecialIds) -> list[Segment]:
-    """The audio segments of a sample, in order."""
+    """The audio segments of a sample, in order.
+
+    Raises:
+        ShardError: there are more or fewer placeholders than segments.
+    """
     input_ids, label_ids = sample.tokens_2L
     places = np.flatnonzero((input_ids == ids.audio_in) | (input_ids == ids.audio_out)).tolist()
     trained = [bool(input_ids[at] == ids.audio_out and label_ids[at] >= 0) for at in places]
+    if len(places) != len(sample.meta["segments"]):
+        got, expected = len(places), len(sample.meta["segments"])
+        raise ShardError(
+            "audio placeholders and segments differ", where=f"sample {sample.key}", expected=expected, got=got
+        )
     codes = np.split(sample.codes_KT, np.cumsum(sample.segment_frames)[:-1], axis=1) if places else []
     return [
         Segment(number, str(info["role"]), str(info["source"]), info["frames"], float(info["seconds"]), said, raw_KT)

@@ -39,9 +39,10 @@ from higgs_tune.preprocess.workdir import WorkFolder, refuse_other
 from higgs_tune.shards import durable
 from higgs_tune.shards.errors import UserError
 from higgs_tune.shards.index import SPLIT_VAL, join_index
+from higgs_tune.shards.manifest import MANIFEST
 from higgs_tune.shards.remote import Cache, Source, is_url
 from higgs_tune.shards.split import split_sides
-from higgs_tune.shards.writer import MANIFEST, REJECTS, count_reasons
+from higgs_tune.shards.writer import REJECTS, count_reasons
 
 
 def build_shards(config: PreprocessConfig) -> dict[str, Any]:

@@ -31,10 +31,10 @@ from higgs_tune.shards.format import (
     mels_fit,
 )
 from higgs_tune.shards.index import SPLIT_VAL, index_dtype
+from higgs_tune.shards.manifest import MANIFEST, manifest_fault
 from higgs_tune.shards.remote import Cache, Source
 from higgs_tune.shards.sequence import SpecialIds
 from higgs_tune.shards.split import ValidationSplit
-from higgs_tune.shards.writer import MANIFEST
 
 OPEN_FILES = 128  # shard files that a process keeps open
 
@@ -93,9 +93,8 @@ class ShardSet:
         version = manifest.get("format_version") if isinstance(manifest, dict) else None
         if version != FORMAT_VERSION:
             raise UserError("unknown format version", where=where, expected=FORMAT_VERSION, got=version)
-        missing = {"shards", "mel_shards", "index", "rejects", "totals", "speakers", "provenance"} - manifest.keys()
-        if missing:
-            raise ShardError("the manifest lacks entries", where=where, expected=", ".join(sorted(missing)))
+        if fault := manifest_fault(manifest):
+            raise ShardError(f"the manifest is damaged: {fault}", where=where)
         return manifest, hashlib.sha256(data).hexdigest()
 
     def _check_files(self) -> None:
@@ -129,6 +128,9 @@ class ShardSet:
             raise ShardError(
                 "the index is not the manifest's", where=path, expected=f"xxh3 {entry['xxh3']}", got=digest
             )
+        if len(index) != entry["rows"] or (len(index) and index["speaker"].max() >= len(self.manifest["speakers"])):
+            expected = f"{entry['rows']} rows and {len(self.manifest['speakers'])} speakers"
+            raise ShardError("the index does not fit the manifest", where=path, expected=expected, got=len(index))
         return index.view(np.ndarray)  # the same memory, without the cost of np.memmap at each access
 
     @property
@@ -142,7 +144,13 @@ class ShardSet:
 
     @cached_property
     def special_ids(self) -> SpecialIds:
-        """Special ids of the checkpoint that the set was made for."""
+        """Special ids of the checkpoint that the set was made for.
+
+        Raises:
+            ShardError: the provenance names no model.
+        """
+        if "model" not in self.provenance:
+            raise ShardError("the provenance names no model", where=f"{self.location}/{MANIFEST}")
         return SpecialIds(**self.provenance["model"]["special_ids"])
 
     def rows_of(self, *, validation: bool) -> np.ndarray:

@@ -37,12 +37,13 @@ from higgs_tune.shards.format import (
     encode_sample,
 )
 from higgs_tune.shards.index import index_counts, index_dtype, join_index, npy_bytes, totals
+from higgs_tune.shards.manifest import MANIFEST
 from higgs_tune.shards.remote import Target
 from higgs_tune.shards.sequence import SpecialIds
 from higgs_tune.shards.split import ValidationSplit
 from higgs_tune.shards.ustar import tar_end
 
-MANIFEST, INDEX, REJECTS = "manifest.json", "index.npy", "rejects.jsonl"
+INDEX, REJECTS = "index.npy", "rejects.jsonl"
 WORK = ".work"
 
 

@@ -173,7 +173,7 @@ def test_wrong_size(copy: Path) -> None:
     [
         ("{", "not JSON"),
         ('{"format_version": 9}', "unknown format version"),
-        ('{"format_version": 1}', "lacks entries"),
+        ('{"format_version": 1}', "manifest is damaged: index"),
     ],
 )
 def test_damaged_manifest(copy: Path, text: str, message: str) -> None:

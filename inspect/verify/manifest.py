@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,18 +14,9 @@ from typing import Any
 import numpy as np
 from higgs_tune.inspect.verify.diagnose import Finding
 from higgs_tune.shards.errors import UserError
-from higgs_tune.shards.format import FORMAT_VERSION
+from higgs_tune.shards.manifest import MANIFEST, manifest_fault, manifest_files
 from higgs_tune.shards.sequence import SpecialIds
 from higgs_tune.shards.split import ValidationSplit
-from higgs_tune.shards.writer import MANIFEST
-
-_FILE = {"name": str, "bytes": int, "sha256": str}
-_FORM: dict[str, dict[str, type]] = {
-    "index": {**_FILE, "rows": int, "xxh3": str},
-    "rejects": {**_FILE, "rows": int, "by_reason": dict},
-    "totals": {"samples": int, "validation_samples": int},
-    "provenance": {"model": dict},
-}
 
 
 @dataclass(frozen=True)
@@ -47,7 +37,7 @@ class Manifest:
     @property
     def files(self) -> list[dict[str, Any]]:
         """Entries of all files that it names."""
-        return [*self.shards, *self.mel_shards, self.content["index"], self.content["rejects"]]
+        return manifest_files(self.content)
 
     @property
     def provenance(self) -> dict[str, Any]:
@@ -112,42 +102,9 @@ def read_manifest(folder: Path) -> tuple[Manifest | None, list[Finding]]:
         content = json.loads(data)
     except ValueError as error:
         return None, [Finding("damaged_manifest", f"not JSON: {error}", MANIFEST)]
-    if problem := next(_problems(content), ""):
-        return None, [Finding("damaged_manifest", problem, MANIFEST)]
+    fault = manifest_fault(content)
+    if not fault and "model" not in content["provenance"]:
+        fault = "provenance: expected the model"
+    if fault:
+        return None, [Finding("damaged_manifest", fault, MANIFEST)]
     return Manifest(content, hashlib.sha256(data).hexdigest()), []
-
-
-def _problems(content: Any) -> Iterator[str]:
-    """Faults in the form of a manifest. Later ones assume that there is no earlier one: take the first."""
-    if not isinstance(content, dict):
-        yield "expected an object"
-    if content.get("format_version") != FORMAT_VERSION:
-        yield f"expected format_version {FORMAT_VERSION}, got {content.get('format_version')!r}"
-    for name, form in _FORM.items():
-        yield from _form_problems(name, content.get(name), form)
-    for name in ("shards", "mel_shards", "speakers"):
-        if not isinstance(content.get(name), list):
-            yield f"{name}: expected a list"
-    for name in ("shards", "mel_shards"):
-        for number, entry in enumerate(content[name]):
-            yield from _form_problems(f"{name} {number}", entry, {**_FILE, "samples": int})
-    names = [entry["name"] for entry in Manifest(content, "").files]
-    for name in names:
-        if Path(name).name != name or name in ("", "..", MANIFEST):
-            yield f"expected the name of a file in the folder, got {name!r}"
-    if len(set(names)) != len(names):
-        yield "a file is named twice"
-    if len(content["mel_shards"]) not in (0, len(content["shards"])):
-        yield f"expected no mel shards or {len(content['shards'])}, got {len(content['mel_shards'])}"
-    try:
-        SpecialIds(**content["provenance"]["model"]["special_ids"])
-    except (KeyError, TypeError):
-        yield "provenance: expected the special ids of the model"
-
-
-def _form_problems(where: str, value: Any, form: dict[str, type]) -> Iterator[str]:
-    if not isinstance(value, dict):
-        yield f"{where}: expected an object"
-    for name, kind in form.items():
-        if not isinstance(value.get(name), kind):
-            yield f"{where}: expected {name} of type {kind.__name__}, got {value.get(name)!r}"

@@ -16,7 +16,8 @@ from higgs_tune.inspect.verify.verify import Verdict, VerifyOptions, verify_set
 from higgs_tune.shards import durable
 from higgs_tune.shards.errors import UserError
 from higgs_tune.shards.index import join_index, npy_bytes, totals
-from higgs_tune.shards.writer import INDEX, MANIFEST
+from higgs_tune.shards.manifest import MANIFEST
+from higgs_tune.shards.writer import INDEX
 
 # kinds of findings that a new index, and new manifest entries on it, repair
 REPAIRABLE = {

@@ -33,7 +33,8 @@ from higgs_tune.preprocess.codec.weights import weights_sha256
 from higgs_tune.preprocess.progress import ProgressBar
 from higgs_tune.shards.durable import TEMP_PREFIX
 from higgs_tune.shards.errors import UserError
-from higgs_tune.shards.writer import MANIFEST, WORK
+from higgs_tune.shards.manifest import MANIFEST
+from higgs_tune.shards.writer import WORK
 
 COMPARED = ("special_ids", "codebook_size", "tokenizer_sha256", "text_vocabulary")
 HEADER_TOKEN = "<|start_header_id|>"  # opens every message of the Llama 3 template
