@@ -36,7 +36,8 @@ def isolated(text: str) -> str:
 
 def open_console(width: int | None = None) -> Console:
     """A console for texts, as wide as the terminal; in a file, or for tables of numbers, WIDE: no number is cut."""
-    return Console(width=width if sys.stdout.isatty() else WIDE)
+    width = width if sys.stdout.isatty() else WIDE
+    return Console(width=width, height=width and 25)  # rich takes a width on a dumb terminal only with a height
 
 
 def print_header(console: Console, sample: Sample, shards: ShardSet, row: int) -> None:

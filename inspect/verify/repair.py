@@ -38,8 +38,10 @@ def repair_index(folder: Path, options: VerifyOptions) -> str:
     """Rebuild the index; the result in words.
 
     Raises:
-        UserError: more than the index is wrong, or the rule of the validation split is not known.
+        UserError: the folder is read-only, or more than the index is wrong, or the split rule is unknown.
     """
+    if folder.is_dir():
+        durable.check_writable(folder)
     verdict = verify_set(folder, options)
     if not verdict.findings:
         return "nothing to repair"
