@@ -24,6 +24,8 @@ def print_statistics(numbers: dict[str, Any], notes: list[str]) -> None:
     """Print the output of `statistics`, then the notes."""
     console = open_console()
     facts = Table(show_header=False, box=None, pad_edge=False)
+    for _ in range(2):
+        facts.add_column(overflow="fold")
     for name, value in numbers.items():
         if not isinstance(value, dict):
             facts.add_row(_title(name), Text(_readable(name, value)))

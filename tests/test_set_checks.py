@@ -81,6 +81,7 @@ def test_contrastive_loss_trains_with_names(made: Made, tmp_path: Path) -> None:
     train(made[0], data, tmp_path / "out", contrastive_loss_weight=0.1)
 
 
+@pytest.mark.fast
 def test_sets_of_different_codecs_are_refused(made: Made, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     first, same = (write_set(tmp_path / name, made, ["a"]) for name in ("first", "same"))
     other = write_set(tmp_path / "other", made, ["a"], codec="d" * 64)

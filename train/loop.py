@@ -185,10 +185,7 @@ def run_steps(run: Run, run_io: RunIO, stats: StepStats) -> None:
 
 
 def pause(run: Run, run_io: RunIO, stats: StepStats) -> bool:
-    """Validate, generate samples and save where that is due; returns whether to stop early.
-
-    The time is not counted as training time.
-    """
+    """Validate, generate samples and save where due, off the training clock; returns whether to stop early."""
     config, progress = run.config, run.progress
     step, is_last = progress.step, progress.step == run.total_steps
     validates = run_io.validation.due(step, run.total_steps)
