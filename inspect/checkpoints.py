@@ -12,7 +12,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from higgs_tune.preprocess.checkpoints.hub import local_checkpoint
+from higgs_tune.preprocess.checkpoints.hub import CHECKPOINT_FILES, CONFIG_FILES, local_checkpoint
 from higgs_tune.preprocess.codec.weights import weights_sha256
 from higgs_tune.shards.errors import UserError, first_line
 from higgs_tune.shards.sequence import SpecialIds
@@ -43,7 +43,7 @@ class Checkpoints:
         Raises:
             UserError: it is missing, or cannot be downloaded.
         """
-        return self._folder(self.model_path, "model", "--model_path", weights=False)
+        return self._folder(self.model_path, "model", "--model_path", CONFIG_FILES)
 
     def codec_folder(self) -> Path:
         """The codec's folder.
@@ -96,9 +96,9 @@ class Checkpoints:
             ) from error
         return self.device
 
-    def _folder(self, given: Path | None, name: str, flag: str, *, weights: bool = True) -> Path:
+    def _folder(self, given: Path | None, name: str, flag: str, files: tuple[str, ...] = CHECKPOINT_FILES) -> Path:
         in_manifest = self.provenance.get("paths", {}).get(name)
-        path = local_checkpoint(given, weights=weights) if given else Path(in_manifest) if in_manifest else None
+        path = local_checkpoint(given, files) if given else Path(in_manifest) if in_manifest else None
         if given and path and not (path / "config.json").is_file():
             raise UserError(f"the {name} is not here", where=path, expected="a checkpoint folder with config.json")
         if path is None or not (path / "config.json").is_file():

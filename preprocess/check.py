@@ -47,7 +47,7 @@ from transformers import PreTrainedTokenizerBase
 DURATION_BINS_S = (0, 1, 2, 3, 5, 10, 15, 20, 30, 60)
 TOKEN_BINS = (0, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
 MEL_COMPRESSION = 0.8  # zstandard on float16 log-mel of speech
-CORRUPT = ("unreadable_audio", "truncated_audio", "non_finite_audio", "empty_audio")
+CORRUPT = ("unreadable_audio", "truncated_audio", "joined_audio", "non_finite_audio", "empty_audio")
 PAIR = 2  # a speaker with fewer clips has no reference
 FEW_CLIPS = 5  # a speaker with fewer clips has little choice of references
 TIMED_S = 4.0

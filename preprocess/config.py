@@ -51,8 +51,9 @@ class PreprocessConfig:
     loudness_lufs: float | None = None
     """Bring every clip to this integrated loudness (LUFS, ITU-R BS.1770) before it is encoded; boson's value is -23."""
     reject_flags: tuple[Flag, ...] = ()
-    """Leave out clips with these flags: silence (90 % of it is below -60 dBFS), clipping (three samples in a row at
-    full scale). Without it they are only counted and marked."""
+    """Leave out clips with these flags: silence (90 % of the mono mix is below -60 dBFS), clipping (three samples in a
+    row at full scale), antiphase (two channels cancel each other in the mix). Without it they are only counted and
+    marked."""
 
     ref_drop: float = 0.0
     """Manifests: share of samples that get no reference clip, 0 to 1; chosen by a hash, so it is stable."""

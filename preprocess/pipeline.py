@@ -26,7 +26,7 @@ from typing import Any
 from higgs_tune.preprocess.assemble import assemble_shard, cached_tokenizer, set_writer
 from higgs_tune.preprocess.audio.whisper import extractor_settings, mel_bins_of, require_tower, tower_sha256
 from higgs_tune.preprocess.checkpoints.checkpoint import describe_checkpoint, read_config, special_ids
-from higgs_tune.preprocess.checkpoints.hub import local_checkpoint, name_of
+from higgs_tune.preprocess.checkpoints.hub import CONFIG_FILES, local_checkpoint, name_of
 from higgs_tune.preprocess.codec.checkpoint import load_codec
 from higgs_tune.preprocess.codec.weights import weights_sha256
 from higgs_tune.preprocess.config import Job, PreprocessConfig
@@ -149,7 +149,7 @@ def make_job(config: PreprocessConfig) -> Job:
     if config.audio_root and not config.audio_root.is_dir():
         raise UserError("--audio_root is no folder", where=config.audio_root)
     codec_given, out = config.audio_tokenizer_path, local_out(config)
-    model = local_checkpoint(config.model_path, weights=False)
+    model = local_checkpoint(config.model_path, CONFIG_FILES)
     codec = local_checkpoint(codec_given) if codec_given else None
     tower = local_checkpoint(config.whisper_path) if config.whisper_path else model
     if config.whisper_features == "encoder" and not config.whisper_path:

@@ -12,7 +12,7 @@ import pytest
 from conftest import EXAMPLES, preprocess
 from helpers.tiny import run_train
 from higgs_tune.inspect.checkpoints import Checkpoints
-from higgs_tune.preprocess.checkpoints.hub import PINNED, local_checkpoint, name_of
+from higgs_tune.preprocess.checkpoints.hub import CONFIG_FILES, PINNED, local_checkpoint, name_of
 from higgs_tune.shards.errors import UserError
 from higgs_tune.shards.reader import ShardSet
 from higgs_tune.train import loop
@@ -73,7 +73,7 @@ def test_one_copy_of_the_weights_is_fetched(hub: Hub) -> None:
     assert hub.fetched[WHISPER][1] == {
         *("config.json", "preprocessor_config.json", "model.safetensors", "model.safetensors.index.fp32.json")
     }
-    local_checkpoint(Path(MODEL), weights=False)
+    local_checkpoint(Path(MODEL), CONFIG_FILES)
     assert "model.safetensors" not in hub.fetched[MODEL][1]
     assert {"config.json", "tokenizer.json", "tokenizer_config.json"} <= hub.fetched[MODEL][1]
     local_checkpoint(Path(MODEL))

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-Flag = Literal["silence", "clipping"]
+Flag = Literal["silence", "clipping", "antiphase"]
 
 
 @dataclass(frozen=True)

@@ -20,15 +20,16 @@ CONFIG_FILES = ("*.json", "*.txt", "*.model", "*.jinja")  # config and tokenizer
 WEIGHT_FILES = ("model.safetensors", "model-*-of-*.safetensors", "*.pth")  # no second copy, as model.fp32-*
 _NAME = re.compile(r"([\w-][\w.-]*/[\w-][\w.-]*)(?:@([\w./-]+))?")
 _CACHED = re.compile(r"models--([\w.-]+?)--([\w.-]+)")
+CHECKPOINT_FILES = (*CONFIG_FILES, *WEIGHT_FILES)
 TIMEOUT_S = 10.0
 
 
-def local_checkpoint(given: Path, *, weights: bool = True) -> Path:
+def local_checkpoint(given: Path, files: tuple[str, ...] = CHECKPOINT_FILES) -> Path:
     """The absolute folder of a checkpoint, downloaded if `given` names a repository.
 
     Args:
         given: a folder, `owner/name[@revision]`, or a repository's folder in the Hub's cache.
-        weights: fetch the weights of a repository too.
+        files: patterns of the files that are needed of a repository.
 
     Raises:
         UserError: `given` is neither a folder nor a repository that can be downloaded.
@@ -42,9 +43,8 @@ def local_checkpoint(given: Path, *, weights: bool = True) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     name, revision = named[1], named[2] or PINNED.get(named[1])
-    patterns = [*CONFIG_FILES, *(WEIGHT_FILES if weights else ())]
     try:
-        folder = snapshot_download(name, revision=revision, allow_patterns=patterns, etag_timeout=TIMEOUT_S)
+        folder = snapshot_download(name, revision=revision, allow_patterns=list(files), etag_timeout=TIMEOUT_S)
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
         hint = "Give a folder, or a repository that this machine can download."
         where = f"{name}@{revision}" if revision else name
