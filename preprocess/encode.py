@@ -27,7 +27,7 @@ from higgs_tune.preprocess.reject import Reject
 from higgs_tune.preprocess.workdir import Encoded, Features, WorkFolder
 from higgs_tune.shards.errors import UserError
 from higgs_tune.shards.format import FRAME_RATE_HZ
-from higgs_tune.shards.memory import keep_memory
+from higgs_tune.shards.memory import keep_memory, limit_shape_caches
 
 MIN_FRAMES = 2  # length of the shortest clip that the codec takes
 
@@ -147,6 +147,7 @@ def codec_for(job: Job) -> HiggsCodec:
 def _cached_codec(path: Path, device: str, precision: str) -> HiggsCodec:
     if device == "cpu":
         keep_memory()
+        limit_shape_caches()
     codec = load_codec(path, device)
     codec.encoder_precision(getattr(torch, precision))
     return codec

@@ -12,7 +12,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from higgs_tune.shards.memory import keep_memory
+from higgs_tune.shards.memory import keep_memory, limit_shape_caches
 from higgs_tune.train.dist.rendezvous import restart_safe_store
 
 DIST_TIMEOUT = timedelta(minutes=10)
@@ -85,6 +85,7 @@ def init_distributed() -> DistContext:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_size))
     if device.type == "cpu":
         keep_memory()
+        limit_shape_caches()
     control: dist.ProcessGroup | None = None
     if size > 1:
         backend, store = "nccl" if device.type == "cuda" else "gloo", restart_safe_store(rank, size, DIST_TIMEOUT)
