@@ -61,12 +61,12 @@ def resolve_inputs(config: TrainConfig, context: DistContext) -> Inputs:
         UserError: paths or options are bad, or checkpoint, adapter and shard sets do not fit together.
     """
     base, adapter = resolve_model(config.model_path, config.model.base_model)
+    model_config = load_config(base)
     weight_files(base)  # this and the line after the sets refuse what would else fail after minutes of loading
     sets = open_sets(config, base)
     load_tokenizer(base, sets[0].special_ids)
     if config.training_stage == "stage1" and not config.loss.allow_textless_stage1:
         require_text(sets, base)
-    model_config = load_config(base)
     require_one_codec(sets)
     features = whisper_feature_kind(config, model_config, sets)
     if features == "encoder":
