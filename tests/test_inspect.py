@@ -15,10 +15,12 @@ from helpers.inspect_sets import HOSTILE, SampleMaker, write_set
 from higgs_tune.inspect import cli
 from higgs_tune.inspect.stats import main_script
 from higgs_tune.inspect.view import printable, segments_of, target_text, visible
+from higgs_tune.inspect.web.pages import set_info
 from higgs_tune.preprocess.codec.checkpoint import load_codec
 from higgs_tune.preprocess.reject import Reject
 from higgs_tune.shards.errors import UserError
 from higgs_tune.shards.reader import ShardSet
+from higgs_tune.shards.split import ValidationSplit
 from higgs_tune.train.data.sampler import Schedule
 from higgs_tune.train.dist.context import World
 from higgs_tune.train.model.reference import boson_inputs
@@ -49,6 +51,47 @@ def test_stats(shards: ShardSet, capsys: Captured) -> None:
     assert numbers["disk_bytes"]["codes"] == sum(path.stat().st_size for path in shards.folder.glob("codes-*.tar"))
     cli.StatsCommand(str(shards.folder)).run()
     assert "Arabic 40" in capsys.readouterr().out
+
+
+TEXT = [{"role": "user", "content": "قل"}, {"role": "assistant", "content": "نعم"}]
+
+
+def test_stats_of_mixed_sets(toy: Path, tmp_path: Path, capsys: Captured) -> None:
+    """Samples without audio target or speaker, and speakers on both sides of the split, are counted and named."""
+    maker = SampleMaker(toy)
+    voices = ["amal", "huda", None, None, *["karim"] * 26]
+    samples = [maker(n, speaker=voice, **({"messages": TEXT} if n < 3 else {})) for n, voice in enumerate(voices)]
+    made = write_set(tmp_path / "mixed", toy, [samples])
+    sides: dict[bool, set[str]] = {True: set(), False: set()}
+    for entry in made.index:  # a plain loop over the rows
+        name = made.manifest["speakers"][int(entry["speaker"])]
+        sides[bool(entry["split"])] |= {name} if name else set()
+    expected = {"training": len(sides[False]), "validation": len(sides[True]), "both": len(sides[True] & sides[False])}
+    assert expected["both"] == 1
+    cli.StatsCommand(made.location, json=True).run()
+    numbers = json.loads(capsys.readouterr().out)
+    assert numbers["speakers_by_split"] == expected
+    assert (numbers["samples_without_audio_target"], numbers["samples_without_speaker"]) == (3, 2)
+    cli.StatsCommand(made.location).run()
+    out = capsys.readouterr().out
+    for note in ("3 of 30 samples have no audio target", "2 of 30 samples have no speaker name", "1 of the"):
+        assert f"note: {note}" in out
+    assert set_info(made)["speakers"] == 3
+    assert set_info(made)["speakers_in_both_splits"] == expected["both"]
+
+
+def test_sets_without_audio_and_without_samples(toy: Path, tmp_path: Path, capsys: Captured) -> None:
+    maker = SampleMaker(toy)
+    for name, samples in (("text", [maker(0, messages=TEXT)]), ("empty", [])):
+        folder = str(write_set(tmp_path / name, toy, [samples]).folder)
+        cli.StatsCommand(folder).run()
+        cli.ReportCommand(folder, tmp_path / f"{name}.html").run()
+        assert f"{len(samples)} of {len(samples)} samples" in capsys.readouterr().out
+        with pytest.raises(SystemExit) as left:
+            cli.VerifyCommand(Path(folder), jobs=1).run()
+        assert left.value.code == 0
+        with pytest.raises(UserError, match="hold no audio" if samples else "no such sample"):
+            cli.DecodeCommand(folder, ("0",), tmp_path / "clips").run()
 
 
 def table_of(text: str, head: str) -> list[list[str]]:
@@ -130,6 +173,22 @@ def test_show_as_trained_in_a_run(toy: Path, tmp_path: Path, capsys: Captured, f
     last = made[number].index[row]
     assert len(rows) == last["tokens"] + (last["mel_tokens"] if features == "mel" else 0)
     assert any(line[2] == "whisper" for line in rows) == (features == "mel")
+
+
+def test_show_as_trained_in_a_run_that_held_out_by_itself(shards: ShardSet, tmp_path: Path, capsys: Captured) -> None:
+    """The run's own split, not the set's, says which samples are in packs."""
+    options = {"train_data_dir": shards.location, "tokens_per_pack": 2048, "seed": 5, "val_fraction": 0.5}
+    (tmp_path / "config.yaml").write_text(json.dumps({"options": options | {"val_by": "sample"}}))
+    (tmp_path / "metrics.jsonl").write_text("")
+    split = ShardSet(shards.folder)
+    split.hold_out(ValidationSplit(0.5))
+    held_out, kept = split.rows_of(validation=True), split.rows_of(validation=False)
+    (row, *_) = set(held_out.tolist()) - set(shards.rows_of(validation=True).tolist())
+    with pytest.raises(UserError, match="held out"):
+        cli.ShowCommand(shards.location, str(row), as_trained=True, run_dir=tmp_path).run()
+    cli.ShowCommand(shards.location, str(kept[0]), as_trained=True, run_dir=tmp_path).run()
+    schedule = Schedule([split], tokens_per_pack=2048, seed=5, accumulation=1, world=World(0, 1, 0, 1))
+    assert f" of {len(schedule.plan(0))}:" in capsys.readouterr().out
 
 
 def test_show_as_trained_refuses_what_is_in_no_pack(shards: ShardSet) -> None:
