@@ -193,10 +193,10 @@ def main() -> None:
                 rates[name].append(samples / seconds)
                 tokens[name].append(positions / seconds)
     print(describe_machine())
-    print(f"{'':<24}{'samples/s':>12}{'spread':>20}{'positions/s':>14}")
+    print(f"{'':<24}{'samples/s':>12}{'spread':>24}{'positions/s':>14}")
     for name, found in rates.items():
         spread = f"{min(found):,.1f} to {max(found):,.1f}"
-        print(f"{name:<24}{statistics.median(found):>12,.1f}{spread:>20}{statistics.median(tokens[name]):>14,.0f}")
+        print(f"{name:<24}{statistics.median(found):>12,.1f}{spread:>24}{statistics.median(tokens[name]):>14,.0f}")
     ratios = {}
     for workers in options.workers:
         pairs = zip(rates[f"ours, {workers} workers"], rates[f"webdataset, {workers} workers"], strict=True)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
+from higgs_tune.shards.bounds import AT_LEAST_1, MORE_THAN_0, check_bounds
 from higgs_tune.shards.errors import UserError
 
 RESERVED = ("ceiling", "floor", "paired", "groups", "about", "findings", "leakage")
@@ -50,9 +51,9 @@ class EvalConfig:
     leakage: tuple[str, ...] = ()
     """Shard sets that the models were trained on: lines whose audio, text or speaker they hold are reported."""
 
-    max_seconds: float = 60.0
+    max_seconds: Annotated[float, MORE_THAN_0] = 60.0
     """A longer clip is a failure, not judged."""
-    batch_size: int = 8
+    batch_size: Annotated[int, AT_LEAST_1] = 8
     """Clips that the recogniser gets at once."""
     device: str = "auto"
     """Where the judges run: auto, cpu, cuda, cuda:1."""
@@ -67,12 +68,7 @@ class EvalConfig:
         for name, given in (("wavs", self.wavs), ("data or --shards", self.data or self.shards)):
             if not given:
                 raise UserError(f"--{name} is missing")
-        for name, good, expected in (
-            ("max_seconds", self.max_seconds > 0, "more than 0"),
-            ("batch_size", self.batch_size >= 1, "at least 1"),
-        ):
-            if not good:
-                raise UserError(f"--{name} is out of range", expected=expected, got=getattr(self, name))
+        check_bounds(self)
 
     @property
     def folders(self) -> dict[str, Path]:

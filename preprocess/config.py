@@ -5,11 +5,12 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 from higgs_tune.preprocess.audio.options import AudioOptions, Flag
 from higgs_tune.preprocess.input.audio_paths import AudioPaths
 from higgs_tune.preprocess.text_normalization import TextNormalization, TextOptions
+from higgs_tune.shards.bounds import AT_LEAST_0, AT_LEAST_1, FROM_0_TO_1, Bound, check_bounds
 from higgs_tune.shards.errors import UserError
 from higgs_tune.shards.remote import is_url
 
@@ -37,27 +38,27 @@ class PreprocessConfig:
     audio_root: Path | None = None
     """Folder that relative audio paths start from and that no path may leave, links resolved; a `..` that would leave
     it stops at it. By default relative paths start from the folder of the data, and may lead anywhere."""
-    min_seconds: float = 0.1
+    min_seconds: Annotated[float, AT_LEAST_0] = 0.1
     """Shortest clip that is taken, in seconds."""
     max_seconds: float = 60.0
     """Longest clip that is taken, in seconds."""
-    max_text_chars: int = 20_000
+    max_text_chars: Annotated[int, AT_LEAST_1] = 20_000
     """Longest single text that is taken, in characters."""
     text_normalization: TextNormalization = "none"
     """Normalize every text: nfc (Unicode's composed form), or arabic (also presentation forms, tatweel, invisible
     characters, spaces, digits); docs/text_normalization.md says what each does."""
     allow_text_only: bool = False
     """Build a set in which no assistant message has audio, so that only text is trained on."""
-    loudness_lufs: float | None = None
+    loudness_lufs: Annotated[float | None, Bound("-70 to 0", more_than=-70, at_most=0)] = None
     """Bring every clip to this integrated loudness (LUFS, ITU-R BS.1770) before it is encoded; boson's value is -23."""
     reject_flags: tuple[Flag, ...] = ()
     """Leave out clips with these flags: silence (90 % of the mono mix is below -60 dBFS), clipping (three samples in a
     row at full scale), antiphase (two channels cancel each other in the mix). Without it they are only counted and
     marked."""
 
-    ref_drop: float = 0.0
+    ref_drop: Annotated[float, FROM_0_TO_1] = 0.0
     """Manifests: share of samples that get no reference clip, 0 to 1; chosen by a hash, so it is stable."""
-    ref_min_seconds: float = 1.0
+    ref_min_seconds: Annotated[float, AT_LEAST_0] = 1.0
     """Manifests: shortest clip that is chosen as a reference, in seconds."""
     speaker: str | None = None
     """Manifests: speaker of the rows that name none."""
@@ -71,24 +72,24 @@ class PreprocessConfig:
     whisper_path: Path | None = None
     """Checkpoint that holds the tower (a Higgs or a Whisper model), a folder or Hub name; by default --model_path."""
 
-    val_fraction: float = 0.05
+    val_fraction: Annotated[float, FROM_0_TO_1] = 0.05
     """Share of samples held out for validation, 0 to 1; chosen by a hash, so it is stable. Of two or more at least one
     is held out, and never all."""
     val_by: Literal["sample", "speaker"] = "sample"
     """Hold out single samples, or whole speakers."""
-    samples_per_shard: int = 4096
+    samples_per_shard: Annotated[int, AT_LEAST_1] = 4096
     """Input samples a shard file."""
-    clips_per_unit: int = 16
+    clips_per_unit: Annotated[int, AT_LEAST_1] = 16
     """Audio clips encoded between two commits; a killed run loses at most this many a process."""
 
     engine: Literal["local", "ray"] = "local"
     """Where the work runs: processes on this machine, or tasks on a Ray cluster that sees the same folders."""
     ray_address: str = ""
     """Address of the Ray cluster; empty: start one on this machine."""
-    num_processes: int = 0
+    num_processes: Annotated[int, AT_LEAST_0] = 0
     """Worker processes on this machine, each with its own codec, spread over the GPUs; 0: one for each GPU, or
     without a GPU one for each core, at most 8."""
-    decode_threads: int = 2
+    decode_threads: Annotated[int, AT_LEAST_1] = 2
     """Threads of each worker that read and resample audio ahead of the codec."""
     device: str = "auto"
     """Where the codec runs: auto, cpu, cuda, cuda:1."""
@@ -101,7 +102,7 @@ class PreprocessConfig:
     """Read everything, encode nothing, and report whether the data is fit to build."""
     json: bool = False
     """With --check: print the report as JSON."""
-    max_reject_share: float = 0.0
+    max_reject_share: Annotated[float, FROM_0_TO_1] = 0.0
     """With --check: share of rejected samples, 0 to 1, up to which the data counts as fit to build."""
     debug: bool = False
     """Show tracebacks of user errors."""
@@ -110,25 +111,15 @@ class PreprocessConfig:
         for name in ("out", "audio_tokenizer_path"):
             if not getattr(self, name) and not self.check:
                 raise UserError(f"--{name} is missing", hint="Only --check does without.")
+        check_bounds(self)
         checks = [
-            ("val_fraction", 0 <= self.val_fraction <= 1, "0 to 1"),
-            ("ref_drop", 0 <= self.ref_drop <= 1, "0 to 1"),
-            ("max_reject_share", 0 <= self.max_reject_share <= 1, "0 to 1"),
-            ("min_seconds", self.min_seconds >= 0, "at least 0"),
             ("max_seconds", self.min_seconds < self.max_seconds, "more than min_seconds"),
-            ("loudness_lufs", self.loudness_lufs is None or -70 < self.loudness_lufs <= 0, "-70 to 0"),
-            ("ref_min_seconds", self.ref_min_seconds >= 0, "at least 0"),
-            ("max_text_chars", self.max_text_chars >= 1, "at least 1"),
-            ("samples_per_shard", self.samples_per_shard >= 1, "at least 1"),
-            ("clips_per_unit", self.clips_per_unit >= 1, "at least 1"),
-            ("num_processes", self.num_processes >= 0, "at least 0"),
             (
                 "num_processes",
                 not (self.out or "").startswith("memory://") or (self.num_processes == 1 and self.engine == "local"),
                 "1 with an --out in memory, which no other process sees",
             ),
             ("device", bool(re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device)), "auto, cpu, cuda or cuda:1"),
-            ("decode_threads", self.decode_threads >= 1, "at least 1"),
             ("ray_address", not self.ray_address or self.engine == "ray", "--engine ray with it"),
             ("staging", not self.staging or is_url(self.out or ""), "a URL as --out"),
             (

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import types
 from collections.abc import Iterator
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field, is_dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
+from higgs_tune.shards.bounds import Bound, bounds_of, check_bound
 from higgs_tune.shards.errors import UserError
 from higgs_tune.train.options import (
-    Bound,
     CheckpointArgs,
     DataArgs,
     LoraArgs,
@@ -89,9 +89,7 @@ class TrainConfig:
             UserError: a value is out of its range; says which, expected and got.
         """
         for option in all_options():
-            value = option.value_in(self)
-            if option.bound and not option.bound.allows(value):
-                raise UserError(f"--{option.name} is out of range", expected=option.bound.text, got=value)
+            check_bound(option.name, option.bound, option.value_in(self))
         self._check_combinations()
         return self
 
@@ -162,14 +160,11 @@ def all_options() -> Iterator[Option]:
 
 
 def _options_of(owner: type, group: str) -> Iterator[Option]:
-    hints = get_type_hints(owner, include_extras=True)
-    for item in fields(owner):
-        hint = hints[item.name]
-        if isinstance(hint, type) and is_dataclass(hint):
-            yield from _options_of(hint, item.name)
-            continue
-        kind, *extras = get_args(hint) if get_origin(hint) is Annotated else (hint,)
-        yield Option(item.name, group, kind, next((extra for extra in extras if isinstance(extra, Bound)), None))
+    for name, (kind, bound) in bounds_of(owner).items():
+        if isinstance(kind, type) and is_dataclass(kind):
+            yield from _options_of(kind, name)
+        else:
+            yield Option(name, group, kind, bound)
 
 
 def _plain(value: Any) -> Any:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -102,11 +102,9 @@ def _train(config: TrainConfig, context: DistContext) -> None:
             if config.reports.profile:
                 run_io.profiler = StepProfiler(config.output_dir / "profile", context.device)
         # 5. take the steps
-        with run_io.stop.installed():
+        with run_io.stop.installed(), closing(run_io):
             with naming_dead_workers(), scheduled_gc() as run_io.collect_garbage:
                 run_steps(run, run_io, stats)
-            if run_io.profiler:
-                run_io.profiler.close()
             # 6. save the result
             save_result(run, run_io, inputs.base)
 
@@ -269,10 +267,9 @@ def stop_run(run: Run, run_io: RunIO, *, interrupt: bool) -> NoReturn:
     message = f"stopped by {signal_name} at step {step}; --resume_from_checkpoint auto goes on"
     run_io.say(message)
     exit_code = EXIT_INTERRUPTED if interrupt else EXIT_REQUEUE
-    if run_io.logger:
-        run_io.logger.close()
-        if not interrupt:
-            write_bytes(run.config.output_dir / STOPPED, to_json({"exit_code": exit_code, "step": step}))
+    run_io.close()
+    if run.context.is_main and not interrupt:
+        write_bytes(run.config.output_dir / STOPPED, to_json({"exit_code": exit_code, "step": step}))
     raise Stopped(message, exit_code)
 
 

@@ -5,7 +5,6 @@ The command line and YAML files are flat: a field's name is its flag.
 
 from __future__ import annotations
 
-import math
 import os
 import re
 from dataclasses import dataclass
@@ -13,29 +12,11 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
+from higgs_tune.shards.bounds import AT_LEAST_0, AT_LEAST_1, FROM_0_BELOW_1, MORE_THAN_0
 from higgs_tune.shards.remote import Cache
 from higgs_tune.train.presets import PresetName, preset_help
 
 _PLAIN_NAME = re.compile(r"[\w.]+")
-
-
-@dataclass(frozen=True)
-class Bound:
-    """What a number must be; None is not checked."""
-
-    text: str
-    more_than: float = -math.inf
-    at_least: float = -math.inf
-    below: float = math.inf
-
-    def allows(self, value: float | None) -> bool:
-        return value is None or (value > self.more_than and self.at_least <= value < self.below)
-
-
-MORE_THAN_0 = Bound("more than 0", more_than=0)
-AT_LEAST_0 = Bound("at least 0", at_least=0)
-AT_LEAST_1 = Bound("at least 1", at_least=1)
-FROM_0_BELOW_1 = Bound("0 to 1", at_least=0, below=1)
 
 
 @dataclass(frozen=True)

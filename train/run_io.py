@@ -88,6 +88,14 @@ class RunIO:
         if self.logger:
             self.logger.show(text)
 
+    def close(self) -> None:
+        """End display, logs and profile; a second time does nothing."""
+        if self.profiler:
+            self.profiler.close()
+        if self.logger:
+            self.logger.close()
+        self.profiler = self.logger = None
+
 
 def queue_metrics(run: Run, stats: StepStats, norm: torch.Tensor) -> PendingMetrics:
     """End a logging interval without waiting for the device."""
@@ -195,8 +203,8 @@ def save_result(run: Run, run_io: RunIO, base: Path) -> None:
         weights = whole_weights(run.model, dtype)
         if run.context.is_main:
             write_model(config.output_dir, run.model.config, weights, base)
-    if run_io.logger:
-        run_io.logger.close()
+    run_io.close()
+    if run.context.is_main:
         what = "adapter" if isinstance(peft_model, PeftModel) else "model"
         print(f"{what} saved in {config.output_dir}", flush=True)
     run.loader.close()
