@@ -27,10 +27,10 @@ class PreprocessConfig:
     """Checkpoint of the language model, a folder or Hub name[@revision]: config and tokenizer are read; with
     --whisper_features encoder also its audio tower."""
     out: str | None = None
-    """Folder, or URL that fsspec knows (s3://, hf://, …), that receives the shard set. An interrupted run continues
-    when started again."""
+    """Folder, or URL that fsspec knows (s3://, hf://, …), that receives the shard set; needed unless --check. An
+    interrupted run continues when started again."""
     audio_tokenizer_path: Path | None = None
-    """Checkpoint of the audio tokenizer (the codec), a folder or Hub name[@revision]."""
+    """Checkpoint of the audio tokenizer (the codec), a folder or Hub name[@revision]; needed unless --check."""
     staging: Path | None = None
     """Where --out is a URL: local folder for unfinished work, from which each finished shard is uploaded; by default
     one below $HIGGS_TUNE_CACHE, else ~/.cache/higgs-tune."""
@@ -80,7 +80,7 @@ class PreprocessConfig:
     samples_per_shard: Annotated[int, AT_LEAST_1] = 4096
     """Input samples a shard file."""
     clips_per_unit: Annotated[int, AT_LEAST_1] = 16
-    """Audio clips encoded between two commits; a killed run loses at most this many a process."""
+    """Audio clips that a process encodes before it saves its work; a killed run loses at most this many a process."""
 
     engine: Literal["local", "ray"] = "local"
     """Where the work runs: processes on this machine, or tasks on a Ray cluster that sees the same folders."""

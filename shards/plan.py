@@ -30,7 +30,7 @@ from higgs_tune.shards.errors import UserError
 
 PLAN_VERSION = 2
 GROUP, WINDOW = 64, 1024  # packs
-EQUAL_LENGTH = 23_000  # length of a sample whose attention takes as long as the rest, at the released model's sizes
+BREAK_EVEN_LENGTH = 23_000  # at the released sizes, a sample of this length takes as long in attention as elsewhere
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,7 @@ def make_plan(
     order, pack_of = best_fit(lengths[shuffled], tokens_per_pack)
     packs = int(pack_of.max(initial=-1)) + 1
     sorted_lengths = lengths[shuffled[order]].astype(np.float64)  # whole numbers below 2**53, so their sums are exact
-    work = np.bincount(pack_of, sorted_lengths * (EQUAL_LENGTH + sorted_lengths), packs)
+    work = np.bincount(pack_of, sorted_lengths * (BREAK_EVEN_LENGTH + sorted_lengths), packs)
     rank_of_pack = np.argsort(_order_by_groups(work, rng))
     by_pack = np.argsort(rank_of_pack[pack_of], kind="stable")
     sizes = np.bincount(rank_of_pack[pack_of], minlength=packs)

@@ -23,6 +23,7 @@ _SAVE = "--save_steps N saves every N steps."
 _PACKS = (
     "--tokens_per_pack is the size of a rank's micro-batch in positions; --gradient_accumulation_steps adds them up."
 )
+PROG = "python -m higgs_tune.train"
 _ALWAYS = "Nothing to set: that is always done."
 # flags of the Hugging Face Trainer and of other scripts for this model, and what stands for them here
 ELSEWHERE = {
@@ -112,7 +113,9 @@ def parse_arguments(arguments: list[str]) -> TrainConfig:
     check_names((_name_of(argument), argument) for argument in rest if argument.startswith("--"))
     from_file = arguments_of_file(given.config) if given.config else []
     flat = (tyro.conf.OmitArgPrefixes,)
-    return tyro.cli(TrainConfig, prog="higgs_tune.train", args=from_file + rest, config=flat).with_home().validate()
+    about = f"{TrainConfig.__doc__} --config FILE.yaml gives options by their names; flags win over it."
+    config = tyro.cli(TrainConfig, prog=PROG, description=about, args=from_file + rest, config=flat)
+    return config.with_home().validate()
 
 
 def _name_of(argument: str) -> str:

@@ -66,7 +66,7 @@ def build_run(
         module=module,
         parameters=parameters,
         optimizer=make_optimizer(parameters, config.optim),
-        loss=loss,
+        loss_options=loss,
         loader=Loader(schedule, inputs.loading),
         schedule=schedule,
         total_steps=0,

@@ -161,7 +161,7 @@ def run_steps(run: Run, run_io: RunIO, stats: StepStats) -> None:
         watch = predictions = None
         if config.reports.diagnostics_steps and (progress.step + 1) % config.reports.diagnostics_steps == 0:
             watch = UpdateNorms(run.parameters)
-            probe = partial(compare_predictions, tokenizer=run_io.tokenizer, options=run.loss)
+            probe = partial(compare_predictions, tokenizer=run_io.tokenizer, options=run.loss_options)
             predictions = run.probe(batches[0], probe)
         norm = train_step(run, batches, agreement.label_counts, stats, watch)
         report_pending(run, run_io)

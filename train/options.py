@@ -1,4 +1,4 @@
-"""The trainer's options in groups: a room takes its own group. Each field has a unit, a bound and a line of help.
+"""The trainer's options in groups: a module takes its own group. Each field has a unit, a bound and a line of help.
 
 The command line and YAML files are flat: a field's name is its flag.
 """
@@ -188,7 +188,8 @@ class CheckpointArgs:
     allow_failed_saves: bool = False
     """Train on when a checkpoint cannot be saved."""
     resume_from_checkpoint: str | None = None
-    """auto: go on from the newest valid checkpoint of the output folder, if there is one; or a checkpoint folder."""
+    """auto: go on from the newest valid checkpoint of the output folder, if there is one; True or latest: refuse to
+    start without one; or a run's folder, or a checkpoint's."""
     resume_anyway: bool = False
     """Resume even though data, plan or model have changed."""
     overwrite_output_dir: bool = False

@@ -1,8 +1,8 @@
 """Presets of LoRA: which linear layers of a decoder layer are adapted.
 
 To add one, add an entry to `PRESETS`: the choices of `--lora_preset`, its help, and what the model adapts follow from
-it; a line in the table of docs/training_signal.md is demanded by tests/test_lora.py. No torch here: the command line
-reads this file.
+it; tests/test_lora.py demands a line in the table of docs/training_signal.md and a list of its modules. No torch here:
+the command line reads this file.
 """
 
 from __future__ import annotations
@@ -45,4 +45,5 @@ else:  # the command line takes its choices from it
 def preset_help() -> str:
     """The help of `--lora_preset`."""
     listed = "; ".join(f"{name}: {preset.summary}" for name, preset in PRESETS.items())
-    return f"Linear layers that LoRA adapts. {listed}. By default text_only in stage1, else comprehensive."
+    default = ", ".join(f"{preset} in {stage}" for stage, preset in DEFAULT_PRESET.items())
+    return f"Linear layers that LoRA adapts. {listed}. By default {default}."

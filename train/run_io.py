@@ -130,7 +130,7 @@ def summarise(run: Run, pending: PendingMetrics) -> dict[str, object]:
     of_rank = [stats.positions, stats.samples, stats.audio_s, stats.waits.seconds(), pending.damaged]
     values = context.all_sum([*packed, *of_rank, stats.audio_rows, stats.squares])
     positions, samples, audio_s, wait_s, damaged, audio_rows, squares = values[len(packed) :]
-    losses = loss_metrics(LossSums.unpack(torch.tensor(values[: len(packed)]), run.codebooks), run.loss)
+    losses = loss_metrics(LossSums.unpack(torch.tensor(values[: len(packed)]), run.codebooks), run.loss_options)
     labels = (losses["text_labels"], losses["audio_labels"] / run.codebooks)
     peak = peak_of(context.device)
     flops = model_flops(run.model, Rows(positions, positions - audio_rows, audio_rows, squares, *labels)) if peak else 0

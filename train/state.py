@@ -98,7 +98,7 @@ class Run:
     module: nn.Module
     parameters: dict[str, nn.Parameter]
     optimizer: AdamW
-    loss: LossOptions
+    loss_options: LossOptions
     loader: Loader
     schedule: Schedule
     total_steps: int

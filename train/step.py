@@ -1,12 +1,13 @@
-"""One optimizer step: batch → forward → loss → backward → clip → optimizer → log.
+"""One optimizer step: batch → forward → loss → backward → clip → optimizer.
 
 In: this rank's micro-batches, and the label counts of the whole step. Out: updated parameters, sums for the metrics.
 Guarantees: every rank takes the same steps; the loss does not depend on how samples are spread over ranks, micro-steps
 and packs (test_weighting.py); the host never waits for the device (test_speed.py).
 
-The loss of a step is a global mean: the sum over the labels of all ranks and micro-steps, divided by their number. The
-host knows the label counts before the forward pass, so each pack's loss already carries its share of that mean. DDP
-averages gradients over ranks where a sum is wanted, hence the factor `world.size`.
+Each part of a step's loss (text, each codebook) is a global mean: its sum over the labels of all ranks and micro-steps,
+divided by the number of those labels; loss.py weights the parts. The host knows the label counts before the forward
+pass, so each pack's loss already carries its share of the mean. DDP averages gradients over ranks where a sum is
+needed, hence the factor `world.size`.
 
 Where the parts are: data/batch.py makes a batch; model/pack_model.py calls model/forward.py and model/loss.py;
 run_io.py turns `StepStats` into a line of metrics.jsonl.
@@ -53,7 +54,7 @@ def train_step(
     Returns:
         The gradient norm before clipping, a scalar on the device.
     """
-    label_weights = run.loss.per_label(torch.tensor(label_counts)) * run.context.world.size
+    label_weights = run.loss_options.per_label(torch.tensor(label_counts)) * run.context.world.size
     label_weights = label_weights.to(run.context.device, non_blocking=True)
     losses: list[torch.Tensor] = []
     for number, batch in enumerate(batches):
@@ -84,6 +85,7 @@ def optimizer_step(run: Run, skip: torch.Tensor) -> None:
         if not skip:  # the fused kernel takes no flag for sharded weights, so the host waits here
             run.optimizer.step()
         return
+    # the fused kernel reads these two, as torch's GradScaler sets them, so that the host need not wait for `skip`
     run.optimizer.grad_scale = None  # pyright: ignore[reportAttributeAccessIssue]
     run.optimizer.found_inf = skip.float()  # pyright: ignore[reportAttributeAccessIssue]
     run.optimizer.step()

@@ -183,7 +183,7 @@ def run_selftest(run: Run, base: Path) -> SelfTestResult:
         base: the base checkpoint, for its tokenizer.
     """
     batch = run.loader.peek().to(run.context.device)
-    parts = {"with_text": run.loss.with_text, "with_audio": run.loss.with_audio}
+    parts = {"with_text": run.loss_options.with_text, "with_audio": run.loss_options.with_audio}
     with evaluating(run.model):
         trained = training_sums(run, batch)
         with torch.no_grad():
@@ -198,7 +198,7 @@ def run_selftest(run: Run, base: Path) -> SelfTestResult:
 @torch.no_grad()
 def training_sums(run: Run, batch: Batch) -> torch.Tensor:
     """Sums of the losses by the code that trains: [1 + K] (text, then each codebook)."""
-    options = replace(run.loss, smoothing=0.0, contrastive=0.0)
+    options = replace(run.loss_options, smoothing=0.0, contrastive=0.0)
     weights = torch.ones(2 + run.codebooks, device=run.context.device)
     return run.probe(batch, lambda model, batch: PackModel(model, (), options)(batch, weights).sums.cross_entropy)
 

@@ -76,7 +76,7 @@ class Validation:
             "kind": "eval",
             "step": run.progress.step,
             "epoch": run.epochs_done,
-            **loss_metrics(LossSums.unpack(sums, run.codebooks), run.loss),
+            **loss_metrics(LossSums.unpack(sums, run.codebooks), run.loss_options),
             "samples": len(self.plan.rows),
             "eval_s": time.perf_counter() - began,
         }
