@@ -37,6 +37,7 @@ from higgs_tune.shards.format import (
     encode_sample,
 )
 from higgs_tune.shards.index import index_counts, index_dtype, join_index, npy_bytes, totals
+from higgs_tune.shards.layout import LAYOUTS, layout_of
 from higgs_tune.shards.manifest import MANIFEST
 from higgs_tune.shards.remote import Target
 from higgs_tune.shards.sequence import SpecialIds
@@ -66,12 +67,14 @@ class Committed:
         rows: its index rows, in order; `speaker` is still 0.
         speakers: the speaker's name of each row.
         rejects: one dict for each sample that was left out.
+        layouts: number of samples by prompt layout.
     """
 
     files: list[ShardInfo]
     rows: np.ndarray
     speakers: list[str]
     rejects: list[dict[str, Any]]
+    layouts: dict[str, int]
 
 
 @dataclass
@@ -150,14 +153,15 @@ class SetWriter:
         """
         kinds = ["codes"] if self.features == "none" else ["codes", "mel"]
         paths = [self.folder / shard_name(number, kind) for kind in kinds]
-        rows, speakers = [], []
+        rows, speakers, layouts = [], [], dict.fromkeys(LAYOUTS, 0)
         with contextlib.ExitStack() as stack:
             tars = [_TarFile(stack.enter_context(durable.atomic_file(path))) for path in paths]
             for sample in samples:
                 rows.append(self._write_sample(sample, number, tars))
                 speakers.append(str(sample.meta.get("speaker") or ""))
+                layouts[layout_of(sample.meta.get("messages") or ())] += 1
             files = [tar.close(path) for tar, path in zip(tars, paths, strict=True)]
-        committed = Committed(files, np.array(rows, index_dtype(MAX_KEY_CHARS)), speakers, rejects)
+        committed = Committed(files, np.array(rows, index_dtype(MAX_KEY_CHARS)), speakers, rejects, layouts)
         self._commit(number, committed, paths)
         return committed
 
@@ -174,7 +178,7 @@ class SetWriter:
                 self.target.upload(path)
         buffer = io.BytesIO()
         notes = {"files": [asdict(file) for file in committed.files]}
-        notes |= {"speakers": committed.speakers, "rejects": committed.rejects}
+        notes |= {"speakers": committed.speakers, "rejects": committed.rejects, "layouts": committed.layouts}
         np.savez(buffer, rows=committed.rows, notes=np.frombuffer(durable.to_json(notes), np.uint8))
         durable.write_bytes(self._note(number), buffer.getvalue())
         if self.target:
@@ -182,16 +186,16 @@ class SetWriter:
                 path.unlink()
 
     def committed(self, number: int) -> Committed | None:
-        """A shard's commit; None if there is none, or if its files are missing or have other sizes."""
+        """A shard's commit; None without one, or if its files have other sizes or it counts no layouts."""
         note = self._note(number)
         if not note.is_file():
             return None
         with np.load(note, allow_pickle=False) as stored:
             notes, rows = json.loads(stored["notes"].tobytes()), stored["rows"]
         files = [ShardInfo(**file) for file in notes["files"]]
-        if any(self._size(file.name) != file.bytes for file in files):
+        if any(self._size(file.name) != file.bytes for file in files) or "layouts" not in notes:
             return None
-        return Committed(files, rows, notes["speakers"], notes["rejects"])
+        return Committed(files, rows, notes["speakers"], notes["rejects"], notes["layouts"])
 
     def _note(self, number: int) -> Path:
         return self.folder / WORK / f"shard-{number:06d}.npz"
@@ -233,6 +237,7 @@ class SetWriter:
             "index": self._entry(INDEX) | {"rows": len(index), "xxh3": digest},
             "rejects": self._entry(REJECTS) | {"rows": len(rejects), "by_reason": count_reasons(rejects)},
             "totals": totals(index),
+            "layouts": {name: sum(part.layouts[name] for part in done) for name in LAYOUTS},
             "speakers": names,
             "provenance": provenance,
         }

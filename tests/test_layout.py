@@ -30,7 +30,7 @@ FLOORS = (
     ("options",),
     ("config", "data"),
     ("arguments", "model"),
-    ("optim", "metrics"),
+    ("optim", "metrics", "record"),
     ("state",),
     ("checkpoint",),
     ("monitor",),

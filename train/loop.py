@@ -21,7 +21,7 @@ from higgs_tune.shards.errors import UserError
 from higgs_tune.train.build import build_run, checkpoint_bytes, describe_run
 from higgs_tune.train.checkpoint.find import find_checkpoint, keep_lora_options
 from higgs_tune.train.checkpoint.folder import VERSION, Saver, Snapshot
-from higgs_tune.train.checkpoint.output import SELFTEST, STOPPED, save_config, save_trainable
+from higgs_tune.train.checkpoint.output import STOPPED
 from higgs_tune.train.checkpoint.output_folder import check_apart, claimed, earlier_files, remove_files, size_of
 from higgs_tune.train.checkpoint.resume import changed_options
 from higgs_tune.train.config import TrainConfig
@@ -46,6 +46,7 @@ from higgs_tune.train.run_io import (
     report_pending,
     save,
     save_error,
+    save_records,
     save_result,
 )
 from higgs_tune.train.state import Run, StepStats
@@ -118,16 +119,6 @@ def make_run_io(run: Run, inputs: Inputs) -> RunIO:
     if run.config.validation.sample_steps:
         run_io.sample_generator = SampleGenerator(run, tokenizer, inputs.features)
     return run_io
-
-
-def save_records(run: Run, inputs: Inputs, selftest: SelfTestResult | None) -> None:
-    """Write config.yaml, trainable.json, and selftest.json at a fresh start."""
-    folder = run.config.output_dir
-    resolved = {"base_model": str(inputs.base), "total_steps": run.total_steps, "whisper_features": inputs.features}
-    save_config(run.config, resolved)
-    save_trainable(folder, run.parameters)
-    if selftest:
-        write_bytes(folder / SELFTEST, to_json(selftest.to_dict(), indent=1) + b"\n")
 
 
 def self_test(run: Run, base: Path) -> SelfTestResult:

@@ -12,15 +12,20 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from higgs_tune.preprocess.checkpoints.training_record import RECORD
+from higgs_tune.shards import durable
 from higgs_tune.shards.errors import UserError
 from higgs_tune.train.checkpoint.folder import Saver
 from higgs_tune.train.checkpoint.output import (
     ADAPTER,
     ADAPTER_CONFIG,
     FULL,
+    SELFTEST,
     adapter_config_json,
     adapter_tensors,
     save_adapter,
+    save_config,
+    save_trainable,
     whole_weights,
     write_model,
 )
@@ -34,7 +39,10 @@ from higgs_tune.train.monitor.diagnostics import assert_frozen
 from higgs_tune.train.monitor.logger import MetricsLogger
 from higgs_tune.train.monitor.profiling import StepProfiler
 from higgs_tune.train.monitor.samples import SampleGenerator
+from higgs_tune.train.monitor.selftest import SelfTestResult
 from higgs_tune.train.monitor.validation import Validation
+from higgs_tune.train.record import make_record
+from higgs_tune.train.resolve import Inputs
 from higgs_tune.train.state import Run, StepStats
 from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
@@ -95,6 +103,18 @@ class RunIO:
         if self.logger:
             self.logger.close()
         self.profiler = self.logger = None
+
+
+def save_records(run: Run, inputs: Inputs, selftest: SelfTestResult | None) -> None:
+    """Write config.yaml, higgs_tune.json, trainable.json, and selftest.json at a fresh start."""
+    folder = run.config.output_dir
+    resolved = {"base_model": str(inputs.base), "total_steps": run.total_steps, "whisper_features": inputs.features}
+    save_config(run.config, resolved)
+    run.record = make_record(inputs.schedule.sets.sets, run.config.training_stage, inputs.base, inputs.adapter)
+    durable.write_bytes(folder / RECORD, run.record.to_bytes())
+    save_trainable(folder, run.parameters)
+    if selftest:
+        durable.write_bytes(folder / SELFTEST, durable.to_json(selftest.to_dict(), indent=1) + b"\n")
 
 
 def queue_metrics(run: Run, stats: StepStats, norm: torch.Tensor) -> PendingMetrics:
@@ -184,9 +204,11 @@ def final_weights(run: Run) -> tuple[dict[str, dict[str, torch.Tensor]], dict[st
     """The adapter's files, with the moving average's weights where one is kept. All ranks together."""
     with run.averaged_weights():
         tensors = adapter_tensors(run.peft_model, run.parameters)
+    texts = {RECORD: run.record.to_bytes()} if run.record else {}
     if not isinstance(run.peft_model, PeftModel):
-        return {FULL: tensors}, {}
-    return {ADAPTER: tensors}, {ADAPTER_CONFIG: adapter_config_json(run.peft_model, run.config.output_dir / "best")}
+        return {FULL: tensors}, texts
+    texts[ADAPTER_CONFIG] = adapter_config_json(run.peft_model, run.config.output_dir / "best")
+    return {ADAPTER: tensors}, texts
 
 
 def save_result(run: Run, run_io: RunIO, base: Path) -> None:

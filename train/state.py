@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from higgs_tune.preprocess.checkpoints.training_record import TrainingRecord
 from higgs_tune.shards.sequence import SpecialIds
 from higgs_tune.train.config import TrainConfig
 from higgs_tune.train.data.batch import Batch
@@ -89,6 +90,7 @@ class Run:
 
     model: boson's model. peft_model: the same model with its adapters (`model` itself where every weight trains).
     module: `PackModel`, wrapped by DDP or FSDP where there are several ranks. parameters: those that train.
+    record: what checkpoints say of the training data; only where this rank writes.
     """
 
     config: TrainConfig
@@ -105,6 +107,7 @@ class Run:
     progress: Progress
     bad_steps: NonFiniteSteps
     ema: Ema | None = None
+    record: TrainingRecord | None = None
 
     @property
     def rate_share(self) -> float:

@@ -24,12 +24,10 @@ from higgs_tune.preprocess.audio.clip import Clip
 from higgs_tune.preprocess.config import Job
 from higgs_tune.preprocess.input.chatml import check_local, check_storable, usable_text
 from higgs_tune.preprocess.input.jsonable import plain
+from higgs_tune.preprocess.input.layout import Reference, build_conversation
 from higgs_tune.preprocess.reject import Reject
 from higgs_tune.preprocess.text_normalization import TextOptions
 
-SYSTEM = "Generate audio following instruction."
-INSTRUCTION = "Read this text in the same voice: "
-PLAIN_INSTRUCTION = "Read this text: "
 COLUMNS = ("audio", "text", "speaker", "ref_audio", "ref_text", "id", "offset")
 HEADER_THREADS = 8
 DISTINCT = "distinct_audio"  # marks an entry whose audios must differ in content, too
@@ -196,19 +194,14 @@ def _uniform(name: str) -> float:
 
 def _entry(row: Row, reference: tuple[Row, str | None] | None) -> dict[str, Any]:
     """The ChatML entry of one row."""
-    user: list[dict[str, Any]] = []
-    if reference:
-        other, text = reference
-        user += [{"type": "text", "text": text}] if text else []
-        user += [{"type": "audio", "audio_url": other["audio"], **_cut(other)}]
-    user += [{"type": "text", "text": (INSTRUCTION if reference else PLAIN_INSTRUCTION) + row["text"]}]
-    answer = [{"type": "text", "text": row["text"]}, {"type": "audio", "audio_url": row["audio"], **_cut(row)}]
-    messages = [
-        {"role": "system", "content": SYSTEM},
-        {"role": "user", "content": user},
-        {"role": "assistant", "content": answer},
-    ]
+    references = [Reference(_audio(reference[0]), reference[1])] if reference else []
+    made = build_conversation("chat", row["text"], _audio(row), references)
     taken = {*COLUMNS, *_cut(row)}
     misc = {name: plain(value) for name, value in row.items() if name not in taken and value is not None}
-    entry = {"id": row.get("id"), "messages": messages, "speaker": row.get("speaker"), "misc": misc or None}
+    entry = {"id": row.get("id"), **made, "speaker": row.get("speaker"), "misc": misc or None}
     return entry | {DISTINCT: True}
+
+
+def _audio(row: Row) -> dict[str, Any]:
+    """The audio part of a row."""
+    return {"type": "audio", "audio_url": row["audio"], **_cut(row)}

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import yaml
+from higgs_tune.preprocess.checkpoints.training_record import RECORD
 from higgs_tune.shards import durable
 from higgs_tune.shards.errors import UserError, few
 from higgs_tune.shards.lock import locked
@@ -29,7 +30,7 @@ from higgs_tune.train.checkpoint.output import (
 )
 from higgs_tune.train.config import TrainConfig
 
-RESULTS = (METRICS, DIAGNOSTICS, ADAPTER, ADAPTER_CONFIG, FULL, MODEL_CONFIG, "samples")
+RESULTS = (METRICS, DIAGNOSTICS, ADAPTER, ADAPTER_CONFIG, FULL, MODEL_CONFIG, RECORD, "samples")
 LOCK = ".lock"
 PATIENCE_S = 5.0  # a job that is started again may meet the end of its own last start
 OVERWRITE, RESUME = "--overwrite_output_dir", "--resume_from_checkpoint"

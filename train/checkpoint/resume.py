@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from higgs_tune.preprocess.checkpoints.training_record import RECORD
 from higgs_tune.shards.errors import UserError
 from higgs_tune.train.checkpoint.folder import STATE, VERSION, Snapshot, checkpoint_path, read_tensors
 from higgs_tune.train.checkpoint.identity import differences, identity, lora_of_checkpoint
@@ -81,6 +82,8 @@ def snapshot(run: Run, stats: StepStats, written: dict[str, int]) -> Snapshot | 
     if isinstance(run.peft_model, PeftModel):
         folder = checkpoint_path(run.config.output_dir, progress.step)
         texts[ADAPTER_CONFIG] = adapter_config_json(run.peft_model, folder)
+    if run.record:
+        texts[RECORD] = run.record.to_bytes()
     return Snapshot(progress.step, state, tensors, texts)
 
 
