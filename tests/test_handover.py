@@ -32,6 +32,11 @@ VARIANTS: dict[str, tuple[dict[str, object], dict[str, object]]] = {
     "rslora": ({"use_rslora": True, "lora_r": 4}, {}),
     "dora": ({"use_dora": True, "lora_alpha": 3}, {}),
     "in full": ({"train_heads": True}, {"train_heads": True, "train_audio_embeddings": True}),
+    "norms and embeddings": (
+        {"train_norms": True, "train_text_embeddings": True},
+        {"train_norms": True, "train_audio_head": True},
+    ),
+    "lora on heads": ({"lora_extra": ("heads",)}, {"lora_extra": ("heads",)}),
     "attention": ({}, {"use_audio_out_self_attention": True}),
     "everything": (
         {"use_dora": True, "use_rslora": True},

@@ -84,6 +84,9 @@ RUNS: dict[str, tuple[str, str, dict[str, object]]] = {
     "heads by LoRA": ("none", "single", {"lora_target_modules": r".*_lm_head"}),
     "every layer, DoRA": ("none", "single", {"lora_target_modules": r".*", "use_dora": True}),
     "heads in full, no text loss": ("none", "single", {"train_heads": True, "text_loss_weight": 0}),
+    "norms and embeddings in full": ("none", "single", {"train_norms": True, "train_text_embeddings": True}),
+    "norms and embeddings in full, stage 1": ("none", "stage1", {"train_norms": True, "train_text_embeddings": True}),
+    "heads and projector by LoRA": ("encoder", "single", {"lora_extra": ("heads", "projector")}),
     "audio head by LoRA, no text loss": ("none", "single", {"lora_target_modules": r".*audio_lm_head",
                                                             "text_loss_weight": 0}),
 }  # fmt: skip
@@ -121,7 +124,7 @@ def test_two_ranks_train_what_is_targeted(name: str, runs: Path) -> None:
     assert len(metrics_of(runs / name)) == 2
     features, _, options = RUNS[name]
     saved, start = load_file(runs / name / "adapter_model.safetensors"), {}
-    if options.get("train_heads") or options.get("train_audio_encoder_proj"):
+    if "in full" in name:
         start = load_file(runs / f"model-{features}" / "model.safetensors")
     still = [
         key
@@ -131,4 +134,6 @@ def test_two_ranks_train_what_is_targeted(name: str, runs: Path) -> None:
     last_text_ffn = r"layers\.1\.mlp\." if options.get("text_loss_weight") == 0 else r"$^"
     assert not [key for key in still if not re.search(last_text_ffn, key)]
     assert any("audio_tower" in key for key in saved) == ("tower" in name)
-    assert any("text_lm_head" in key for key in saved) == (name in ("heads by LoRA", "every layer, DoRA"))
+    assert any("text_lm_head" in key for key in saved) == (
+        name in ("heads by LoRA", "every layer, DoRA", "heads and projector by LoRA")
+    )

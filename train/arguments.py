@@ -61,7 +61,7 @@ ELSEWHERE = {
     "lora_target": "Here it is --lora_target_modules, or --lora_preset.",
     "use_lora": "LoRA is what trains unless --full_finetune is given.",
     "use_peft": "LoRA is what trains unless --full_finetune is given.",
-    "modules_to_save": "--train_heads, --train_audio_embeddings, … train modules in full.",
+    "modules_to_save": "--train_heads, --train_norms, --train_text_embeddings, … train modules in full.",
     "model_name_or_path": "Here it is --model_path.",
     "pretrained_model_name_or_path": "Here it is --model_path.",
     "tokenizer_name_or_path": "The tokenizer is that of --model_path.",

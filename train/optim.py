@@ -1,8 +1,8 @@
 """AdamW and the learning rate's schedule.
 
-Parameters fall into groups with peak rates of their own: `lora`, `head` (heads and embeddings trained in full), `new`
-(audio self-attention, tower, projector). Norm weights and biases are not decayed. The rate is a function of the step
-alone, so a resumed run needs no state of it but the step.
+Parameters fall into groups with peak rates of their own: `lora`, `head` (heads, embeddings and norms trained in full),
+`new` (audio self-attention, tower, projector). Norm weights and biases are not decayed. The rate is a function of the
+step alone, so a resumed run needs no state of it but the step.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from functools import partial
 
 import torch
-from higgs_tune.train.model.lora import parameter_group
+from higgs_tune.train.model.trainable import parameter_group
 from higgs_tune.train.options import OptimArgs
 from torch import nn
 from torch.optim import AdamW
@@ -54,6 +54,12 @@ def set_rates(optimizer: AdamW, share: float) -> None:
     """Set every group's learning rate to a share of its peak."""
     for group in optimizer.param_groups:
         group["lr"] = group["peak"] * share
+
+
+def learning_rate_of(optimizer: AdamW) -> float:
+    """The learning rate that people ask about: LoRA's, or that of most of the weights where LoRA does not train."""
+    groups = sorted(optimizer.param_groups, key=lambda group: ("lora", "new", "head").index(group["name"]))
+    return groups[0]["lr"]
 
 
 class Ema:

@@ -51,12 +51,22 @@ class LoraArgs:
     lora_target_modules: tuple[str, ...] | None = None
     """In place of a preset: one regular expression that matches whole module names, or last parts of names as PEFT
     takes them (q_proj v_proj)."""
+    lora_extra: tuple[Literal["heads", "projector"], ...] = ()
+    """LoRA on more layers: heads (in stage1 the text head), projector (of Whisper features)."""
     use_rslora: bool = False
     """Scale LoRA by alpha / sqrt(r)."""
     use_dora: bool = False
     """Train LoRA's magnitude apart from its direction; slower."""
     train_heads: bool = False
-    """Train the output heads in full (in stage1 the text head)."""
+    """Train both output heads in full (in stage1 the text head)."""
+    train_text_head: bool = False
+    """Train the text head in full."""
+    train_audio_head: bool = False
+    """Train the audio head in full."""
+    train_norms: bool = False
+    """Train the norms of all layers and the last one in full (in stage1 the text norms)."""
+    train_text_embeddings: bool = False
+    """Train the embeddings of text tokens in full."""
     train_audio_embeddings: bool = False
     """Train the codebook embeddings in full."""
     use_audio_out_self_attention: bool = False
@@ -81,7 +91,8 @@ class LoraArgs:
     def is_given(self) -> bool:
         """Whether an option of LoRA differs from its default."""
         values = (self.lora_r, self.lora_alpha, self.lora_preset, self.lora_target_modules)
-        return any(value is not None for value in values) or self.use_rslora or self.use_dora or bool(self.lora_dropout)
+        others = (self.use_rslora, self.use_dora, self.lora_dropout, self.lora_extra)
+        return any(value is not None for value in values) or any(others)
 
 
 @dataclass(frozen=True)
@@ -111,7 +122,7 @@ class OptimArgs:
     learning_rate: Annotated[float, MORE_THAN_0] = 2e-4
     """Peak learning rate of LoRA."""
     head_learning_rate: Annotated[float | None, MORE_THAN_0] = None
-    """Peak learning rate of heads and embeddings trained in full; by default a tenth of --learning_rate."""
+    """Peak learning rate of heads, embeddings and norms trained in full; by default a tenth of --learning_rate."""
     new_module_learning_rate: Annotated[float | None, MORE_THAN_0] = None
     """Peak learning rate of audio self-attention, tower and projector; by default --learning_rate."""
     lr_scheduler_type: Literal["cosine", "linear", "constant", "wsd"] = "cosine"

@@ -34,6 +34,11 @@ PRESETS: dict[str, Preset] = {
     "audio_focused": Preset("attention, audio FFN", (_ATTENTION, _AUDIO_FFN)),
     "attention_only": Preset("attention", (_ATTENTION,)),
 }
+# layers outside of the decoder layers, for --lora_extra
+LORA_EXTRAS = {
+    "heads": ("audio_decoder_proj.text_lm_head", "audio_decoder_proj.audio_lm_head"),
+    "projector": ("audio_encoder_proj.linear", "audio_out_embed_projector"),
+}
 DEFAULT_PRESET = {"stage1": "text_only", "stage2": "comprehensive", "single": "comprehensive"}
 
 if TYPE_CHECKING:

@@ -22,9 +22,9 @@ from higgs_tune.train.dist.context import DistContext
 from higgs_tune.train.model.adapter import read_adapter, read_adapter_config
 from higgs_tune.train.model.base import resolve_model
 from higgs_tune.train.model.load import HiggsAudioConfig, Loaded, load_config
-from higgs_tune.train.model.lora import TrainableOptions
 from higgs_tune.train.model.loss import LossOptions
 from higgs_tune.train.model.reference import boson_inputs
+from higgs_tune.train.model.trainable import TrainableOptions
 from higgs_tune.train.monitor.logger import check_trackers
 from higgs_tune.train.monitor.samples import codec_path
 from higgs_tune.train.monitor.validation import Validation
@@ -224,7 +224,12 @@ def trainable_options(config: TrainConfig, adapter: Path | None, features: str =
         pattern=config.lora.target_pattern,
         rslora=bool(given["use_rslora"]),
         dora=bool(given["use_dora"]),
+        extra=tuple(dict.fromkeys(config.lora.lora_extra)),
         heads=config.lora.train_heads,
+        text_head=config.lora.train_text_head,
+        audio_head=config.lora.train_audio_head,
+        norms=config.lora.train_norms,
+        text_embeddings=config.lora.train_text_embeddings,
         audio_embeddings=config.lora.train_audio_embeddings,
         audio_attention=config.lora.use_audio_out_self_attention,
         audio_tower=config.lora.train_audio_tower,

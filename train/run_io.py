@@ -41,6 +41,7 @@ from higgs_tune.train.monitor.profiling import StepProfiler
 from higgs_tune.train.monitor.samples import SampleGenerator
 from higgs_tune.train.monitor.selftest import SelfTestResult
 from higgs_tune.train.monitor.validation import Validation
+from higgs_tune.train.optim import learning_rate_of
 from higgs_tune.train.record import make_record
 from higgs_tune.train.resolve import Inputs
 from higgs_tune.train.state import Run, StepStats
@@ -124,7 +125,7 @@ def queue_metrics(run: Run, stats: StepStats, norm: torch.Tensor) -> PendingMetr
         "kind": "train",
         "step": step,
         "epoch": run.epochs_done,
-        "learning_rate": run.optimizer.param_groups[0]["lr"],
+        "learning_rate": learning_rate_of(run.optimizer),
         "data_wait_s": run.loader.waits.summary(),
     }
     values = HostCopy(torch.cat([stats.packed_sums, norm.detach().double().view(1)]))

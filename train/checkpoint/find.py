@@ -25,7 +25,7 @@ from higgs_tune.train.dist.context import DistContext
 NEWEST = ("true", "yes", "1", "latest", "last", "newest")
 NOTHING = ("false", "no", "0", "none", "null", "")
 _TARGETS = ("lora_preset", "lora_target_modules")  # one or the other
-_KEPT = ("lora_r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora", *_TARGETS)
+_KEPT = ("lora_r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora", "lora_extra", *_TARGETS)
 
 
 def find_checkpoint(config: TrainConfig, context: DistContext) -> Path | None:
@@ -88,6 +88,8 @@ def keep_lora_options(config: TrainConfig, checkpoint: Path) -> TrainConfig:
     given = {name for name in _KEPT if _is_given(getattr(config.lora, name))}
     given |= set(_TARGETS if given & set(_TARGETS) else ())
     kept = {name: saved[name] for name in _KEPT if name not in given and _is_given(saved.get(name))}
+    if kept.get("lora_extra"):
+        kept["lora_extra"] = tuple(kept["lora_extra"])
     if kept.get("lora_target_modules"):
         targets = kept["lora_target_modules"]  # one pattern in older checkpoints
         kept["lora_target_modules"] = (targets,) if isinstance(targets, str) else tuple(targets)
@@ -95,4 +97,4 @@ def keep_lora_options(config: TrainConfig, checkpoint: Path) -> TrainConfig:
 
 
 def _is_given(value: object) -> bool:
-    return value is not None and value is not False
+    return value is not None and value is not False and value not in ((), [])

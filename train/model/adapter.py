@@ -26,6 +26,7 @@ from higgs_tune.shards.errors import UserError, few, first_line
 from higgs_tune.train.model.load import HiggsAudioModel
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.tuners_utils import check_target_module_exists
+from peft.utils import ModulesToSaveWrapper
 from safetensors.torch import load_file
 from torch import nn
 
@@ -95,6 +96,11 @@ class Adapter:
     def has_audio_attention(self) -> bool:
         """Whether it holds audio self-attention, which the released checkpoint lacks."""
         return any(".audio_attn." in name for name in self.weights)
+
+    @property
+    def has_last_norm(self) -> bool:
+        """Whether it holds the norm before the heads, see `wrap_last_norm`."""
+        return f"{PREFIX}norm.weight" in self.weights
 
 
 def read_adapter_config(folder: Path) -> dict[str, Any] | None:
@@ -204,8 +210,11 @@ def exact_pattern(names: Iterable[str]) -> str:
     return "|".join(parts)
 
 
-def inject(model: HiggsAudioModel, config: LoraConfig, where: Path | None) -> PeftModel:
+def inject(model: HiggsAudioModel, config: LoraConfig, where: Path | None, *, last_norm: bool = False) -> PeftModel:
     """PEFT's modules in a model, with new weights.
+
+    Args:
+        last_norm: the norm before the heads trains in full.
 
     Raises:
         UserError: PEFT finds nothing to adapt, or cannot adapt it.
@@ -216,7 +225,22 @@ def inject(model: HiggsAudioModel, config: LoraConfig, where: Path | None) -> Pe
     except (ValueError, TypeError, AttributeError) as error:
         raise UserError(f"PEFT cannot adapt the model: {first_line(error)}", where=where) from error
     assert isinstance(peft_model, PeftModel)
+    if last_norm:
+        wrap_last_norm(model)
     return peft_model
+
+
+def wrap_last_norm(model: HiggsAudioModel) -> None:
+    """Train the norm before the heads in full, as `modules_to_save` trains others.
+
+    PEFT matches the ends of names there, and every norm's name ends in `norm`, so no entry means this one alone. It is
+    stored as its weight, which plain PEFT loads into the model itself.
+    """
+    if isinstance(model.norm, ModulesToSaveWrapper):  # by an adapter of another trainer, with all norms
+        return
+    wrapper = ModulesToSaveWrapper(model.norm, "default")
+    wrapper.set_adapter("default")
+    setattr(model, "norm", wrapper)  # noqa: B010  (boson's class declares another type)
 
 
 def adapter_state(peft_model: PeftModel) -> dict[str, torch.Tensor]:
@@ -260,7 +284,7 @@ def apply_adapter(model: HiggsAudioModel, adapter: Adapter) -> PeftModel:
     Raises:
         UserError: the adapter does not fit.
     """
-    peft_model = inject(model, adapter.config_for(model), adapter.folder)
+    peft_model = inject(model, adapter.config_for(model), adapter.folder, last_norm=adapter.has_last_norm)
     load_weights(peft_model, adapter, adapter_state(peft_model))
     return peft_model
 

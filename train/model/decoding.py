@@ -25,13 +25,12 @@ import torch
 from higgs_tune.shards.format import Sample
 from higgs_tune.shards.sequence import SpecialIds, expand, segment_positions
 from higgs_tune.train.data.batch import collate
+from higgs_tune.train.model.embed import embed_audio, embed_text, embed_tokens
 from higgs_tune.train.model.forward import (
     ExecOptions,
     PackContext,
     Span,
     decoder_layer,
-    embed_audio,
-    embed_text,
     kernels_of,
     make_context,
 )
@@ -196,7 +195,7 @@ class _Decoder:
         columns = [self.running[slot].columns[-1] for slot in audio]
         codes_KB = np.stack(columns, 1) if columns else np.zeros((self.ids.codebooks, 0), np.int64)
         hidden_BH = torch.cat([
-            self.model.embed_tokens(self._tensor(np.array(tokens, np.int64))),
+            embed_tokens(self.model, self._tensor(np.array(tokens, np.int64))),
             embed_audio(self.model, self._tensor(codes_KB)),
         ])  # fmt: skip
         context = self._context(hidden_BH, order, text, audio)

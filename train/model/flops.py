@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from higgs_tune.train.model.embed import stream_dtype
 from higgs_tune.train.model.forward import Checkpointing
 from higgs_tune.train.model.load import HiggsAudioModel
 from torch import nn
@@ -86,7 +87,7 @@ def activation_bytes(
     layers: Any = model.layers
     first = layers[0]
     attention, config = first.self_attn, first.self_attn.config
-    width, size = config.hidden_size, model.embed_tokens.weight.dtype.itemsize
+    width, size = config.hidden_size, stream_dtype(model).itemsize
     inner = attention.num_heads * attention.head_dim
     values = 2 * width + 2 * inner + 2 * attention.num_key_value_heads * attention.head_dim + 5 * rank
     values += 2 * config.intermediate_size + 2 * rank if checkpointing == "none" else 0
@@ -101,8 +102,8 @@ def activation_bytes(
 def working_bytes(model: HiggsAudioModel, positions: int) -> float:
     """What one layer and the loss need beside that, for a pack: gradients and remade inputs, and a chunk of logits."""
     config: Any = model.config.text_config
-    weight: Any = model.embed_tokens.weight
-    return positions * weight.element_size() * (6 * config.hidden_size + 4 * config.intermediate_size) + 4 * (1 << 27)
+    size = stream_dtype(model).itemsize
+    return positions * size * (6 * config.hidden_size + 4 * config.intermediate_size) + 4 * (1 << 27)
 
 
 def choose_checkpointing(

@@ -34,9 +34,10 @@ from higgs_tune.train.model.attention import (
     plain_rope_and_reorder,
     rope_and_reorder,
 )
+from higgs_tune.train.model.embed import embed_audio, embed_text
 from higgs_tune.train.model.fused_linear import fused_project
 from higgs_tune.train.model.layer_input import Gated, Normed, Rows
-from higgs_tune.train.model.linear import AnyLayer, layers_of, linear, plain_project
+from higgs_tune.train.model.linear import AnyLayer, layers_of, plain_project
 from higgs_tune.train.model.load import HiggsAudioModel
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
@@ -154,45 +155,6 @@ def _run_layer(layer: nn.Module, exec_options: ExecOptions, *packed: Any) -> tor
         assert isinstance(out, torch.Tensor)
         return out
     return decoder_layer(layer, *packed)
-
-
-def embed_text(model: HiggsAudioModel, batch: Batch) -> torch.Tensor:
-    """The text rows [P, H]: token embeddings, and Whisper features where the model takes them."""
-    tokens_PH = model.embed_tokens(batch["text_ids"])
-    if model.audio_tower is None:
-        return tokens_PH
-    if batch.mels is None:  # DDP waits for a gradient of whatever trains, also where a pack has no use for it
-        parts: tuple[Any, ...] = (model.audio_tower, model.audio_encoder_proj)
-        unused = [p for part in parts for p in part.parameters() if p.requires_grad]
-        return tokens_PH + 0 * sum(p.sum() for p in unused) if unused else tokens_PH
-    features_MH = embed_whisper(model, batch, batch.mels).to(tokens_PH.dtype)
-    order = torch.cat([batch["token_rows"], batch["mel_rows"]])
-    return torch.cat([tokens_PH, features_MH])[torch.argsort(order)]
-
-
-def embed_whisper(model: HiggsAudioModel, batch: Batch, mels: torch.Tensor) -> torch.Tensor:
-    """What stands at the rows of Whisper features: [M, H]. The tower and its projector are boson's.
-
-    Args:
-        mels: see `Batch`.
-    """
-    projector: Any = model.audio_encoder_proj
-    dtype = projector.linear.weight.dtype
-    if mels.ndim == 2:  # the tower's output
-        return projector(mels.to(dtype))
-    mask = torch.arange(mels.shape[-1], device=mels.device) < batch["mel_frames"][:, None]
-    features_SFH, _ = model._apply_audio_tower(mels.to(dtype), mask)
-    assert features_SFH is not None
-    return features_SFH.flatten(0, 1).index_select(0, batch["mel_source"])
-
-
-def embed_audio(model: HiggsAudioModel, codes_KA: torch.Tensor) -> torch.Tensor:
-    """Sum (or mean) of the codebooks' embeddings of each frame: [A, H]."""
-    first_row = torch.arange(len(codes_KA), device=codes_KA.device, dtype=torch.int32) * model.audio_codebook_size
-    embedded_KAH = model.audio_codebook_embeddings(codes_KA + first_row[:, None])
-    embedded_KAH = embedded_KAH.to(model.embed_tokens.weight.dtype)
-    embedded_AH = embedded_KAH.mean(0) if model.config.audio_embed_avg else embedded_KAH.sum(0)
-    return linear(model.audio_out_embed_projector, embedded_AH) if model.use_audio_out_embed_projector else embedded_AH
 
 
 def make_context(model: HiggsAudioModel, batch: Batch, hidden_NH: torch.Tensor, kernels: Kernels) -> PackContext:

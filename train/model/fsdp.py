@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from higgs_tune.train.model.forward import decoder_layer
 from higgs_tune.train.model.load import HiggsAudioModel
-from higgs_tune.train.model.lora import AUDIO_PARAMETER, Stage
+from higgs_tune.train.model.trainable import AUDIO_PARAMETER, Stage
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard

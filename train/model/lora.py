@@ -14,12 +14,11 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 from higgs_tune.shards.errors import UserError, few
 from higgs_tune.train.model.adapter import (
+    PREFIX,
     Adapter,
     adapter_state,
     exact_pattern,
@@ -29,74 +28,10 @@ from higgs_tune.train.model.adapter import (
     read_adapter,
 )
 from higgs_tune.train.model.load import HiggsAudioModel
+from higgs_tune.train.model.trainable import AUDIO_PARAMETER, Stage, TrainableOptions
 from higgs_tune.train.presets import PRESETS
 from peft import LoraConfig, PeftModel
 from torch import nn
-
-Stage = Literal["stage1", "stage2", "single"]
-
-# every parameter that only audio positions use; stage 1 keeps all of them as they are
-AUDIO_PARAMETER = re.compile(
-    r"(^|\.)(audio_mlp|audio_attn|audio_input_layernorm|audio_post_attention_layernorm|audio_post_audio_attn_layer_norm"
-    r"|audio_codebook_embeddings|audio_out_embed_projector|audio_lm_head|audio_tower|audio_encoder_proj)(\.|$)"
-)
-TEXT_HEAD, AUDIO_HEAD = "audio_decoder_proj.text_lm_head", "audio_decoder_proj.audio_lm_head"
-AUDIO_ATTENTION = ("audio_attn", "audio_post_audio_attn_layer_norm")
-
-
-@dataclass(frozen=True)
-class TrainableOptions:
-    """Which modules train, by LoRA or in full.
-
-    Attributes:
-        r, alpha, dropout: rank of LoRA, its scaling (alpha / r), dropout of its input.
-        preset: which linear layers get LoRA; or `pattern`, a regular expression over module names.
-        rslora, dora: variants of LoRA.
-        heads, audio_embeddings, audio_attention, audio_tower, audio_encoder_proj: trained in full.
-        text_loss: whether the run has a text loss. features: its Whisper features: none, mel or encoder.
-    """
-
-    r: int = 16
-    alpha: float = 32.0
-    dropout: float = 0.0
-    preset: str = "comprehensive"
-    pattern: str | None = None
-    rslora: bool = False
-    dora: bool = False
-    heads: bool = False
-    audio_embeddings: bool = False
-    audio_attention: bool = False
-    audio_tower: bool = False
-    audio_encoder_proj: bool = False
-    text_loss: bool = True
-    features: str = "none"
-
-    def full_modules(self, stage: Stage) -> list[str]:
-        """Names (or last parts of names) of modules trained in full.
-
-        Raises:
-            UserError: an audio module is asked for in stage 1.
-        """
-        audio = {
-            "--train_audio_embeddings": (self.audio_embeddings, ("audio_codebook_embeddings",)),
-            "--use_audio_out_self_attention": (self.audio_attention, AUDIO_ATTENTION),
-            "--train_audio_tower": (self.audio_tower, ("audio_tower",)),
-            "--train_audio_encoder_proj": (self.audio_encoder_proj, ("audio_encoder_proj",)),
-        }
-        asked = [flag for flag, (wanted, _) in audio.items() if wanted]
-        if stage == "stage1" and asked:
-            raise UserError(f"{', '.join(asked)} cannot train in stage1, which freezes every audio parameter")
-        heads = [TEXT_HEAD] if stage == "stage1" else [TEXT_HEAD, AUDIO_HEAD]
-        wanted_heads = [head for head in heads if self.heads and self.reaches(head)]
-        return wanted_heads + [name for wanted, names in audio.values() if wanted for name in names]
-
-    def reaches(self, module: str) -> bool:
-        """Whether a loss of the run depends on a module. Stored encoder features bypass the Whisper tower."""
-        if module.startswith("audio_tower"):
-            return self.features == "mel"
-        if module.startswith("audio_encoder_proj"):
-            return self.features != "none"
-        return self.text_loss or not module.startswith(TEXT_HEAD)
 
 
 def target_modules(model: nn.Module, options: TrainableOptions, stage: Stage) -> list[str]:
@@ -112,7 +47,7 @@ def target_modules(model: nn.Module, options: TrainableOptions, stage: Stage) ->
     except re.error as error:
         raise UserError(f"--lora_target_modules is not a regular expression: {error}", got=options.pattern) from error
     linear_layers = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-    full = options.full_modules(stage)
+    full, extra = options.full_modules(stage), options.extra_modules(linear_layers, stage)
     names = [name for name in linear_layers if pattern.fullmatch(name) and not _is_within(name, full)]
     if stage == "stage1":
         names = [name for name in names if not AUDIO_PARAMETER.search(name)]
@@ -122,13 +57,13 @@ def target_modules(model: nn.Module, options: TrainableOptions, stage: Stage) ->
     if idle := [name for name in names if not options.reaches(name)]:
         hint = "The Whisper tower trains with mel features, its projector with mel or encoder, the text head with text."
         raise UserError(f"{flag} names layers that no loss of this run reaches", got=few(idle), hint=hint)
-    return names
+    return [name for name in linear_layers if name in {*names, *extra}]
 
 
 def _is_within(module: str, saved: Iterable[str]) -> bool:
-    """Whether PEFT's `modules_to_save` (last parts of names) hold a module, or one around it."""
+    """Whether PEFT's `modules_to_save` (ends of names, PEFT's prefix among them) hold a module, or one around it."""
     parts = module.split(".")
-    around = [".".join(parts[:count]) for count in range(1, len(parts) + 1)]
+    around = [PREFIX + ".".join(parts[:count]) for count in range(1, len(parts) + 1)]
     return any(name.endswith(last) for last in saved for name in around)
 
 
@@ -164,9 +99,10 @@ def add_lora(
         bias="none",
     )
     model.name_or_path = str(base)  # peft writes it into the adapter's config
-    peft_model = inject(model, config, adapter)
+    has_last_norm = bool(earlier and earlier.has_last_norm)
+    peft_model = inject(model, config, adapter, last_norm=options.norms or has_last_norm)
     if earlier:
-        saved = earlier.config.get("modules_to_save") or ()
+        saved = [*(earlier.config.get("modules_to_save") or ()), *(["model.norm"] if has_last_norm else [])]
         own = [(name, module_of(name)) for name in adapter_state(peft_model)]
         load_weights(peft_model, earlier, [n for n, module in own if module in continued or _is_within(module, saved)])
     _freeze_and_cast(peft_model, options, stage, set(targets))
@@ -220,13 +156,6 @@ def describe_trainable(parameters: dict[str, nn.Parameter]) -> list[str]:
         kind = re.sub(r"\.\d+\.", ".*.", name.removeprefix("base_model.model."))
         kinds.setdefault((kind, tuple(value.shape)), []).append(value.numel())
     return [f"  {name:<60} {list(shape)!s:>16} x{len(n):<4} {sum(n):>13,}" for (name, shape), n in kinds.items()]
-
-
-def parameter_group(name: str) -> str:
-    """lora, head or new: parameters with learning rates of their own."""
-    if ".lora_" in name:
-        return "lora"
-    return "head" if "lm_head" in name or "embeddings" in name else "new"
 
 
 @contextmanager
