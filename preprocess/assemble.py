@@ -8,16 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-from higgs_tune.preprocess.checkpoints.checkpoint import load_tokenizer, read_config, special_ids
+from higgs_tune.preprocess.checkpoints.checkpoint import read_config, special_ids
 from higgs_tune.preprocess.config import Job
 from higgs_tune.preprocess.input.chatml import ChatSample, parse_entry, stored_messages, tokenize
 from higgs_tune.preprocess.input.manifest import DISTINCT
 from higgs_tune.preprocess.reject import Reject
+from higgs_tune.preprocess.text_tokens import cached_tokenizer
 from higgs_tune.preprocess.workdir import Encoded, Features, WorkFolder
 from higgs_tune.shards.format import FRAME_RATE_HZ, Sample
 from higgs_tune.shards.sequence import SpecialIds
@@ -61,23 +60,17 @@ def assemble_shard(job: Job, number: int) -> None:
     writer.write(number, samples(), rejects)
 
 
-@lru_cache(maxsize=1)
-def cached_tokenizer(path: Path, ids: SpecialIds) -> PreTrainedTokenizerBase:
-    """This process's tokenizer."""
-    return load_tokenizer(path, ids)
-
-
 def make_sample(
     line: dict[str, Any], job: Job, work: WorkFolder, tokenizer: PreTrainedTokenizerBase, ids: SpecialIds
 ) -> Sample:
-    """One line of samples-*.jsonl as a stored sample.
+    """One line of samples-*.jsonl as a stored sample. The lengths of its texts were checked when it was listed.
 
     Raises:
         Reject: the line is a reject, one of its clips was rejected, or its text or its pair of clips cannot be used.
     """
     if "reject" in line:
         raise Reject(*line["reject"])
-    chat = parse_entry(line["entry"], line["position"], job.audio_paths, job.texts)
+    chat = parse_entry(line["entry"], line["position"], job.audio_paths, replace(job.texts, tokens=None))
     tokens_2L = tokenize(chat, tokenizer, ids)
     encoded = [
         _encoded(work, number, job.config.clips_per_unit, clip.source)

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from higgs_tune.preprocess.assemble import cached_tokenizer, make_sample, set_writer
+from higgs_tune.preprocess.assemble import make_sample, set_writer
 from higgs_tune.preprocess.audio.audio import clip_seconds
 from higgs_tune.preprocess.audio.clip import Clip
 from higgs_tune.preprocess.audio.resample import resampled_length
@@ -38,6 +38,7 @@ from higgs_tune.preprocess.listing import list_work
 from higgs_tune.preprocess.pipeline import audio_advice, make_job
 from higgs_tune.preprocess.progress import ProgressBar, UnitStats
 from higgs_tune.preprocess.reject import Reject
+from higgs_tune.preprocess.text_tokens import cached_tokenizer, count_tokens
 from higgs_tune.preprocess.workdir import Encoded, Features, WorkFolder
 from higgs_tune.shards.format import FRAME_RATE_HZ, Sample, encode_sample
 from higgs_tune.shards.sequence import mel_positions, packed_length
@@ -176,7 +177,7 @@ def _facts(
                 pieces[target].add((info["sha256"], part.get("offset") or 0.0, info["seconds"]))
         given = (meta["misc"] or {}).get("language")
         language = given if isinstance(given, str) else dominant_script(" ".join(spoken))
-        texts += [(language, len(text), len(tokenizer.encode(text, add_special_tokens=False))) for text in spoken]
+        texts += [(language, len(text), count_tokens(text, tokenizer)) for text in spoken]
         if target and spoken and heard:
             rates.append((language, sum(map(len, spoken)) / heard))
     mels = sum(mel.nbytes for mel in sample.mels)
@@ -229,6 +230,7 @@ def make_report(clips: list[Encoded | Reject], facts: list[SampleFacts], job: Jo
         "clips": {"distinct": len(clips), "flags": dict(flags)},
         "seconds": percentiles(seconds) | {"histogram": _histogram(seconds, DURATION_BINS_S)},
         "tokens": percentiles(tokens) | {"histogram": _histogram(tokens, TOKEN_BINS)},
+        "text_tokens": percentiles([count for sample in good for _, _, count in sample.texts]),
         "files": {
             "missing": sorted(file for reason, file in bad if reason == "missing_audio"),
             "corrupt": sorted(file for reason, file in bad if reason in CORRUPT),

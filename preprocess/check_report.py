@@ -44,6 +44,7 @@ def rows(report: dict[str, Any]) -> list[tuple[str, str]]:
         ("audio targets", f"in {report['samples_with_audio_target']} of {samples['usable']} samples"),
         ("seconds", _spread(report["seconds"])),
         ("tokens", _spread(report["tokens"])),
+        ("tokens of a text", _percentiles(report["text_tokens"])),
         ("files", ", ".join(f"{len(names)} {kind}" for kind, names in files.items())),
         ("speakers", _speakers(report)),
         ("held out", describe_sides(report["sides"], report["val_fraction"])),
@@ -80,9 +81,12 @@ def describe_sides(sides: dict[str, int], fraction: float) -> str:
 
 def _spread(values: dict[str, Any]) -> str:
     """Percentiles, and the histogram by lower edge."""
-    spread = ", ".join(f"p{percent} {value:g}" for percent, value in values["percentiles"].items())
     bars = "  ".join(f"{edge}+: {count}" for edge, count in values["histogram"].items() if count)
-    return f"{spread or 'nothing'}\n{bars}"
+    return f"{_percentiles(values)}\n{bars}"
+
+
+def _percentiles(values: dict[str, Any]) -> str:
+    return ", ".join(f"p{percent} {value:g}" for percent, value in values["percentiles"].items()) or "nothing"
 
 
 def _time(predicted: dict[str, Any]) -> str:

@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 from higgs_tune.preprocess.audio.options import AudioOptions, Flag
 from higgs_tune.preprocess.input.audio_paths import AudioPaths
 from higgs_tune.preprocess.text_normalization import TextNormalization, TextOptions
+from higgs_tune.preprocess.text_tokens import TokenLimit
 from higgs_tune.shards.bounds import AT_LEAST_0, AT_LEAST_1, FROM_0_TO_1, Bound, check_bounds
 from higgs_tune.shards.errors import UserError
 from higgs_tune.shards.remote import is_url
@@ -44,6 +45,8 @@ class PreprocessConfig:
     """Longest clip that is taken, in seconds."""
     max_text_chars: Annotated[int, AT_LEAST_1] = 20_000
     """Longest single text that is taken, in characters."""
+    max_text_tokens: Annotated[int | None, AT_LEAST_1] = None
+    """Longest single text that is taken, in tokens of the checkpoint's tokenizer; by default by characters alone."""
     text_normalization: TextNormalization = "none"
     """Normalize every text: nfc (Unicode's composed form), or arabic (also presentation forms, tatweel, invisible
     characters, spaces, digits); docs/text_normalization.md says what each does."""
@@ -166,7 +169,9 @@ class Job:
     @property
     def texts(self) -> TextOptions:
         """Which texts are taken, and their normalization."""
-        return TextOptions(self.config.max_text_chars, self.config.text_normalization)
+        most = self.config.max_text_tokens
+        tokens = TokenLimit(self.model, most) if most else None
+        return TextOptions(self.config.max_text_chars, self.config.text_normalization, tokens)
 
     @property
     def audio(self) -> AudioOptions:

@@ -23,7 +23,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from higgs_tune.preprocess.assemble import assemble_shard, cached_tokenizer, set_writer
+from higgs_tune.preprocess.assemble import assemble_shard, set_writer
 from higgs_tune.preprocess.audio.whisper import extractor_settings, mel_bins_of, require_tower, tower_sha256
 from higgs_tune.preprocess.checkpoints.checkpoint import describe_checkpoint, read_config, special_ids
 from higgs_tune.preprocess.checkpoints.hub import CONFIG_FILES, local_checkpoint, name_of
@@ -35,6 +35,7 @@ from higgs_tune.preprocess.engine import Stop, run_tasks
 from higgs_tune.preprocess.input.folders import data_digest
 from higgs_tune.preprocess.listing import list_work
 from higgs_tune.preprocess.progress import ProgressBar
+from higgs_tune.preprocess.text_tokens import cached_tokenizer
 from higgs_tune.preprocess.workdir import WorkFolder, refuse_other
 from higgs_tune.shards import durable
 from higgs_tune.shards.errors import UserError

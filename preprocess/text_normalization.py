@@ -11,7 +11,10 @@ from __future__ import annotations
 import re
 import unicodedata
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    from higgs_tune.preprocess.text_tokens import TokenLimit
 
 TextNormalization = Literal["none", "nfc", "arabic"]
 
@@ -21,12 +24,13 @@ class TextOptions:
     """Which texts are taken, and how they are normalized.
 
     Attributes:
-        max_chars: longest single text, in characters.
+        max_chars: longest single text, in characters. tokens: its limit in tokens, if there is one.
         normalization: see `normalize_text`.
     """
 
     max_chars: int = 20_000
     normalization: TextNormalization = "none"
+    tokens: TokenLimit | None = None
 
 
 TATWEEL = "\u0640"

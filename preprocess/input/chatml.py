@@ -194,11 +194,13 @@ def usable_text(text: Any, where: str, texts: TextOptions) -> str:
     """The text after its normalization, if it can be used.
 
     Raises:
-        Reject: see `check_text`.
+        Reject: see `check_text`; or it has too many tokens.
     """
     if isinstance(text, str) and len(text) <= texts.max_chars:
         text = normalize_text(text, texts.normalization)
     check_text(text, where, texts.max_chars)
+    if texts.tokens:
+        texts.tokens.check(text, where)
     return text
 
 
