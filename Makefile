@@ -6,6 +6,9 @@ INSTALLED := .venv/installed
 SETUP ?= setup
 TOY := runs/toy
 DEMO := runs/demo
+SAY := --audio_tokenizer_path $(TOY)/codec --layout chat --max_seconds 4 \
+    --ref_audio examples/arabic/clips/amal-01.flac --ref_text "ذَهَبَ الوَلَدُ إِلَى المَدْرَسَةِ مُبَكِّرًا." \
+    --text "السَّلَامُ عَلَيْكُمْ وَرَحْمَةُ اللهِ."
 TRAIN := $(BIN)/torchrun --standalone --nproc_per_node 2 -m higgs_tune.train
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check
 
@@ -34,7 +37,7 @@ $(INSTALLED): $(RUNS) requirements-dev.lock
 toy: $(SETUP)
 	$(BIN)/python -m higgs_tune.train.toy --chatml examples/arabic/chatml.json --out $(TOY) $(if $(TOWER),--tower)
 
-# real speech -> shards -> stage 1 -> stage 2 (stopped half-way, resumed) -> report, on the toy checkpoints
+# real speech -> shards -> stage 1 -> stage 2 (stopped half-way, resumed) -> report -> a sentence, on the toy checkpoints
 demo: toy
 	rm -rf $(DEMO)
 	$(BIN)/higgs-preprocess --data examples/arabic/chatml.json --out $(DEMO)/shards \
@@ -49,6 +52,8 @@ demo: toy
 	done
 	$(BIN)/higgs-inspect report $(DEMO)/shards -o $(DEMO)/report.html --run $(DEMO)/stage2
 	$(BIN)/python examples/closing_table.py $(DEMO)
+	$(BIN)/higgs-speak --model_path $(TOY)/model $(SAY) -o $(DEMO)/spoken/base.wav
+	$(BIN)/higgs-speak --model_path $(DEMO)/stage2 $(SAY) -o $(DEMO)/spoken/stage2.wav
 
 # what a machine without a GPU can measure, in about 40 minutes on two idle cores; OMP_NUM_THREADS is yours to set
 bench: setup

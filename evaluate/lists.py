@@ -44,6 +44,7 @@ class Line:
         ref_audio, ref_text: the voice to speak in, and what it says.
         target_audio: a real recording of the text in that voice.
         language: a code; empty: unknown. speaker, dialect: to group by.
+        other_references: (audio, text) of more voices, for a text with several speakers.
         Absent values are empty.
     """
 
@@ -55,6 +56,10 @@ class Line:
     target_audio: str = ""
     speaker: str = ""
     dialect: str = ""
+    other_references: tuple[tuple[str, str], ...] = ()
+
+
+_STRINGS = tuple(name for name in Line.__dataclass_fields__ if name != "other_references")
 
 
 class BadLine(Exception):
@@ -67,20 +72,27 @@ def read_list(path: Path) -> list[Line]:
     Raises:
         UserError: no such list, or lines that cannot be used; names them.
     """
-    if not path.exists():
-        raise UserError("no such list", where=path)
-    if path.is_dir():
-        lines = _minimax(path, sorted((path / "text").glob("*.txt"))) if (path / "text").is_dir() else _habibi(path)
-    elif path.suffix.lower() in (".jsonl", ".json"):
-        lines = _jsonl(path)
-    elif path.parent.name == "text" and (path.parents[1] / "speaker").is_dir():
-        lines = _minimax(path.parents[1], [path])
-    else:
-        lines = _seedtts(path)
-    usable = refuse_bad(lines, path)
+    usable = refuse_bad(list_lines(path), path)
     if not usable:
         raise UserError("the list holds no lines", where=path)
     return usable
+
+
+def list_lines(path: Path) -> Iterator[tuple[str, Line | BadLine]]:
+    """(place, line) of a list in any of the forms; ids and texts are not checked.
+
+    Raises:
+        UserError: no such list.
+    """
+    if not path.exists():
+        raise UserError("no such list", where=path)
+    if path.is_dir():
+        return _minimax(path, sorted((path / "text").glob("*.txt"))) if (path / "text").is_dir() else _habibi(path)
+    if path.suffix.lower() in (".jsonl", ".json"):
+        return _jsonl(path)
+    if path.parent.name == "text" and (path.parents[1] / "speaker").is_dir():
+        return _minimax(path.parents[1], [path])
+    return _seedtts(path)
 
 
 def refuse_bad(lines: Iterable[tuple[str, Line | BadLine]], where: object) -> list[Line]:
@@ -93,7 +105,7 @@ def refuse_bad(lines: Iterable[tuple[str, Line | BadLine]], where: object) -> li
     bad: list[str] = []
     place_of: dict[str, str] = {}
     for place, line in lines:
-        fault = str(line) if isinstance(line, BadLine) else _fault(line, place_of)
+        fault = str(line) if isinstance(line, BadLine) else line_fault(line, place_of)
         if fault:
             bad.append(f"{place}: {fault}")
         elif isinstance(line, Line):
@@ -104,9 +116,14 @@ def refuse_bad(lines: Iterable[tuple[str, Line | BadLine]], where: object) -> li
     return usable
 
 
-def _fault(line: Line, place_of: dict[str, str]) -> str:
+def line_fault(line: Line, place_of: dict[str, str]) -> str:
+    """Why a line cannot be used: its id is no file name or another line's, or it has no text; empty where it can.
+
+    Args:
+        place_of: places of the lines before it, by id.
+    """
     parts = PurePosixPath(line.id).parts
-    if not line.id or "\0" in line.id or ".." in parts or line.id.startswith("/"):
+    if not parts or "\0" in line.id or ".." in parts or line.id.startswith("/"):
         return f"id {line.id!r:.60} is no file name"
     if line.id in place_of:
         return f"duplicate id {line.id}, also in {place_of[line.id]}"
@@ -178,7 +195,8 @@ def _json_line(path: Path, given: Any) -> Line:
         raise BadLine(f"expected an object, got {given!r:.60}")
     if "language" not in given and "language_id" in given:  # OmniVoice's
         given["language"] = given["language_id"]
-    values = {name: given.get(name) for name in Line.__dataclass_fields__}
+    first, others = _references(path, given)
+    values = {name: first.get(name, given.get(name)) for name in _STRINGS}
     for name, value in values.items():
         if isinstance(value, int) and not isinstance(value, bool) and name in ("id", "speaker"):
             values[name] = str(value)
@@ -189,7 +207,21 @@ def _json_line(path: Path, given: Any) -> Line:
             raise BadLine(f"{name} is missing")
     strings = {name: value or "" for name, value in values.items()}
     audio = {name: _beside(path, strings[name]) for name in ("ref_audio", "target_audio")}
-    return Line(**(strings | audio))
+    return Line(**(strings | audio), other_references=others)
+
+
+def _references(path: Path, given: dict[str, Any]) -> tuple[dict[str, Any], tuple[tuple[str, str], ...]]:
+    """`ref_audio` and `ref_text` of the first voice, and the other voices, of a line that lists several."""
+    audios, texts = given.get("ref_audio"), given.get("ref_text")
+    if not isinstance(audios, list):
+        return {}, ()
+    texts = texts if isinstance(texts, list) else [texts] * len(audios) if texts in (None, "") else []
+    if not audios or len(texts) != len(audios) or not all(isinstance(item, str) and item for item in audios):
+        raise BadLine(f"expected as many ref_text as ref_audio, got {len(audios)} files and {len(texts)} texts")
+    if not all(isinstance(item, str | None) for item in texts):
+        raise BadLine(f"ref_text: expected strings, got {texts!r:.60}")
+    pairs = [(_beside(path, audio), text or "") for audio, text in zip(audios, texts, strict=True)]
+    return {"ref_audio": audios[0], "ref_text": texts[0]}, tuple(pairs[1:])
 
 
 def _seedtts(path: Path) -> Iterator[tuple[str, Line | BadLine]]:

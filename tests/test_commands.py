@@ -20,6 +20,7 @@ COMMANDS = {
     "export": "higgs_tune.train.export.merge",
     "inspect": "higgs_tune.inspect.cli",
     "preprocess": "higgs_tune.preprocess.cli",
+    "speak": "higgs_tune.evaluate.speak.cli",
     "train": "higgs_tune.train.__main__",
 }
 SUBCOMMANDS = ("stats", "show", "decode", "verify", "diff", "report", "serve")

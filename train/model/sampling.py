@@ -18,7 +18,7 @@ class Said:
     """What was generated.
 
     tokens: new text tokens, special ones included. codes_KT: raw codes int64 [K, T] of the first audio, without BOS
-    and EOS; None if there was none. reached_eos: every codebook came to its end of stream.
+    and EOS; None if there was none. reached_eos: a codebook gave its end of stream, and all the others followed.
     """
 
     tokens: list[int]
@@ -73,7 +73,7 @@ def said(tokens: list[int], columns: list[np.ndarray] | None, ids: SpecialIds) -
     if not columns:
         return Said(tokens, None, reached_eos=False)
     delayed_KW = np.stack(columns, 1)
-    ended = bool((delayed_KW[:, -1] == ids.stream_eos).all())
+    ended = bool((delayed_KW[:-1, -1] == ids.stream_eos).all())  # the last codebook's is the only one that is not set
     if delayed_KW.shape[1] <= segment_positions(0, ids.codebooks):
         return Said(tokens, np.zeros((ids.codebooks, 0), np.int64), ended)
     if not ended:  # cut off: make whole columns of what there is
