@@ -10,8 +10,10 @@ from __future__ import annotations
 import sys
 
 import tyro
-from higgs_tune.evaluate.speak.config import SpeakConfig
+from higgs_tune.evaluate.speak.config import ServeConfig, SpeakConfig
 from higgs_tune.shards.errors import run_command
+
+DESCRIPTION = "Speak a text, or a list of texts, in the voice of reference recordings. `higgs-speak serve`: a web page."
 
 
 def main() -> None:
@@ -19,7 +21,13 @@ def main() -> None:
 
 
 def _main() -> None:
-    config = tyro.cli(SpeakConfig, prog="higgs-speak")
-    from higgs_tune.evaluate.speak.run import speak  # torch takes seconds to import; flags are parsed before
+    if sys.argv[1:2] == ["serve"]:
+        page_config = tyro.cli(ServeConfig, prog="higgs-speak serve", args=sys.argv[2:])
+        from higgs_tune.evaluate.speak.web import serve  # torch takes seconds to import; flags are parsed before
+
+        serve(page_config)
+        return
+    config = tyro.cli(SpeakConfig, prog="higgs-speak", description=DESCRIPTION)
+    from higgs_tune.evaluate.speak.run import speak
 
     sys.exit(speak(config))

@@ -12,6 +12,7 @@ from higgs_tune.shards.errors import UserError
 from tyro.conf import arg
 
 AUDIO_SUFFIXES = (".wav", ".flac")
+PORT = Bound("0 to 65535", at_least=0, at_most=65535)
 SHARE = Bound("more than 0, at most 1", more_than=0, at_most=1)
 
 
@@ -106,3 +107,13 @@ class SpeakConfig(VoiceConfig):
         """(path, text) of each reference recording; the text is empty where it is not known."""
         texts = self.ref_text or ("",) * len(self.ref_audio)
         return tuple((str(path), text) for path, text in zip(self.ref_audio, texts, strict=True))
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServeConfig(VoiceConfig):
+    """Serve a page that speaks texts, the base beside the tuned model."""
+
+    host: str = "127.0.0.1"
+    """Address to listen on; on any but this machine's own, everyone who reaches it can use the page."""
+    port: Annotated[int, PORT] = 7860
+    """Port to listen on; 0: a free one."""
