@@ -16,10 +16,11 @@ import numpy as np
 import pytest
 import soundfile
 from conftest import preprocess
-from higgs_tune.preprocess.audio import mp3
+from higgs_tune.preprocess.audio import flac, mp3
 from higgs_tune.preprocess.audio.audio import clip_seconds, load_clip
 from higgs_tune.preprocess.audio.clip import Clip, Waveform
 from higgs_tune.preprocess.audio.containers import split
+from higgs_tune.preprocess.audio.opening import open_audio
 from higgs_tune.preprocess.audio.options import AudioOptions
 from higgs_tune.preprocess.audio.parts import FileData
 from higgs_tune.preprocess.check import check_data
@@ -353,3 +354,21 @@ def test_usual_files_are_left_to_libsndfile() -> None:
     for kind in KINDS:
         (part,) = split(stored(sound(0.5), kind))
         assert (part.head, part.frames) == (b"", None)
+
+
+@pytest.mark.parametrize("rate", [8000, 22_050, RATE, 48_000])
+@pytest.mark.parametrize(("seconds", "stated"), [(2.0, 1), (2.0, 9000), (0.05, 100), (70.0, 24_000)])
+def test_flac_headers_that_state_too_few_samples(seconds: float, stated: int, rate: int) -> None:
+    """libsndfile plays only the stated ones."""
+    whole = io.BytesIO()
+    soundfile.write(whole, sound(seconds, rate=rate), rate, format="FLAC")
+    data = bytearray(whole.getvalue())
+    fields = int.from_bytes(data[18:26], "big")
+    data[18:26] = (fields & ~flac.TOTAL | stated).to_bytes(8, "big")
+    short = bytes(data)
+    for file, times in ((short, 1), (short + ID3V1, 1), (short + short, 2), (whole.getvalue() + short, 2)):
+        (part, *_), expected = split(file), int(seconds * rate) * times
+        assert part.head or file.startswith(whole.getvalue())
+        with open_audio(file, "voice.flac") as opened:
+            assert opened.frames == expected
+            assert len(opened.read(expected + 1)) == expected

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Literal, NamedTuple
 
-from higgs_tune.preprocess.audio import mp3, ogg
+from higgs_tune.preprocess.audio import flac, mp3, ogg
 from higgs_tune.preprocess.audio.parts import Data, LengthMismatch, Part
 
 Order = Literal["little", "big"]
@@ -21,7 +21,6 @@ MAX_CHUNKS = 4096
 FOREIGN_BYTES, FOREIGN_S = 8192, 0.25  # what may follow without a name; more would be samples
 CUT_CHUNKS = (b"LIST", b"id3 ", b"ID3 ", b"bext", b"iXML", b"JUNK", b"_PMX", b"cue ", b"smpl")  # may lack their end
 NEXT_FILE = (b"RIFF", b"RIFX", b"RF64", b"FORM", b"riff")  # no chunks, but files that were joined
-FLAC_BEGIN = (b"fLaC\x00\x00\x00\x22", b"fLaC\x80\x00\x00\x22")
 
 
 class Chunk(NamedTuple):
@@ -71,18 +70,12 @@ def _reader(data: Data, at: int) -> Callable[[Data, int], Recordings] | None:
         return _aiff
     if magic == b"riff" and data[at + 24 : at + 28] == b"wave":
         return _wave64
-    readers = {b".snd": _au, b"fLaC": _flac, b"OggS": ogg.links}
+    readers = {b".snd": _au, flac.MAGIC: flac.recordings, b"OggS": ogg.links}
     return readers.get(magic) or (_mp3 if mp3.begins_here(data, at) else None)
 
 
 def _mp3(data: Data, at: int) -> Recordings:
     return mp3.recordings(data, at), len(data)
-
-
-def _flac(data: Data, at: int) -> Recordings:
-    """Frames do not state their length: the recording goes on to the next header, or to the end."""
-    end = min((place for begin in FLAC_BEGIN if (place := data.find(begin, at + 8)) >= 0), default=len(data))
-    return [Part(((at, end),))], end
 
 
 def _aiff(data: Data, at: int) -> Recordings:
