@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 import torch
 from helpers.samples import random_sample
+from higgs_tune.preprocess.input.layout import Reference, build_conversation
 from higgs_tune.shards.format import Sample
 from higgs_tune.shards.sequence import SpecialIds
 from higgs_tune.train.data.batch import collate
+from higgs_tune.train.model import decoding
 from higgs_tune.train.model.decoding import generate_batch
 from higgs_tune.train.model.forward import hidden_states
 from higgs_tune.train.model.generate import boson_generate
@@ -34,8 +36,14 @@ def small_model(tokenizer: PreTrainedTokenizerBase, **changes: Any) -> HiggsAudi
 
 @pytest.fixture(scope="module")
 def samples(toy_tokenizer: PreTrainedTokenizerBase, toy_ids: SpecialIds) -> list[Sample]:
+    """The reference in the user's turn, of every other sample in an assistant's turn."""
     rng = np.random.default_rng(0)
-    return [random_sample(f"s{i}", rng, toy_tokenizer, toy_ids, frames=(2, 24)) for i in range(12)]
+    audio = {"type": "audio", "audio_url": "a.wav"}
+    serve = [
+        build_conversation("serve", f"word {i}", audio, [Reference(audio, "سَلَامٌ")] * (i % 3)) if i % 2 else None
+        for i in range(12)
+    ]
+    return [random_sample(f"s{i}", rng, toy_tokenizer, toy_ids, frames=(2, 24), entry=serve[i]) for i in range(12)]
 
 
 @pytest.fixture(scope="module")
@@ -108,6 +116,55 @@ def test_a_seed_gives_the_same_codes_in_any_batch(
     for number in range(len(requests)):
         assert alone[number].tokens == together[number].tokens
         np.testing.assert_array_equal(alone[number].codes_KT, together[number].codes_KT)
+
+
+def choose_alike(monkeypatch: pytest.MonkeyPatch, *, least: bool) -> None:
+    """In place of drawing, boson's loop and ours take the least likely code that may be drawn, or the second best."""
+
+    def chosen(weights: torch.Tensor, never: torch.Tensor) -> torch.Tensor:
+        if least:
+            return weights.masked_fill(never, torch.inf).argmin(-1, keepdim=True)
+        first, second = weights.topk(2).indices.split(1, -1)
+        return torch.where(never.gather(-1, second), first, second)
+
+    def multinomial(probabilities: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+        return chosen(probabilities, probabilities == 0)
+
+    def inverse_cdf(scores_BKV: torch.Tensor, _: Any) -> np.ndarray:
+        return chosen(scores_BKV, scores_BKV.isinf())[..., 0].numpy()
+
+    monkeypatch.setattr(torch, "multinomial", multinomial)
+    monkeypatch.setattr(torch.Tensor, "multinomial", multinomial)
+    monkeypatch.setattr(decoding, "_inverse_cdf", inverse_cdf)
+
+
+@pytest.mark.parametrize(
+    ("sampling", "least"),
+    [
+        (Sampling(temperature=0, ras_window=7, ras_repeats=1), False),
+        (Sampling(temperature=0, ras_window=3, ras_repeats=1), False),
+        (Sampling(temperature=0.6, top_p=1.0, top_k=5), True),
+        (Sampling(temperature=1.3, top_p=0.8, top_k=None, ras_window=7), True),
+        (Sampling(temperature=1.0, top_p=0.9, top_k=20, ras_window=5), False),
+    ],
+    ids=["RAS", "short RAS", "top k", "top p, RAS", "all"],
+)
+def test_every_option_of_sampling_is_bosons(
+    learned: HiggsAudioModel,
+    samples: list[Sample],
+    toy_ids: SpecialIds,
+    monkeypatch: pytest.MonkeyPatch,
+    sampling: Sampling,
+    least: bool,
+) -> None:
+    """Which codes may be drawn, which are drawn again, and from what: told by a choice that is no draw."""
+    choose_alike(monkeypatch, least=least)
+    requests = [request_of(sample, toy_ids, speak=True, max_frames=16) for sample in samples]
+    results = dict(generate_batch(learned, requests, toy_ids, sampling, batch_size=5))
+    plain = dict(generate_batch(learned, requests, toy_ids, GREEDY, batch_size=5))
+    for number, request in enumerate(requests):
+        assert_same(results[number], boson_generate(learned, request, toy_ids, sampling))
+    assert any(not np.array_equal(results[i].codes_KT, plain[i].codes_KT) for i in plain)  # pyright: ignore[reportArgumentType]
 
 
 def test_sampled_codes_have_bosons_distribution(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -97,6 +98,26 @@ def test_every_command_takes_the_pinned_revision(hub: Hub, shards: ShardSet, tmp
     made = ShardSet(tmp_path / "out").provenance
     for kind, name in (("model", MODEL), ("codec", CODEC)):
         assert (made[kind]["name"], made[kind]["revision"]) == (name, PINNED[name])
+
+
+@pytest.mark.fast
+def test_an_adapter_on_the_hub_is_a_model(hub: Hub, tmp_path: Path) -> None:
+    """Its tensors and JSON files are fetched, and the base that its config names, at the revision that it names."""
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    config = {"peft_type": "LORA", "base_model_name_or_path": MODEL, "revision": "v7"}
+    for name in ("adapter_model.safetensors", "higgs_tune.json", "README.md", "optimizer.safetensors"):
+        (adapter / name).write_text("{}")
+    (adapter / "adapter_config.json").write_text(json.dumps(config))
+    hub.repositories["me/voice"] = adapter
+    base, folder = resolve_model(Path("me/voice@v1"))
+    assert folder is not None
+    assert {file.name for file in folder.iterdir()} == {
+        *("adapter_config.json", "adapter_model.safetensors", "higgs_tune.json")
+    }
+    assert hub.fetched["me/voice"][0] == "v1"
+    assert base.name == "v7"
+    assert (base / "model.safetensors").is_file()
 
 
 @pytest.mark.parametrize(

@@ -38,10 +38,15 @@ def random_sample(
     *,
     frames: tuple[int, int] = (3, 30),
     mel_bins: int = 0,
+    entry: dict[str, Any] | None = None,
     **entry_options: Any,
 ) -> Sample:
-    """A sample with random texts and random codes, and with log-mel features of its input segments if wanted."""
-    chat = parse_entry(random_entry(rng, **entry_options), 0)
+    """A sample with random texts and random codes, and with log-mel features of its input segments if wanted.
+
+    Args:
+        entry: its ChatML, in place of a random one.
+    """
+    chat = parse_entry(entry or random_entry(rng, **entry_options), 0)
     lengths = rng.integers(*frames, len(chat.clips)).tolist()
     segments: list[dict[str, Any]] = [
         {"role": role, "frames": length, "seconds": length / 25, "source": clip.source, "sha256": ""}

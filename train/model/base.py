@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from higgs_tune.preprocess.checkpoints.hub import is_repository_name, local_checkpoint
+from higgs_tune.preprocess.checkpoints.hub import CONFIG_FILES, is_repository_name, local_checkpoint
 from higgs_tune.shards.errors import UserError
-from higgs_tune.train.model.adapter import CONFIG_FILE, read_adapter_config
+from higgs_tune.train.model.adapter import ADAPTER_FILE, CONFIG_FILE, read_adapter_config
 
 _CACHED = re.compile(r"models--([^/]+?)--([^/]+)/snapshots/([^/]+)$")  # a repository in the Hub's cache
 
@@ -30,12 +30,21 @@ def resolve_model(path: Path, base: Path | None = None, *, flag: str = "--base_m
     Raises:
         UserError: there is no such checkpoint, or the adapter's base checkpoint is not there.
     """
+    path = _fetched(path)
     config = read_adapter_config(path)
     if config is None and base is None:
         return local_checkpoint(path), None
     if config is None:
         raise UserError(f"{flag} is for adapters", where=path, expected=CONFIG_FILE)
     return (local_checkpoint(base) if base else _base_of(path, config, flag)), path
+
+
+def _fetched(path: Path) -> Path:
+    """The folder of an adapter that `path` names on the Hub, downloaded; every other path as it is."""
+    if path.exists() or not is_repository_name(path.as_posix()):
+        return path
+    folder = local_checkpoint(path, CONFIG_FILES)
+    return local_checkpoint(path, (*CONFIG_FILES, ADAPTER_FILE)) if (folder / CONFIG_FILE).is_file() else path
 
 
 def _base_of(adapter: Path, config: dict[str, Any], flag: str) -> Path:
