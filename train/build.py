@@ -23,8 +23,14 @@ from higgs_tune.train.model.lora import add_lora, describe_trainable, trainable
 from higgs_tune.train.model.loss import LossOptions
 from higgs_tune.train.model.pack_model import PackModel
 from higgs_tune.train.optim import Ema, make_optimizer
-from higgs_tune.train.resolve import Inputs, loss_options, trainable_options, wants_audio_attention
+from higgs_tune.train.resolve import (
+    Inputs,
+    loss_options,
+    trainable_options,
+    wants_audio_attention,
+)
 from higgs_tune.train.state import Progress, Run, StepStats
+from higgs_tune.train.whisper import trains_projector
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -41,7 +47,8 @@ def build_run(
     half = context.device.type == "cuda" and not config.lora.full_finetune
     dtype = torch.bfloat16 if half else torch.float32
     attention = wants_audio_attention(config, inputs.adapter)
-    loaded = load_model(inputs.base, device=context.device, dtype=dtype, audio_attention=attention)
+    tower = inputs.tower.folder if inputs.tower else None
+    loaded = load_model(inputs.base, device=context.device, dtype=dtype, audio_attention=attention, tower=tower)
     loss = loss_options(config, loaded)
     model: nn.Module = loaded.model
     if config.lora.full_finetune:
@@ -50,10 +57,10 @@ def build_run(
             loaded.model,
             config.training_stage,
             tower=config.lora.train_audio_tower,
-            projector=config.lora.train_audio_encoder_proj,
+            projector=trains_projector(config, inputs.tower),
         )
     else:
-        options = trainable_options(config, inputs.adapter, inputs.features)
+        options = trainable_options(config, inputs.adapter, inputs.features, inputs.tower)
         model = add_lora(loaded.model, options, config.training_stage, inputs.base, inputs.adapter)
     module = wrap(config, context, loaded.model, model, loss)
     parameters = trainable(model)
@@ -67,6 +74,7 @@ def build_run(
         parameters=parameters,
         optimizer=make_optimizer(parameters, config.optim),
         loss_options=loss,
+        tower=inputs.tower,
         loader=Loader(schedule, inputs.loading),
         schedule=schedule,
         total_steps=0,

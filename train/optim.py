@@ -1,8 +1,8 @@
 """AdamW and the learning rate's schedule.
 
 Parameters fall into groups with peak rates of their own: `lora`, `head` (heads, embeddings and norms trained in full),
-`new` (audio self-attention, tower, projector). Norm weights and biases are not decayed. The rate is a function of the
-step alone, so a resumed run needs no state of it but the step.
+`new` (audio self-attention, tower), `projector` (of Whisper features, with a warm-up of its own). Norm weights and
+biases are not decayed. The rate is a function of the step alone, so a resumed run needs no state of it but the step.
 """
 
 from __future__ import annotations
@@ -21,10 +21,12 @@ from torch.optim import AdamW
 
 def make_optimizer(parameters: dict[str, nn.Parameter], options: OptimArgs) -> AdamW:
     """AdamW over the trainable parameters, fused: the kernel passes over a step whose `found_inf` is set."""
+    new = options.new_module_learning_rate or options.learning_rate
     rates = {
         "lora": options.learning_rate,
         "head": options.head_learning_rate or options.learning_rate / 10,
-        "new": options.new_module_learning_rate or options.learning_rate,
+        "new": new,
+        "projector": options.projector_learning_rate or new,
     }
     groups: dict[tuple[str, bool], list[nn.Parameter]] = {}
     for name, parameter in parameters.items():
@@ -42,24 +44,32 @@ def make_optimizer(parameters: dict[str, nn.Parameter], options: OptimArgs) -> A
     return AdamW(param_groups, lr=options.learning_rate, betas=(options.adam_beta1, options.adam_beta2), fused=True)
 
 
-def learning_rates(options: OptimArgs, total_steps: int) -> Callable[[int], float]:
-    """Share of the peak learning rates by steps done."""
-    warmup = math.ceil(0.03 * total_steps) if options.warmup_steps is None else options.warmup_steps
+def learning_rates(options: OptimArgs, total_steps: int, kind: str = "lora") -> Callable[[int], float]:
+    """Share of the peak learning rates by steps done.
+
+    Args:
+        kind: the group of parameters.
+    """
+    given = options.projector_warmup_steps if kind == "projector" else None
+    given = options.warmup_steps if given is None else given
+    warmup = math.ceil(0.03 * total_steps) if given is None else given
     decay = max(1, math.ceil(options.lr_decay_fraction * total_steps))
     shape = partial(SHAPES[options.lr_scheduler_type], total=total_steps, decay=decay)
     return partial(share_of_peak, warmup=warmup, total=total_steps, shape=shape)
 
 
-def set_rates(optimizer: AdamW, share: float) -> None:
-    """Set every group's learning rate to a share of its peak."""
+def set_rates(optimizer: AdamW, options: OptimArgs, total_steps: int, step: int) -> None:
+    """Set every group's learning rate for the next step, after `step` steps."""
     for group in optimizer.param_groups:
-        group["lr"] = group["peak"] * share
+        group["lr"] = group["peak"] * learning_rates(options, total_steps, group["name"])(step)
 
 
-def learning_rate_of(optimizer: AdamW) -> float:
-    """The learning rate that people ask about: LoRA's, or that of most of the weights where LoRA does not train."""
-    groups = sorted(optimizer.param_groups, key=lambda group: ("lora", "new", "head").index(group["name"]))
-    return groups[0]["lr"]
+def reported_rates(optimizer: AdamW) -> dict[str, float]:
+    """`learning_rate`: LoRA's, or that of most of the weights where LoRA does not train; and the projector's own."""
+    rates = {group["name"]: group["lr"] for group in optimizer.param_groups}
+    main = next(rates[name] for name in ("lora", "new", "head", "projector") if name in rates)
+    projector = {"projector_learning_rate": rates["projector"]} if "projector" in rates else {}
+    return {"learning_rate": main} | projector
 
 
 class Ema:

@@ -27,6 +27,9 @@ class ModelArgs:
     """Base checkpoint of the adapter in --model_path, in place of the one that its config names."""
     encode_whisper_embed: bool = False
     """Insist on Whisper features: refused where the checkpoint has no tower."""
+    whisper_path: Path | None = None
+    """Whisper checkpoint (a folder, or a name on the Hub) whose encoder becomes the audio tower of a base without one;
+    its projector is new and trains in full, except in stage1. By default that of the adapter that is continued."""
     forward: Literal["packed", "reference"] = "packed"
     """packed: ours. reference: boson's padded forward and collator, several times slower, for anyone who doubts."""
     compile: bool = False
@@ -125,6 +128,10 @@ class OptimArgs:
     """Peak learning rate of heads, embeddings and norms trained in full; by default a tenth of --learning_rate."""
     new_module_learning_rate: Annotated[float | None, MORE_THAN_0] = None
     """Peak learning rate of audio self-attention, tower and projector; by default --learning_rate."""
+    projector_learning_rate: Annotated[float | None, MORE_THAN_0] = None
+    """Peak learning rate of the projector of Whisper features; by default --new_module_learning_rate."""
+    projector_warmup_steps: Annotated[int | None, AT_LEAST_0] = None
+    """Steps of linear warm-up of that projector; by default those of --warmup_steps."""
     lr_scheduler_type: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
     """Shape of the learning rate after warm-up; wsd: constant, then linear decay over the last steps."""
     lr_decay_fraction: Annotated[float, MORE_THAN_0] = 0.1

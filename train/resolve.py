@@ -21,10 +21,11 @@ from higgs_tune.train.data.sampler import Schedule
 from higgs_tune.train.dist.context import DistContext
 from higgs_tune.train.model.adapter import read_adapter, read_adapter_config
 from higgs_tune.train.model.base import resolve_model
-from higgs_tune.train.model.load import HiggsAudioConfig, Loaded, load_config
+from higgs_tune.train.model.load import Loaded, load_config
 from higgs_tune.train.model.loss import LossOptions
 from higgs_tune.train.model.reference import boson_inputs
 from higgs_tune.train.model.trainable import TrainableOptions
+from higgs_tune.train.model.whisper_tower import WhisperTower
 from higgs_tune.train.monitor.logger import check_trackers
 from higgs_tune.train.monitor.samples import codec_path
 from higgs_tune.train.monitor.validation import Validation
@@ -32,9 +33,9 @@ from higgs_tune.train.presets import DEFAULT_PRESET
 from higgs_tune.train.set_checks import (
     require_one_codec,
     require_speakers,
-    require_tower_of_features,
     say_unused_features,
 )
+from higgs_tune.train.whisper import resolve_features, resolve_tower, trains_projector
 
 TEXT_PROBE = 64  # samples of a set that `require_text` looks at
 
@@ -43,11 +44,13 @@ TEXT_PROBE = 64  # samples of a set that `require_text` looks at
 class Inputs:
     """What is known before the weights are read.
 
-    base: the checkpoint. adapter: of an earlier stage. features: Whisper features that the model takes.
+    base: the checkpoint. adapter: of an earlier stage. tower: attached to the base. features: Whisper features that the
+    model takes.
     """
 
     base: Path
     adapter: Path | None
+    tower: WhisperTower | None
     features: str
     schedule: Schedule
     loading: LoaderOptions
@@ -61,21 +64,20 @@ def resolve_inputs(config: TrainConfig, context: DistContext) -> Inputs:
         UserError: paths or options are bad, or checkpoint, adapter and shard sets do not fit together.
     """
     base, adapter = resolve_model(config.model_path, config.model.base_model)
-    model_config = load_config(base)
+    tower = resolve_tower(config, adapter)
+    model_config = load_config(base, tower.folder if tower else None)
     weight_files(base)  # this and the line after the sets refuse what would else fail after minutes of loading
     sets = open_sets(config, base)
     load_tokenizer(base, sets[0].special_ids)
     if config.training_stage == "stage1" and not config.loss.allow_textless_stage1:
         require_text(sets, base)
     require_one_codec(sets)
-    features = whisper_feature_kind(config, model_config, sets)
-    if features == "encoder":
-        require_tower_of_features(sets, base)
+    features = resolve_features(config, model_config, sets, tower, base, adapter)
     if features == "none" and context.is_main:
         say_unused_features(sets)
     if config.loss.contrastive_loss_weight and config.with_audio:
         require_speakers(sets)
-    trainable_options(config, adapter, features).full_modules(config.training_stage)
+    trainable_options(config, adapter, features, tower).full_modules(config.training_stage)
     schedule = Schedule(
         sets,
         tokens_per_pack=config.data.tokens_per_pack,
@@ -95,12 +97,14 @@ def resolve_inputs(config: TrainConfig, context: DistContext) -> Inputs:
         if config.lora.full_finetune and context.world.size > 1:
             hint = "Samples of different lengths would wait for each other's weights; generate from the saved model."
             raise UserError("--sample_steps has no place in --full_finetune on several ranks", hint=hint)
-    return Inputs(base, adapter, features, schedule, loading, validation)
+    return Inputs(base, adapter, tower, features, schedule, loading, validation)
 
 
 def input_folders(config: TrainConfig, inputs: Inputs) -> dict[str, Path]:
     """The local folders that a run reads, and those that its shards were made from, by name."""
     folders = {"--model_path": config.model_path, "the base checkpoint": inputs.base}
+    if inputs.tower:
+        folders["--whisper_path"] = inputs.tower.folder
     if config.validation.audio_tokenizer_path:
         folders["--audio_tokenizer_path"] = config.validation.audio_tokenizer_path
     for shards in inputs.schedule.sets.sets:
@@ -168,32 +172,6 @@ def require_text(sets: list[ShardSet], base: Path) -> None:
             )
 
 
-def whisper_feature_kind(config: TrainConfig, model: HiggsAudioConfig, sets: list[ShardSet]) -> str:
-    """Whisper features that the model takes from the sets: `none`, `mel` or `encoder`.
-
-    Raises:
-        UserError: the model has a tower and a set has no features, or an option needs a tower that is not there.
-    """
-    if model.skip_audio_tower:
-        for flag in ("train_audio_tower", "train_audio_encoder_proj"):
-            if getattr(config.lora, flag):
-                raise UserError(f"--{flag}: the checkpoint has no Whisper tower", where=config.model_path)
-        if config.model.encode_whisper_embed:
-            hint = "It takes a Whisper tower and a trained audio_encoder_proj, as a checkpoint with both has them."
-            raise UserError("--encode_whisper_embed: the checkpoint has no Whisper tower", hint=hint)
-        return "none"
-    kinds = {shards.features for shards in sets}
-    if len(kinds) > 1 or "none" in kinds:
-        hint = "Make the sets with --whisper_features mel or encoder."
-        raise UserError("the checkpoint has a Whisper tower, and the sets do not all have its features",
-                        expected="mel or encoder", got=", ".join(sorted(kinds)), hint=hint)  # fmt: skip
-    kind = kinds.pop()
-    if kind == "encoder" and (config.lora.train_audio_tower or config.model.forward == "reference"):
-        flag = "--train_audio_tower" if config.lora.train_audio_tower else "--forward reference"
-        raise UserError(f"{flag} needs the tower's input", expected="--whisper_features mel", got=kind)
-    return kind
-
-
 def wants_audio_attention(config: TrainConfig, adapter: Path | None) -> bool:
     """Whether the model has audio self-attention beyond what its checkpoint holds."""
     if config.lora.use_audio_out_self_attention:
@@ -201,8 +179,13 @@ def wants_audio_attention(config: TrainConfig, adapter: Path | None) -> bool:
     return adapter is not None and read_adapter(adapter).has_audio_attention
 
 
-def trainable_options(config: TrainConfig, adapter: Path | None, features: str = "none") -> TrainableOptions:
+def trainable_options(
+    config: TrainConfig, adapter: Path | None, features: str = "none", tower: WhisperTower | None = None
+) -> TrainableOptions:
     """What trains; options that are not given are those of the adapter that is continued, or the defaults.
+
+    Args:
+        tower: attached to the base, so that its projector is new.
 
     Raises:
         UserError: an option of LoRA differs from the adapter's.
@@ -233,7 +216,7 @@ def trainable_options(config: TrainConfig, adapter: Path | None, features: str =
         audio_embeddings=config.lora.train_audio_embeddings,
         audio_attention=config.lora.use_audio_out_self_attention,
         audio_tower=config.lora.train_audio_tower,
-        audio_encoder_proj=config.lora.train_audio_encoder_proj,
+        audio_encoder_proj=trains_projector(config, tower),
         text_loss=config.loss.text_loss_weight > 0,
         features=features,
     )

@@ -18,11 +18,10 @@ from higgs_tune.shards.errors import UserError
 from higgs_tune.train.checkpoint.folder import Saver
 from higgs_tune.train.checkpoint.output import (
     ADAPTER,
-    ADAPTER_CONFIG,
     FULL,
     SELFTEST,
-    adapter_config_json,
     adapter_tensors,
+    adapter_texts,
     save_adapter,
     save_config,
     save_trainable,
@@ -41,7 +40,7 @@ from higgs_tune.train.monitor.profiling import StepProfiler
 from higgs_tune.train.monitor.samples import SampleGenerator
 from higgs_tune.train.monitor.selftest import SelfTestResult
 from higgs_tune.train.monitor.validation import Validation
-from higgs_tune.train.optim import learning_rate_of
+from higgs_tune.train.optim import reported_rates
 from higgs_tune.train.record import make_record
 from higgs_tune.train.resolve import Inputs
 from higgs_tune.train.state import Run, StepStats
@@ -110,6 +109,7 @@ def save_records(run: Run, inputs: Inputs, selftest: SelfTestResult | None) -> N
     """Write config.yaml, higgs_tune.json, trainable.json, and selftest.json at a fresh start."""
     folder = run.config.output_dir
     resolved = {"base_model": str(inputs.base), "total_steps": run.total_steps, "whisper_features": inputs.features}
+    resolved["whisper_path"] = str(inputs.tower.folder) if inputs.tower else None
     save_config(run.config, resolved)
     run.record = make_record(inputs.schedule.sets.sets, run.config.training_stage, inputs.base, inputs.adapter)
     durable.write_bytes(folder / RECORD, run.record.to_bytes())
@@ -125,7 +125,7 @@ def queue_metrics(run: Run, stats: StepStats, norm: torch.Tensor) -> PendingMetr
         "kind": "train",
         "step": step,
         "epoch": run.epochs_done,
-        "learning_rate": learning_rate_of(run.optimizer),
+        **reported_rates(run.optimizer),
         "data_wait_s": run.loader.waits.summary(),
     }
     values = HostCopy(torch.cat([stats.packed_sums, norm.detach().double().view(1)]))
@@ -208,7 +208,7 @@ def final_weights(run: Run) -> tuple[dict[str, dict[str, torch.Tensor]], dict[st
     texts = {RECORD: run.record.to_bytes()} if run.record else {}
     if not isinstance(run.peft_model, PeftModel):
         return {FULL: tensors}, texts
-    texts[ADAPTER_CONFIG] = adapter_config_json(run.peft_model, run.config.output_dir / "best")
+    texts |= adapter_texts(run.peft_model, run.tower, run.config.output_dir / "best")
     return {ADAPTER: tensors}, texts
 
 
@@ -220,7 +220,7 @@ def save_result(run: Run, run_io: RunIO, base: Path) -> None:
     if isinstance(peft_model, PeftModel):
         tensors, _ = final_weights(run)
         if run.context.is_main:
-            save_adapter(peft_model, tensors[ADAPTER], config.output_dir)
+            save_adapter(peft_model, run.tower, tensors[ADAPTER], config.output_dir)
     else:
         dtype = run.model.config.torch_dtype or torch.bfloat16
         weights = whole_weights(run.model, dtype)

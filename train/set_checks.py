@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from collections.abc import Callable
 
-from higgs_tune.preprocess.audio.whisper import tower_sha256
 from higgs_tune.shards.errors import UserError, few
 from higgs_tune.shards.reader import ShardSet
 
@@ -25,27 +24,48 @@ def require_one_codec(sets: list[ShardSet]) -> None:
                             hint="Make them with the same --audio_tokenizer_path.")  # fmt: skip
 
 
-def require_tower_of_features(sets: list[ShardSet], base: Path) -> None:
-    """Refuse `encoder` features that another tower than the checkpoint's made.
+def require_tower_of_features(sets: list[ShardSet], sha256: Callable[[], str]) -> None:
+    """Refuse `encoder` features that another tower than the model's made.
+
+    Args:
+        sha256: of the model's tower; called where a set names its own.
 
     Raises:
         UserError: the tower's hash is not the one in a set's provenance.
     """
     made_by = {shards.location: shards.provenance.get("features", {}).get("tower_sha256") for shards in sets}
     known = {location: digest for location, digest in made_by.items() if digest}
-    have = tower_sha256(base) if known else ""
+    have = sha256() if known else ""
     for location, digest in known.items():
         if digest != have:
-            hint = "Make the set with --whisper_features encoder and this checkpoint, or with --whisper_features mel."
-            raise UserError("the set's encoder features were made by another Whisper tower than the checkpoint's",
+            hint = (
+                "Make the set with --whisper_features encoder and the same tower (this checkpoint's, or the same "
+                "--whisper_path), or with --whisper_features mel."
+            )
+            raise UserError("the set's encoder features were made by another Whisper tower than the model's",
                             where=location, expected=have[:16], got=digest[:16], hint=hint)  # fmt: skip
+
+
+def require_mel_bins(sets: list[ShardSet], mel_bins: int) -> None:
+    """Refuse log-mel features of another size than the tower takes: Whisper large-v3 has 128 bins, the smaller ones 80.
+
+    Raises:
+        UserError: names set and sizes.
+    """
+    for shards in sets:
+        made = shards.provenance.get("features", {}).get("extractor", {}).get("feature_size", mel_bins)
+        if shards.features == "mel" and made != mel_bins:
+            hint = "Make the set with --whisper_features mel and --whisper_path of this tower."
+            raise UserError("the set's log-mel features do not fit the Whisper tower", where=shards.location,
+                            expected=f"{mel_bins} mel bins", got=made, hint=hint)  # fmt: skip
 
 
 def say_unused_features(sets: list[ShardSet]) -> None:
     """Name the sets whose stored Whisper features are not used."""
     unused = [shards.location for shards in sets if shards.features != "none"]
     if unused:
-        print(f"not used: the Whisper features of {few(unused)}, since the checkpoint has no Whisper tower", flush=True)
+        print(f"not used: the Whisper features of {few(unused)}, since the checkpoint has no Whisper tower; "
+              "--whisper_path attaches one", flush=True)  # fmt: skip
 
 
 def require_speakers(sets: list[ShardSet]) -> None:

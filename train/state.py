@@ -20,6 +20,7 @@ from higgs_tune.train.dist.faults import NonFiniteSteps
 from higgs_tune.train.model.load import HiggsAudioModel
 from higgs_tune.train.model.lora import base_only, evaluating
 from higgs_tune.train.model.loss import LossOptions, LossParts, LossSums
+from higgs_tune.train.model.whisper_tower import WhisperTower
 from higgs_tune.train.optim import Ema, learning_rates
 from torch import nn
 from torch.optim import AdamW
@@ -89,6 +90,7 @@ class Run:
     """Everything that the training steps use.
 
     model: boson's model. peft_model: the same model with its adapters (`model` itself where every weight trains).
+    tower: the Whisper tower that was attached to the base, if one was.
     module: `PackModel`, wrapped by DDP or FSDP where there are several ranks. parameters: those that train.
     record: what checkpoints say of the training data; only where this rank writes.
     """
@@ -107,6 +109,7 @@ class Run:
     progress: Progress
     bad_steps: NonFiniteSteps
     ema: Ema | None = None
+    tower: WhisperTower | None = None
     record: TrainingRecord | None = None
 
     @property

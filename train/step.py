@@ -69,7 +69,7 @@ def train_step(
     norm = whole(nn.utils.clip_grad_norm_(run.parameters.values(), run.config.optim.max_grad_norm or math.inf))
     is_finite = torch.isfinite(torch.stack([norm, *losses]))
     run.bad_steps.record(run.progress.step + 1, [batch.keys for batch in batches], is_finite)
-    set_rates(run.optimizer, run.rate_share)
+    set_rates(run.optimizer, run.config.optim, run.total_steps, run.progress.step)
     optimizer_step(run, skip=~is_finite[0])
     run.optimizer.zero_grad(set_to_none=True)
     if run.ema:

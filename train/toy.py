@@ -3,8 +3,8 @@
     python -m higgs_tune.train.toy --chatml examples/arabic/chatml.json --out runs/toy [--tower]
 
 In: example texts, for the tokenizer. Out: `OUT/model` (config, safetensors, byte-level BPE with every special token of
-Llama 3 and Higgs) and `OUT/codec` (config, `model.pth` with HuBERT inside). They go through the same code as the real
-ones; their speech is noise.
+Llama 3 and Higgs), `OUT/codec` (config, `model.pth` with HuBERT inside) and `OUT/whisper`. They go through the same
+code as the real ones; their speech is noise.
 """
 
 from __future__ import annotations
@@ -24,7 +24,13 @@ from higgs_tune.shards.errors import run_command
 from higgs_tune.train.model.load import HiggsAudioConfig, HiggsAudioModel
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import nn
-from transformers import DacConfig, HubertConfig, PreTrainedTokenizerFast
+from transformers import (
+    DacConfig,
+    HubertConfig,
+    PreTrainedTokenizerFast,
+    WhisperConfig,
+    WhisperForConditionalGeneration,
+)
 
 # the 256 special tokens of the released tokenizer, in its order (ids 128000 to 128255 there)
 _NAMED_SPECIALS = {
@@ -61,7 +67,7 @@ class ToyConfig:
     """Make the toy checkpoints."""
 
     out: Path
-    """Folder that receives `model` and `codec`."""
+    """Folder that receives `model`, `codec` and `whisper`."""
     chatml: Path = Path("examples/arabic/chatml.json")
     """ChatML file whose texts the tokenizer is trained on."""
     tower: bool = False
@@ -173,6 +179,16 @@ def make_model(config: HiggsAudioConfig, seed: int) -> HiggsAudioModel:
     return model
 
 
+def write_whisper(folder: Path, seed: int) -> None:
+    """A Whisper with random weights, to be attached to a model without a tower; it takes 128 mel bins, as large-v3."""
+    torch.manual_seed(seed)
+    sizes = {"num_mel_bins": 128, "d_model": 64, "vocab_size": 64, "decoder_layers": 1, "encoder_layers": 2}
+    sizes |= {f"{part}_{what}": size for part in ("encoder", "decoder")
+              for what, size in (("attention_heads", 2), ("ffn_dim", 128))}  # fmt: skip
+    tokens = dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id", "decoder_start_token_id"), 0)
+    WhisperForConditionalGeneration(WhisperConfig(**sizes, **tokens)).save_pretrained(folder)
+
+
 def codec_config() -> CodecConfig:
     """The released codec's shape, every width made small; frame rate and code space stay the real ones."""
     acoustic = DacConfig(encoder_hidden_size=4, downsampling_ratios=[8, 5, 4, 2, 3], decoder_hidden_size=64)
@@ -214,15 +230,17 @@ def write_codec(folder: Path, seed: int) -> None:
 
 
 def make_toy(config: ToyConfig) -> None:
-    """Write `OUT/model` and `OUT/codec`."""
+    """Write `OUT/model`, `OUT/codec` and `OUT/whisper`."""
     tokenizer = make_tokenizer(texts_of(config.chatml))
     model = make_model(model_config(tokenizer, **(tower_changes() if config.tower else {})), config.seed)
     model.save_pretrained(config.out / "model")
     tokenizer.save_pretrained(config.out / "model")
     write_codec(config.out / "codec", config.seed)
+    write_whisper(config.out / "whisper", config.seed)
     parameters = sum(p.numel() for p in model.parameters())
     tower = "with a Whisper tower, " if config.tower else ""
-    print(f"toy model ({tower}{parameters / 1e6:.1f} M parameters, {len(tokenizer)} tokens) and codec in {config.out}")
+    made = f"toy model ({tower}{parameters / 1e6:.1f} M parameters, {len(tokenizer)} tokens), codec and Whisper"
+    print(f"{made} in {config.out}")
 
 
 def main() -> None:

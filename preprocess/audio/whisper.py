@@ -15,7 +15,7 @@ from __future__ import annotations
 import hashlib
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -28,6 +28,9 @@ from higgs_tune.shards.format import MEL_TAIL
 from higgs_tune.shards.sequence import MEL_WINDOW, mel_window, tower_frames
 from safetensors import safe_open
 from transformers import WhisperFeatureExtractor
+
+if TYPE_CHECKING:
+    from boson_multimodal.model.higgs_audio.configuration_higgs_audio import HiggsAudioEncoderConfig
 
 RATE_HZ = 16_000
 HOP = 160
@@ -93,22 +96,11 @@ class Tower:
     """A frozen audio tower: boson's `HiggsAudioEncoder` with the weights of a checkpoint."""
 
     def __init__(self, folder: Path, device: str) -> None:
-        from boson_multimodal.model.higgs_audio.configuration_higgs_audio import HiggsAudioEncoderConfig
         from boson_multimodal.model.higgs_audio.modeling_higgs_audio import HiggsAudioEncoder
 
-        weights = _tower_weights(folder)
-        fields = ("num_mel_bins", "encoder_layers", "encoder_attention_heads", "encoder_ffn_dim", "d_model")
-        fields += ("max_source_positions", "scale_embedding", "activation_function")
-        given = _tower_config(folder)
-        config = HiggsAudioEncoderConfig(**{name: given[name] for name in fields if name in given})
-        config._attn_implementation = "sdpa"
+        weights = tower_weights(folder)
         with torch.device("meta"):
-            encoder = HiggsAudioEncoder(config)
-        own = encoder.state_dict()
-        wrong = sorted(own.keys() ^ weights.keys())
-        wrong += [name for name in own.keys() & weights.keys() if own[name].shape != weights[name].shape]
-        if wrong:
-            raise UserError("the audio tower's weights do not fit its config", where=folder, got=few(wrong))
+            encoder = HiggsAudioEncoder(tower_config(folder))
         placed = {name: value.to(device, torch.float32) for name, value in weights.items()}
         encoder.load_state_dict(placed, assign=True)
         self.encoder = encoder.requires_grad_(False).eval()
@@ -125,8 +117,44 @@ class Tower:
         return Features(out_1FC[0, :frames].T.float().cpu().numpy(), frames)
 
 
-def _tower_weights(folder: Path) -> dict[str, torch.Tensor]:
-    """The tower's tensors by the names of `HiggsAudioEncoder`."""
+def tower_config(folder: Path) -> HiggsAudioEncoderConfig:
+    """The config of boson's encoder for a checkpoint's tower, of whatever size.
+
+    Raises:
+        UserError: no checkpoint, or its window is not Whisper's 30 s.
+    """
+    from boson_multimodal.model.higgs_audio.configuration_higgs_audio import HiggsAudioEncoderConfig
+
+    fields = ("num_mel_bins", "encoder_layers", "encoder_attention_heads", "encoder_ffn_dim", "d_model")
+    fields += ("max_source_positions", "scale_embedding", "activation_function")
+    given = _tower_config(folder)
+    config = HiggsAudioEncoderConfig(**{name: given[name] for name in fields if name in given})
+    if config.max_source_positions != MEL_WINDOW // 2:
+        got, expected = config.max_source_positions, f"max_source_positions {MEL_WINDOW // 2}"
+        raise UserError("the audio tower's window is not Whisper's 30 s", where=folder, expected=expected, got=got)
+    config._attn_implementation = "sdpa"
+    return config
+
+
+def tower_weights(folder: Path) -> dict[str, torch.Tensor]:
+    """The tower's tensors by the names of `HiggsAudioEncoder`, as they are stored.
+
+    Raises:
+        UserError: there is no tower, its weights do not fit its config, or are NaN or infinite.
+    """
+    from boson_multimodal.model.higgs_audio.modeling_higgs_audio import HiggsAudioEncoder
+
+    weights = _stored_tower(folder)
+    with torch.device("meta"):
+        own = HiggsAudioEncoder(tower_config(folder)).state_dict()
+    wrong = sorted(own.keys() ^ weights.keys())
+    wrong += [name for name in own.keys() & weights.keys() if own[name].shape != weights[name].shape]
+    if wrong:
+        raise UserError("the audio tower's weights do not fit its config", where=folder, got=few(wrong))
+    return weights
+
+
+def _stored_tower(folder: Path) -> dict[str, torch.Tensor]:
     require_tower(folder)
     weights: dict[str, torch.Tensor] = {}
     for file in weight_files(folder):
@@ -157,7 +185,7 @@ def require_tower(folder: Path) -> None:
 def tower_sha256(folder: Path) -> str:
     """SHA-256 over the tower's tensors in order of their names, for the provenance of its features."""
     digest = hashlib.sha256()
-    for name, value in sorted(_tower_weights(folder).items()):
+    for name, value in sorted(_stored_tower(folder).items()):
         digest.update(f"{name} {value.dtype} {list(value.shape)}\n".encode())
         digest.update(value.contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()

@@ -88,7 +88,7 @@ def fork(request: dict[str, Any], rank: int, port: int) -> int:
     from higgs_tune.train.loop import train
 
     options = dict(request["options"])
-    for name in ("model_path", "output_dir", "audio_tokenizer_path"):
+    for name in ("model_path", "output_dir", "audio_tokenizer_path", "whisper_path"):
         if options.get(name):
             options[name] = Path(options[name])
     options["train_data_dir"] = tuple(options["train_data_dir"])

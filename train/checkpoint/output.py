@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import platform
 import subprocess
 from importlib.metadata import PackageNotFoundError, version
@@ -16,6 +17,7 @@ from higgs_tune.train.model.adapter import adapter_state
 from higgs_tune.train.model.base import base_reference
 from higgs_tune.train.model.fsdp import whole
 from higgs_tune.train.model.load import HiggsAudioModel
+from higgs_tune.train.model.whisper_tower import TOWER_FILE, WhisperTower
 from peft import PeftModel
 from safetensors.torch import save, save_file
 from torch import nn
@@ -91,10 +93,23 @@ def adapter_config_json(peft_model: PeftModel, folder: Path) -> bytes:
     return durable.to_json(config, indent=2)
 
 
-def save_adapter(peft_model: PeftModel, tensors: dict[str, torch.Tensor], folder: Path) -> None:
-    """Write the final adapter, each file atomically."""
+def adapter_texts(peft_model: PeftModel, tower: WhisperTower | None, folder: Path) -> dict[str, bytes]:
+    """The files beside an adapter's tensors: its config, and the reference to an attached Whisper tower.
+
+    Args:
+        folder: the folder that they are written to.
+    """
+    texts = {ADAPTER_CONFIG: adapter_config_json(peft_model, folder)}
+    return texts | ({TOWER_FILE: tower.reference(folder)} if tower else {})
+
+
+def save_adapter(
+    peft_model: PeftModel, tower: WhisperTower | None, tensors: dict[str, torch.Tensor], folder: Path
+) -> None:
+    """Write the final adapter, each file atomically, adapter_config.json last."""
     durable.write_bytes(folder / ADAPTER, save(tensors, metadata={"format": "pt"}))
-    durable.write_bytes(folder / ADAPTER_CONFIG, adapter_config_json(peft_model, folder))
+    for name, text in reversed(adapter_texts(peft_model, tower, folder).items()):
+        durable.write_bytes(folder / name, text)
 
 
 def whole_weights(model: HiggsAudioModel, dtype: torch.dtype) -> dict[str, torch.Tensor]:
@@ -115,4 +130,15 @@ def write_model(folder: Path, config: PretrainedConfig, weights: dict[str, torch
     save_file(weights, temp, metadata={"format": "pt"})
     durable.fsync_file(temp)
     temp.rename(folder / FULL)
-    durable.write_bytes(folder / MODEL_CONFIG, config.to_json_string().encode())
+    durable.write_bytes(folder / MODEL_CONFIG, config_json(config))
+
+
+def config_json(config: PretrainedConfig) -> bytes:
+    """config.json, without the mark that an attention was chosen: transformers would ignore `attn_implementation`."""
+
+    def unmarked(value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        return {name: unmarked(x) for name, x in value.items() if name != "_attn_implementation_autoset"}
+
+    return durable.to_json(unmarked(json.loads(config.to_json_string())), indent=2)

@@ -29,8 +29,9 @@ from higgs_tune.train.checkpoint.output import (
     STOPPED,
 )
 from higgs_tune.train.config import TrainConfig
+from higgs_tune.train.model.whisper_tower import TOWER_FILE
 
-RESULTS = (METRICS, DIAGNOSTICS, ADAPTER, ADAPTER_CONFIG, FULL, MODEL_CONFIG, RECORD, "samples")
+RESULTS = (METRICS, DIAGNOSTICS, ADAPTER, ADAPTER_CONFIG, TOWER_FILE, FULL, MODEL_CONFIG, RECORD, "samples")
 LOCK = ".lock"
 PATIENCE_S = 5.0  # a job that is started again may meet the end of its own last start
 OVERWRITE, RESUME = "--overwrite_output_dir", "--resume_from_checkpoint"

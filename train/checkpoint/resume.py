@@ -23,10 +23,9 @@ from higgs_tune.train.checkpoint.folder import STATE, VERSION, Snapshot, checkpo
 from higgs_tune.train.checkpoint.identity import differences, identity, lora_of_checkpoint
 from higgs_tune.train.checkpoint.output import (
     ADAPTER,
-    ADAPTER_CONFIG,
     FULL,
-    adapter_config_json,
     adapter_tensors,
+    adapter_texts,
     versions,
 )
 from higgs_tune.train.config import TrainConfig
@@ -81,7 +80,7 @@ def snapshot(run: Run, stats: StepStats, written: dict[str, int]) -> Snapshot | 
     texts: dict[str, bytes] = {}
     if isinstance(run.peft_model, PeftModel):
         folder = checkpoint_path(run.config.output_dir, progress.step)
-        texts[ADAPTER_CONFIG] = adapter_config_json(run.peft_model, folder)
+        texts |= adapter_texts(run.peft_model, run.tower, folder)
     if run.record:
         texts[RECORD] = run.record.to_bytes()
     return Snapshot(progress.step, state, tensors, texts)

@@ -13,7 +13,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -181,9 +181,16 @@ class Loader:
         """Special ids of the sets' checkpoint."""
         return self._dataset.sets.sets[0].special_ids
 
-    def peek(self) -> Batch:
-        """The first batch, made in this process; iterating still yields it."""
-        batch = self._dataset[next(iter(self._requests))]
+    def peek(self, features: str | None = None) -> Batch:
+        """The first batch, made in this process; iterating still yields it.
+
+        Args:
+            features: Whisper features of the batch, in place of the run's.
+        """
+        dataset = self._dataset
+        if features is not None:
+            dataset = PackDataset(dataset.sets, replace(self.options, features=features, reference_collate=None))
+        batch = dataset[next(iter(self._requests))]
         if isinstance(batch, LoadFailure):
             raise ShardError(batch.message)
         return batch

@@ -53,7 +53,7 @@ def _base_of(adapter: Path, config: dict[str, Any], flag: str) -> Path:
     named = config.get("base_model_name_or_path")
     if not named:
         raise UserError("the adapter's config names no base checkpoint", where=where, got=named, hint=hint)
-    places = [adapter / named, Path(named), *_recorded_base(adapter)]
+    places = [adapter / named, Path(named), *recorded_places(adapter, "base_model")]
     for place in places:
         if (place / "config.json").is_file():
             return place.resolve() if ".." in place.parts else place.absolute()
@@ -69,11 +69,11 @@ def _base_of(adapter: Path, config: dict[str, Any], flag: str) -> Path:
                         got=named, expected=f"one of {looked}", hint=hint) from error  # fmt: skip
 
 
-def _recorded_base(adapter: Path) -> list[Path]:
-    """Where the run that made an adapter, or the checkpoint that it lies in, had its base."""
+def recorded_places(adapter: Path, name: str) -> list[Path]:
+    """Where the run that made an adapter, or the checkpoint that it lies in, had its `base_model` or `whisper_path`."""
     for file in (adapter / "config.yaml", adapter.parent / "config.yaml"):
         try:
-            return [Path(yaml.safe_load(file.read_text())["resolved"]["base_model"])]
+            return [Path(yaml.safe_load(file.read_text())["resolved"][name])]
         except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError):
             continue
     return []

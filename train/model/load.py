@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 import torch.distributed.tensor  # peft 0.21 uses it without importing it
 from boson_multimodal.model.higgs_audio import HiggsAudioConfig, HiggsAudioModel
+from higgs_tune.preprocess.audio.whisper import tower_config, tower_weights
 from higgs_tune.preprocess.checkpoints.checkpoint import read_config
 from higgs_tune.preprocess.checkpoints.native import NOT_WEIGHTS, boson_weight_name
 from higgs_tune.preprocess.checkpoints.weights import all_finite, weight_files
@@ -48,11 +49,14 @@ class Loaded:
     new_audio_attention: bool
 
 
-def load_config(path: Path) -> HiggsAudioConfig:
+def load_config(path: Path, tower: Path | None = None) -> HiggsAudioConfig:
     """Read and check a checkpoint's config.
 
+    Args:
+        tower: the Whisper checkpoint to attach, as `load_model` does.
+
     Raises:
-        UserError: no config.json, another model, or a switch that this trainer does not know.
+        UserError: no config.json, another model, a switch that this trainer does not know, or a tower of its own.
     """
     config = HiggsAudioConfig(**read_config(path))
     for name, values in _SUPPORTED.items():
@@ -60,28 +64,39 @@ def load_config(path: Path) -> HiggsAudioConfig:
             expected = " or ".join(str(value) for value in values)
             raise UserError(f"unsupported {name}", where=path, expected=expected, got=getattr(config, name))
     config.use_audio_out_self_attention = bool(config.use_audio_out_self_attention)
+    if tower is not None:
+        if not config.skip_audio_tower:
+            raise UserError("the checkpoint has a Whisper tower of its own; no other can be attached", where=path,
+                            expected="skip_audio_tower: true", hint="Leave out --whisper_path.")  # fmt: skip
+        config.skip_audio_tower, config.encode_whisper_embed = False, True
+        config.audio_encoder_config = tower_config(tower)
     config._attn_implementation = "sdpa"
     config.audio_encoder_config._attn_implementation = "sdpa"
     return config
 
 
-def load_model(path: Path, *, device: torch.device, dtype: torch.dtype, audio_attention: bool = False) -> Loaded:
+def load_model(
+    path: Path, *, device: torch.device, dtype: torch.dtype, audio_attention: bool = False, tower: Path | None = None
+) -> Loaded:
     """Load a checkpoint.
 
     Args:
         dtype: of every weight.
         audio_attention: add audio self-attention to the layers with an audio FFN, if the checkpoint has none.
+        tower: a Whisper checkpoint whose encoder becomes the audio tower; its projector is new, and its output zero.
 
     Raises:
         UserError: missing, unexpected or wrong-shaped weights; the message lists them.
     """
-    config = load_config(path)
+    config = load_config(path, tower)
     adding = audio_attention and not config.use_audio_out_self_attention
     config.use_audio_out_self_attention |= audio_attention
     with torch.device("meta"):
         model = HiggsAudioModel(config)
     own = model.state_dict()
     filled, problems = _read_weights(path, own, device, dtype)
+    if tower is not None:
+        filled |= _attached_tower(tower, own, device, dtype)
     missing = {name for name in own if name not in filled}
     if adding:
         missing = {name for name in missing if not _AUDIO_ATTENTION.match(name)}
@@ -126,6 +141,18 @@ def _read_weights(
         except (SafetensorError, OSError) as error:
             raise UserError(f"cannot read weights: {error}", where=file) from error
     return filled, problems
+
+
+def _attached_tower(
+    tower: Path, own: dict[str, torch.Tensor], device: torch.device, dtype: torch.dtype
+) -> dict[str, torch.Tensor]:
+    """Weights of the Whisper tower, and of a projector that maps its output to zero.
+
+    So the features add nothing at first but their positions, and the projector has a gradient from the first step on.
+    """
+    new = {f"audio_tower.{name}": value.to(device, dtype) for name, value in tower_weights(tower).items()}
+    shapes = {name: value.shape for name, value in own.items() if name.startswith("audio_encoder_proj.")}
+    return new | {name: torch.zeros(shape, device=device, dtype=dtype) for name, shape in shapes.items()}
 
 
 def _identity_attention(filled: dict[str, torch.Tensor], config: HiggsAudioConfig) -> dict[str, torch.Tensor]:

@@ -125,8 +125,13 @@ class TrainableOptions:
 
 
 def parameter_group(name: str) -> str:
-    """lora, head or new: parameters with learning rates of their own. `head` is what the checkpoint had already."""
+    """lora, head, projector or new: parameters with learning rates of their own.
+
+    `head` is what the checkpoint had already, `projector` that of Whisper features.
+    """
     if ".lora_" in name:
         return "lora"
+    if "audio_encoder_proj" in name:
+        return "projector"
     kept = "lm_head" in name or "embeddings" in name or ".modules_to_save." in name
-    return "head" if kept and not _NEW.search(name) and "audio_encoder_proj" not in name else "new"
+    return "head" if kept and not _NEW.search(name) else "new"

@@ -10,8 +10,8 @@ audio loss of public trainers fell to 0 while the model learned to copy its inpu
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -68,6 +68,8 @@ class SelfTestResult:
     """Losses and label counts of the self-test.
 
     training_loss: each part's mean loss by the code that trains, without smoothing; it must equal the loss at shift 1.
+    without_features: mean losses by the same code of the same samples without their Whisper features; empty where the
+        model takes none.
     eos_labels, segments: over the batches; there must be one end-of-stream label per segment and codebook.
     """
 
@@ -80,6 +82,7 @@ class SelfTestResult:
     segments: int
     codebooks: int
     text: str
+    without_features: dict[str, float] = field(default_factory=dict)
 
     @property
     def problems(self) -> list[str]:
@@ -117,14 +120,40 @@ class SelfTestResult:
         )
         knows = {part.verdict() for part in self.parts if part.name in ("text", "audio")}
         unsure = ["the checkpoint looks untrained: the self-test cannot tell whether the signal is right"]
-        return [head, *rows, *unsure * (knows == {"cannot tell"}), shares, f"first trained text: {self.text}"]
+        return [
+            head,
+            *rows,
+            *self._features_line(),
+            *unsure * (knows == {"cannot tell"}),
+            shares,
+            f"first trained text: {self.text}",
+        ]
+
+    def _features_line(self) -> list[str]:
+        """The losses with and without Whisper features."""
+        if not self.without_features:
+            return []
+        have = {part.name for part in self.parts}
+        losses = [(part, *(_part_loss(by_name, part) for by_name in (self.training_loss, self.without_features)))
+                  for part in ("text", "audio") if part in have]  # fmt: skip
+        told = "; ".join(f"{part} {given:.3f} with them, {without:.3f} without" for part, given, without in losses)
+        return [f"Whisper features: {told}"]
 
     def to_dict(self) -> dict[str, Any]:
         parts = [asdict(part) | {"losses": [loss if math.isfinite(loss) else None for loss in part.losses]}
                  for part in self.parts]  # fmt: skip
-        training = {name: loss if math.isfinite(loss) else None for name, loss in self.training_loss.items()}
-        values = asdict(self) | {"parts": parts, "training_loss": training}
+        by_name = {
+            losses: {name: loss if math.isfinite(loss) else None for name, loss in getattr(self, losses).items()}
+            for losses in ("training_loss", "without_features")
+        }
+        values = asdict(self) | {"parts": parts, **by_name}
         return values | {"verdicts": {part.name: part.verdict() for part in self.parts}}
+
+
+def _part_loss(by_name: dict[str, float], part: str) -> float:
+    """The text loss, or the mean over codebooks."""
+    losses = [loss for name, loss in by_name.items() if name == part or (part == "audio" and name != "text")]
+    return sum(losses) / len(losses)
 
 
 def raise_if_wrong(result: SelfTestResult) -> None:
@@ -188,11 +217,15 @@ def run_selftest(run: Run, base: Path) -> SelfTestResult:
         trained = training_sums(run, batch)
         with torch.no_grad():
             shifted = run.probe(batch, partial(shifted_sums, **parts))
-        sums = torch.cat([shifted.flatten(), trained])
+        sums = run.context.all_sum(torch.cat([shifted.flatten(), trained]).tolist())
+        without: list[float] = []
+        if run.schedule.features != "none":
+            bare = run.loader.peek(features="none").to(run.context.device)
+            without = run.context.all_sum(training_sums(run, bare).tolist())
     tokenizer = load_tokenizer(base, run.special_ids)
     first = batch["text_labels"][batch["to_sorted"][batch["text_rows"].long()] < batch.lengths[0]]
     text = isolated(tokenizer.decode(first.tolist(), skip_special_tokens=False))
-    return make_result(run.context.all_sum(sums.tolist()), [batch], run.model, text, **parts)
+    return make_result(sums, [batch], run.model, text, without, **parts)
 
 
 @torch.no_grad()
@@ -204,12 +237,20 @@ def training_sums(run: Run, batch: Batch) -> torch.Tensor:
 
 
 def make_result(
-    sums: list[float], batches: Iterable[Batch], model: HiggsAudioModel, text: str, *, with_text: bool, with_audio: bool
+    sums: list[float],
+    batches: Iterable[Batch],
+    model: HiggsAudioModel,
+    text: str,
+    without_features: Sequence[float] = (),
+    *,
+    with_text: bool,
+    with_audio: bool,
 ) -> SelfTestResult:
     """Make the result from the summed losses.
 
     Args:
         sums: flat `shifted_sums`, then `training_sums`, over all batches and ranks.
+        without_features: `training_sums` of the same samples without Whisper features, if they have any.
         batches: the batches of this rank.
         text: the first trained text, decoded.
     """
@@ -226,11 +267,14 @@ def make_result(
         parts.append(PartLosses("audio", tuple(means[:, 1:].mean(1).tolist()), uniform, sum(counts[1:])))
         for name, losses, count in zip(names[1:], means[:, 1:].t().tolist(), counts[1:], strict=True):
             parts.append(PartLosses(name, tuple(losses), uniform, count))
-    training = every[-1 - codebooks :] / table[1, 1].clamp(min=1)
+    labels_1K = table[1, 1].clamp(min=1)
+    training = every[-1 - codebooks :] / labels_1K
+    bare = torch.tensor(without_features, dtype=torch.float64) / labels_1K if without_features else torch.zeros(0)
     eos, labels = model.config.audio_stream_eos_id, [batch["audio_labels_KL"] for batch in batches]
     return SelfTestResult(
         parts=parts,
         training_loss=dict(zip(names, training.tolist(), strict=True)),
+        without_features=dict(zip(names, bare.tolist(), strict=False)),
         positions=sum(batch.positions for batch in batches),
         text_labels=sum(len(batch["text_labels"]) for batch in batches),
         audio_label_rows=sum(label.shape[1] for label in labels),
