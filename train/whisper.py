@@ -66,7 +66,7 @@ def feature_kind(config: TrainConfig, model: HiggsAudioConfig, sets: list[ShardS
         UserError: the model has a tower and a set has no features, or an option needs a tower that is not there.
     """
     if model.skip_audio_tower:
-        hint = "--whisper_path attaches one, with a new projector that trains."
+        hint = "--whisper_path attaches one, with a new audio_encoder_proj that trains."
         for flag in ("train_audio_tower", "train_audio_encoder_proj"):
             if getattr(config.lora, flag):
                 raise UserError(f"--{flag}: the checkpoint has no Whisper tower", where=config.model_path, hint=hint)
