@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from higgs_tune.shards.format import FORMAT_VERSION
+from higgs_tune.shards.layout import LAYOUTS
 from higgs_tune.shards.sequence import SpecialIds
 
 MANIFEST = "manifest.json"
@@ -24,6 +25,7 @@ _SECTIONS: dict[str, Form] = {
     },
     "provenance": {},
 }
+_LAYOUTS: Form = dict.fromkeys(LAYOUTS, int)
 _MODEL: Form = {"special_ids": dict, "codebook_size": (int, type(None)), "text_vocabulary": (int, type(None))}
 _IDS: Form = dict.fromkeys(SpecialIds.__dataclass_fields__, int)
 
@@ -54,6 +56,8 @@ def _faults(manifest: Any) -> Iterator[str]:
         yield "a file is named twice"
     if len(manifest["mel_shards"]) not in (0, len(manifest["shards"])):
         yield f"expected no mel shards or {len(manifest['shards'])}, got {len(manifest['mel_shards'])}"
+    if "layouts" in manifest:  # sets of before have none
+        yield from _object_faults("layouts", manifest["layouts"], _LAYOUTS)
     yield from _provenance_faults(manifest["provenance"])
 
 
