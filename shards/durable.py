@@ -101,18 +101,29 @@ def check_writable(folder: Path, need_bytes: int = 0, file_bytes: int = 1) -> No
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        free = shutil.disk_usage(folder).free
+        check_free(folder, need_bytes)
     except OSError as error:
         raise UserError(f"cannot make the folder: {error.strerror}", where=folder) from error
-    if free < need_bytes:
-        expected, got = f"{need_bytes / 1e9:.2f} GB", f"{free / 1e9:.2f} GB"
-        raise UserError("not enough free disk space", where=folder, expected=expected, got=got)
     try:
         with tempfile.NamedTemporaryFile(dir=folder, prefix=TEMP_PREFIX, buffering=0) as probe:
             probe.write(b"probe")
             _allocate(probe.fileno(), file_bytes)
     except OSError as error:
         raise UserError(f"cannot write: {error.strerror}", where=folder) from error
+
+
+def check_free(folder: Path, need_bytes: int) -> None:
+    """Check the free space of a folder's disk.
+
+    Raises:
+        UserError: it is less than `need_bytes`.
+        OSError: the folder is not there.
+    """
+    free = shutil.disk_usage(folder).free
+    if free < need_bytes:
+        size, unit = (1e9, "GB") if need_bytes >= 1e8 else (1e6, "MB")
+        expected, got = f"{need_bytes / size:.2f} {unit}", f"{free / size:.2f} {unit}"
+        raise UserError("not enough free disk space", where=folder, expected=expected, got=got)
 
 
 def _allocate(fd: int, size: int) -> None:

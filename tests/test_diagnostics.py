@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -50,22 +51,25 @@ def test_predictions_are_those_of_a_naive_loop(toy_tokenizer: PreTrainedTokenize
     assert compared["predicted_text"] == toy_tokenizer.decode([int(likeliest[t - 1]) for t in at])
     assert compared["text"] != compared["predicted_text"]
 
-    wanted, said, right, count = [], [], [0] * 8, [0] * 8
+    right, count = [0] * 8, [0] * 8
     starts = [*inputs["audio_out_ids_start"].tolist(), inputs["audio_out_ids"].shape[1]]
-    own_segments = sum(segment["role"] == "assistant" for segment in samples[0].meta["segments"])
-    for number, (begin, end) in enumerate(zip(starts, starts[1:], strict=False)):  # noqa: RUF007
+    for begin, end in pairwise(starts):
         for t in range(begin, end - 1):
             target = inputs["label_audio_ids"][:, t + 1].tolist()
             predicted = out.audio_logits[t].argmax(-1).tolist()
-            if number < own_segments:
-                wanted.append(target)
-                said.append(predicted)
             for book in range(8):
                 if target[book] >= 0:
                     count[book] += 1
                     right[book] += target[book] == predicted[book]
-    assert compared["codes"] == {"first": wanted[:4], "last": wanted[-4:]}
-    assert compared["predicted_codes"] == {"first": said[:4], "last": said[-4:]}
+    segments = samples[0].meta["segments"]
+    place = next(number for number, segment in enumerate(segments) if segment["role"] == "assistant")
+    frames, before = segments[place]["frames"], sum(segment["frames"] for segment in segments[:place])
+    raw_KT = samples[0].codes_KT[:, before : before + frames]
+    said_KT = np.array([[int(out.audio_logits[k + t, k].argmax()) for t in range(frames + 1)] for k in range(8)])
+    assert compared["frames"] == frames
+    assert compared["codes"] == {"first": raw_KT[:, :5].tolist(), "last": raw_KT[:, -5:].tolist()}
+    assert compared["predicted_codes"] == {"first": said_KT[:, :5].tolist(), "last": said_KT[:, :-1][:, -5:].tolist()}
+    assert compared["predicted_eos"] == said_KT[:, -1].tolist()
     assert compared["accuracy_per_codebook"] == pytest.approx([r / c for r, c in zip(right, count, strict=True)])
     assert 0 < sum(right) < sum(count)
 

@@ -26,7 +26,7 @@ MAY_IMPORT = {
 SOURCES = [path for folder in MAY_IMPORT for path in sorted((ROOT / folder).rglob("*.py"))]
 # train's rooms from the ground floor up; a room imports from itself and from the floors below
 FLOORS = (
-    ("presets", "dist", "set_checks"),
+    ("presets", "dist", "set_checks", "eval_sets"),
     ("options",),
     ("config", "data"),
     ("arguments", "model"),
@@ -37,6 +37,7 @@ FLOORS = (
     ("whisper",),
     ("resolve",),
     ("build", "step", "run_io"),
+    ("validate",),
     ("loop", "export", "toy"),
     ("__main__",),
 )

@@ -78,6 +78,7 @@ def test_chunked_cross_entropy(smoothing: float, chunk_rows: int, monkeypatch: p
             float(naive_cross_entropy(logits.detach(), ends, alone, smoothing)), rel=1e-4
         )
     assert stats[3].tolist() == (labels == marked).sum(0).tolist()
+    assert stats[4].tolist() == ((logits.argmax(-1) == labels) & (labels == marked)).sum(0).tolist()
 
 
 @pytest.fixture(scope="module")

@@ -52,7 +52,7 @@ ELSEWHERE = {
     "logging_strategy": "--logging_steps N writes every N steps.",
     "logging_dir": "TensorBoard's files stand in OUTPUT_DIR/tensorboard.",
     "load_best_model_at_end": "The best by validation is kept as OUTPUT_DIR/best-STEP.",
-    "metric_for_best_model": "The best by validation loss is kept as OUTPUT_DIR/best-STEP.",
+    "metric_for_best_model": "Here it is --best_by NAME:metric.",
     "warmup_ratio": "--warmup_steps N; by default 3 % of all steps.",
     "lr": "Here it is --learning_rate.",
     "lora_rank": "Here it is --lora_r.",
@@ -70,7 +70,7 @@ ELSEWHERE = {
     "train_data_file": "Here it is --train_data_dir: shard sets that higgs-preprocess made.",
     "train_file": "Here it is --train_data_dir: shard sets that higgs-preprocess made.",
     "data_dir": "Here it is --train_data_dir.",
-    "eval_data_dir": "--val_fraction holds samples out of --train_data_dir.",
+    "eval_dataset": "Here it is --eval_data_dir NAME=SHARDS.",
     "num_epochs": "Here it is --num_train_epochs.",
     "epochs": "Here it is --num_train_epochs.",
     "max_train_steps": "Here it is --max_steps.",
@@ -114,8 +114,27 @@ def parse_arguments(arguments: list[str]) -> TrainConfig:
     from_file = arguments_of_file(given.config) if given.config else []
     flat = (tyro.conf.OmitArgPrefixes,)
     about = f"{TrainConfig.__doc__} --config FILE.yaml gives options by their names; flags win over it."
-    config = tyro.cli(TrainConfig, prog=PROG, description=about, args=from_file + rest, config=flat)
+    config = tyro.cli(TrainConfig, prog=PROG, description=about, args=tracker_names(from_file + rest), config=flat)
     return config.with_home().validate()
+
+
+def tracker_names(arguments: list[str]) -> list[str]:
+    """The arguments with the names after `--report_to` in lower case, apart, and each once."""
+    written: list[str] = []
+    named: set[str] | None = None  # those after the last --report_to
+    for argument in arguments:
+        if argument.startswith("--"):
+            flag, _, value = argument.partition("=")
+            named = set() if _name_of(argument) == "report_to" else None
+            written.append(argument if named is None else flag)
+        else:
+            value = argument
+            written += [argument] if named is None else []
+        if named is not None:
+            new = [name for name in dict.fromkeys(value.lower().split(",")) if name and name not in named]
+            named.update(new)
+            written += new
+    return written
 
 
 def _name_of(argument: str) -> str:

@@ -10,6 +10,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from higgs_tune.shards.bounds import Bound, bounds_of, check_bound
 from higgs_tune.shards.errors import UserError
+from higgs_tune.train.eval_sets import AUDIO_ONLY, HELD_OUT, parse_guard, parse_metric, parse_sets
 from higgs_tune.train.options import (
     CheckpointArgs,
     DataArgs,
@@ -71,6 +72,10 @@ class TrainConfig:
         expanded["train_data_dir"] = tuple(
             str(Path(name).expanduser()) if name.startswith("~") else name for name in self.train_data_dir
         )
+        expanded["eval_data_dir"] = tuple(
+            f"{name}={Path(location).expanduser()}" if location.startswith("~") else f"{name}{equals}{location}"
+            for name, equals, location in (text.partition("=") for text in self.validation.eval_data_dir)
+        )
         return TrainConfig.of(**(values | expanded))
 
     @property
@@ -113,6 +118,7 @@ class TrainConfig:
                  "names or a regular expression", "all-linear", hint)  # fmt: skip
         trackers = self.reports.report_to
         _require(not ("none" in trackers and len(trackers) > 1), "--report_to none stands alone", "none", trackers)
+        self._check_evaluation()
         validation = self.validation
         _require(validation.val_fraction is not None or validation.val_by == "sample", "--val_by needs --val_fraction",
                  "a share to hold out", None)  # fmt: skip
@@ -124,6 +130,23 @@ class TrainConfig:
                      "--contrastive_loss_weight 0", self.loss.contrastive_loss_weight, hint)  # fmt: skip
             _require(not self.loss.train_on_reference, "--forward reference cannot --train_on_reference",
                      "--forward packed", "reference", hint)  # fmt: skip
+
+    def _check_evaluation(self) -> None:
+        """Refuse metrics and guards of sets that are not there, and those that the stage does not compute."""
+        validation = self.validation
+        known = [HELD_OUT, *parse_sets(validation.eval_data_dir)]
+        asked = [("--guard", parse_guard(text).metric) for text in validation.guard]
+        if validation.best_by is not None:
+            asked.append(("--best_by", parse_metric("--best_by", validation.best_by)))
+        for flag, metric in asked:
+            _require(validation.eval_steps != 0, f"{flag} needs validation", "--eval_steps above 0", 0)
+            _require(metric.set_name in known, f"{flag}: no evaluation set {metric.set_name}", ", ".join(known), metric,
+                     "--eval_data_dir NAME=SHARDS names one.")  # fmt: skip
+            absent = (metric.metric in AUDIO_ONLY and not self.with_audio) or (
+                metric.metric.startswith("text") and not self.loss.text_loss_weight
+            )
+            _require(not absent, f"{flag}: {self.training_stage} computes no {metric.metric} with these options",
+                     "a metric of a loss that trains", metric)  # fmt: skip
 
 
 def _require(condition: bool, what: str, expected: str, got: object, hint: str = "") -> None:

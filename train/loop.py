@@ -6,7 +6,6 @@ Guarantees: all ranks take every step, validation and save together (test_faults
 
 from __future__ import annotations
 
-import math
 import time
 from contextlib import closing, nullcontext
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ from higgs_tune.shards.durable import check_writable, to_json, write_bytes
 from higgs_tune.shards.errors import UserError
 from higgs_tune.train.build import build_run, checkpoint_bytes, describe_run
 from higgs_tune.train.checkpoint.find import find_checkpoint, keep_lora_options
-from higgs_tune.train.checkpoint.folder import VERSION, Saver, Snapshot
+from higgs_tune.train.checkpoint.folder import Saver
 from higgs_tune.train.checkpoint.output import STOPPED
 from higgs_tune.train.checkpoint.output_folder import check_apart, claimed, earlier_files, remove_files, size_of
 from higgs_tune.train.checkpoint.resume import changed_options
@@ -37,11 +36,12 @@ from higgs_tune.train.monitor.logger import MetricsLogger
 from higgs_tune.train.monitor.profiling import StepProfiler
 from higgs_tune.train.monitor.samples import SampleGenerator
 from higgs_tune.train.monitor.selftest import SelfTestResult, raise_if_wrong, run_selftest
+from higgs_tune.train.monitor.system import SystemMonitor
 from higgs_tune.train.resolve import Inputs, input_folders, resolve_inputs
 from higgs_tune.train.run_io import (
     RunIO,
-    final_weights,
     finish_saves,
+    make_watch,
     queue_metrics,
     report_pending,
     save,
@@ -51,6 +51,7 @@ from higgs_tune.train.run_io import (
 )
 from higgs_tune.train.state import Run, StepStats
 from higgs_tune.train.step import take_batches, train_step
+from higgs_tune.train.validate import validate, validate_base
 
 DRY_STEPS = 2
 
@@ -99,7 +100,9 @@ def _train(config: TrainConfig, context: DistContext) -> None:
             remove_files(earlier, folders | resumed)
             save_records(run, inputs, selftest)
             run_io.logger = MetricsLogger(config, run.total_steps, run.progress.step, state.get("written"))
-            run_io.saver = Saver(config.output_dir, config.checkpoints.save_total_limit)
+            run_io.saver = Saver(config.output_dir, config.checkpoints.save_total_limit, run_io.say)
+            run_io.system = SystemMonitor(config.output_dir, context.device)
+            run_io.watch = make_watch(run)
             if config.reports.profile:
                 run_io.profiler = StepProfiler(config.output_dir / "profile", context.device)
         # 5. take the steps
@@ -140,8 +143,7 @@ def self_test(run: Run, base: Path) -> SelfTestResult:
 def run_steps(run: Run, run_io: RunIO, stats: StepStats) -> None:
     """Take every step that is left, with its reports, validations, samples and checkpoints."""
     config, progress = run.config, run.progress
-    if progress.step == 0 and run_io.validation.every:
-        run_io.report(run_io.validation.run(run, base=True))
+    validate_base(run, run_io)
     if run_io.sample_generator:
         run_io.sample_generator.begin()
     stats.began = Timestamp(run.context.device)
@@ -184,16 +186,14 @@ def pause(run: Run, run_io: RunIO, stats: StepStats) -> bool:
         return False
     report_pending(run, run_io)
     with stats.pauses.timed():
-        stops = validates and validate(run, run_io)
+        stops = validate(run, run_io) if validates else ""
         if run_io.sample_generator and (samples or stops):
             generate_samples(run, run_io, run_io.sample_generator)
     if saves or (stops and config.checkpoints.save_steps):
         save(run, run_io, stats)
     if stops:
-        best, at = progress.best_loss, progress.best_step
-        outcome = "no finite loss" if best is None else f"best loss {best:.4f} at {at}"
-        run_io.say(f"stopped early at step {step}: {outcome}")
-    return stops
+        run_io.say(f"stopped early at step {step}: {stops}")
+    return bool(stops)
 
 
 @dataclass(frozen=True)
@@ -262,26 +262,6 @@ def stop_run(run: Run, run_io: RunIO, *, interrupt: bool) -> NoReturn:
     if run.context.is_main and not interrupt:
         write_bytes(run.config.output_dir / STOPPED, to_json({"exit_code": exit_code, "step": step}))
     raise Stopped(message, exit_code)
-
-
-def validate(run: Run, run_io: RunIO) -> bool:
-    """Validate, and save the best weights; returns whether to stop early. All ranks return the same."""
-    config, progress = run.config, run.progress
-    metrics = run_io.validation.run(run)
-    run_io.report(metrics)
-    loss = float(metrics["loss"])
-    if not math.isfinite(loss):
-        run_io.say(f"warning: the validation loss at step {progress.step} is not finite")
-        progress.stale += 1
-    elif progress.best_loss is None or loss < progress.best_loss - config.validation.early_stopping_threshold:
-        progress.best_loss, progress.best_step, progress.stale = loss, progress.step, 0
-        tensors, texts = final_weights(run)
-        if run_io.saver:
-            state = {"version": VERSION, "step": progress.step, "metrics": metrics}
-            run_io.saver.best(Snapshot(progress.step, state, tensors, texts))
-    else:
-        progress.stale += 1
-    return 0 < config.validation.early_stopping_patience <= progress.stale
 
 
 def generate_samples(run: Run, run_io: RunIO, generator: SampleGenerator) -> None:

@@ -27,6 +27,8 @@ def loss_metrics(sums: LossSums, options: LossOptions) -> dict[str, Any]:
         "audio_loss": audio,
         "audio_loss_per_codebook": means[1:] if options.with_audio else None,
         "eos_loss": _ratios([float(sums.eos_cross_entropy.sum())], [float(sums.eos_labels.sum())])[0],
+        "eos_labels": int(sums.eos_labels.sum()),
+        "eos_accuracy": _ratios([float(sums.eos_correct.sum())], [float(sums.eos_labels.sum())])[0],
         "text_accuracy": accuracies[0],
         "audio_accuracy": _ratios([sum(correct[1:])], [sum(labels[1:])])[0],
         "audio_accuracy_per_codebook": accuracies[1:] if options.with_audio else None,

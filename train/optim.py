@@ -51,11 +51,15 @@ def learning_rates(options: OptimArgs, total_steps: int, kind: str = "lora") -> 
         kind: the group of parameters.
     """
     given = options.projector_warmup_steps if kind == "projector" else None
-    given = options.warmup_steps if given is None else given
-    warmup = math.ceil(0.03 * total_steps) if given is None else given
+    warmup = warmup_of(options, total_steps) if given is None else given
     decay = max(1, math.ceil(options.lr_decay_fraction * total_steps))
     shape = partial(SHAPES[options.lr_scheduler_type], total=total_steps, decay=decay)
     return partial(share_of_peak, warmup=warmup, total=total_steps, shape=shape)
+
+
+def warmup_of(options: OptimArgs, total_steps: int) -> int:
+    """Steps of linear warm-up."""
+    return math.ceil(0.03 * total_steps) if options.warmup_steps is None else options.warmup_steps
 
 
 def set_rates(optimizer: AdamW, options: OptimArgs, total_steps: int, step: int) -> None:

@@ -223,11 +223,21 @@ class ValidationArgs:
     val_by: Literal["sample", "speaker"] = "sample"
     """What is held out with --val_fraction: samples, or speakers with all of theirs."""
     eval_steps: Annotated[int | None, AT_LEAST_0] = None
-    """Steps between validations; by default 500 where the sets have a validation split. 0: never."""
+    """Steps between validations; by default 500 where there is a validation split or an --eval_data_dir. 0: never."""
+    eval_data_dir: tuple[str, ...] = ()
+    """More sets to validate on, as NAME=SHARDS; the training sets' own split is called held_out."""
+    best_by: str | None = None
+    """NAME:metric that chooses the best checkpoint (loss, text_loss, audio_loss, eos_loss, text_accuracy,
+    audio_accuracy, eos_accuracy); by default the loss of held_out, or of the first --eval_data_dir."""
+    guard: tuple[str, ...] = ()
+    """NAME:metric:tolerance: a metric that may get worse than the base model's by at most the tolerance, such as
+    old:loss:0.1 on a set of the languages that must not be forgotten."""
+    guard_action: Literal["warn", "stop"] = "warn"
+    """What to do when a --guard is broken: warn, or stop the run after a warning."""
     early_stopping_patience: Annotated[int, AT_LEAST_0] = 0
-    """Stop after this many validations without a better loss; 0: never."""
+    """Stop after this many validations without a better --best_by; 0: never."""
     early_stopping_threshold: Annotated[float, AT_LEAST_0] = 0.0
-    """How much lower a loss must be to count as better."""
+    """How much better it must be to count as better."""
     sample_steps: Annotated[int, AT_LEAST_0] = 0
     """Steps between samples of generated speech; 0: never."""
     num_samples: Annotated[int, AT_LEAST_1] = 4
@@ -245,10 +255,12 @@ class ReportArgs:
     logging_steps: Annotated[int, AT_LEAST_1] = 10
     """Steps between two lines of metrics.jsonl."""
     diagnostics_steps: Annotated[int, AT_LEAST_0] = 0
-    """Steps between two looks at predictions, gradients and updates; 0: never."""
+    """Steps between two looks at predictions in training, gradients and updates; 0: never. Every validation shows
+    predictions by itself."""
     profile: bool = False
     """Write a trace of three early steps, and print where they go."""
     report_to: tuple[Literal["tensorboard", "wandb", "trackio", "none"], ...] = ("tensorboard",)
-    """Trackers besides metrics.jsonl; none: metrics.jsonl alone. wandb and trackio are optional extras."""
+    """Trackers besides metrics.jsonl, apart by spaces or commas; none: metrics.jsonl alone. wandb and trackio are
+    optional extras."""
     run_name: str | None = None
     """Name of the run in those trackers; by default that of the output folder."""

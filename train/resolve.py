@@ -5,6 +5,7 @@ Each function checks that its inputs fit together and names what does not, befor
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -19,6 +20,7 @@ from higgs_tune.train.config import TrainConfig
 from higgs_tune.train.data.loader import LoaderOptions
 from higgs_tune.train.data.sampler import Schedule
 from higgs_tune.train.dist.context import DistContext
+from higgs_tune.train.eval_sets import parse_guard, parse_metric, parse_sets
 from higgs_tune.train.model.adapter import read_adapter, read_adapter_config
 from higgs_tune.train.model.base import resolve_model
 from higgs_tune.train.model.load import Loaded, load_config
@@ -67,12 +69,15 @@ def resolve_inputs(config: TrainConfig, context: DistContext) -> Inputs:
     tower = resolve_tower(config, adapter)
     model_config = load_config(base, tower.folder if tower else None)
     weight_files(base)  # this and the line after the sets refuse what would else fail after minutes of loading
-    sets = open_sets(config, base)
+    sets = open_sets(config, base, config.train_data_dir)
+    names = parse_sets(config.validation.eval_data_dir)
+    named = dict(zip(names, open_sets(config, base, names.values()), strict=True))
+    every_set = [*sets, *named.values()]
     load_tokenizer(base, sets[0].special_ids)
     if config.training_stage == "stage1" and not config.loss.allow_textless_stage1:
         require_text(sets, base)
-    require_one_codec(sets)
-    features = resolve_features(config, model_config, sets, tower, base, adapter)
+    require_one_codec(every_set)
+    features = resolve_features(config, model_config, every_set, tower, base, adapter)
     if features == "none" and context.is_main:
         say_unused_features(sets)
     if config.loss.contrastive_loss_weight and config.with_audio:
@@ -88,9 +93,8 @@ def resolve_inputs(config: TrainConfig, context: DistContext) -> Inputs:
         features=features,
     )
     loading = loader_options(config, context, features, model_config.pad_token_id)
-    validation = Validation(schedule, loading, config.validation.eval_steps)
-    if config.validation.early_stopping_patience and not validation.every:
-        raise UserError("--early_stopping_patience needs validation", expected="a validation split, and --eval_steps")
+    validation = Validation(schedule, loading, config.validation.eval_steps, named)
+    check_evaluation(config, validation)
     check_trackers(config.reports.report_to)
     if config.validation.sample_steps:
         codec_path(config.validation.audio_tokenizer_path, sets)
@@ -112,17 +116,37 @@ def input_folders(config: TrainConfig, inputs: Inputs) -> dict[str, Path]:
         folders |= {f"the {name} that {shards.location} was made with": Path(path) for name, path in made_from.items()}
         if "://" not in shards.location:
             folders[f"--train_data_dir {shards.location}"] = Path(shards.location)
+    for name, location in parse_sets(config.validation.eval_data_dir).items():
+        if "://" not in location:
+            folders[f"--eval_data_dir {name}"] = Path(location)
     return folders
 
 
-def open_sets(config: TrainConfig, base: Path) -> list[ShardSet]:
-    """The shard sets to train on.
+def check_evaluation(config: TrainConfig, validation: Validation) -> None:
+    """Refuse options of validation where there is nothing to validate on.
+
+    Raises:
+        UserError: names the option.
+    """
+    options = config.validation
+    if options.early_stopping_patience and not validation.every:
+        raise UserError("--early_stopping_patience needs validation", expected="a validation split, and --eval_steps")
+    asked = [("--guard", parse_guard(text).metric) for text in options.guard]
+    asked += [("--best_by", parse_metric("--best_by", options.best_by))] if options.best_by else []
+    for flag, metric in asked:
+        if metric.set_name not in validation.names:
+            hint = "--val_fraction 0.05 holds samples out."
+            raise UserError(f"{flag} {metric}: no sample is held out", expected="a validation split", hint=hint)
+
+
+def open_sets(config: TrainConfig, base: Path, locations: Iterable[str]) -> list[ShardSet]:
+    """The shard sets at some locations.
 
     Raises:
         UserError: a set was made for another tokenizer or other special ids.
     """
     sets, have = (
-        [ShardSet(location, config.data.cache()) for location in config.train_data_dir],
+        [ShardSet(location, config.data.cache()) for location in locations],
         describe_checkpoint(base),
     )
     if config.validation.val_fraction is not None:

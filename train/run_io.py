@@ -39,8 +39,10 @@ from higgs_tune.train.monitor.logger import MetricsLogger
 from higgs_tune.train.monitor.profiling import StepProfiler
 from higgs_tune.train.monitor.samples import SampleGenerator
 from higgs_tune.train.monitor.selftest import SelfTestResult
+from higgs_tune.train.monitor.system import SystemMonitor
 from higgs_tune.train.monitor.validation import Validation
-from higgs_tune.train.optim import reported_rates
+from higgs_tune.train.monitor.watch import CollapseWatch
+from higgs_tune.train.optim import reported_rates, warmup_of
 from higgs_tune.train.record import make_record
 from higgs_tune.train.resolve import Inputs
 from higgs_tune.train.state import Run, StepStats
@@ -68,8 +70,8 @@ class PendingMetrics:
 class RunIO:
     """Everything around the steps.
 
-    logger, saver: on rank 0 only. sample_generator: where samples are generated. frozen: fingerprints of the
-    parameters that must not change. collect_garbage: called after each step with its number. saved_at: by
+    logger, saver, system, watch: on rank 0 only. sample_generator: where samples are generated. frozen: fingerprints of
+    the parameters that must not change. collect_garbage: called after each step with its number. saved_at: by
     `time.monotonic`.
     """
 
@@ -79,6 +81,8 @@ class RunIO:
     stop: StopSignal
     logger: MetricsLogger | None = None
     saver: Saver | None = None
+    system: SystemMonitor | None = None
+    watch: CollapseWatch | None = None
     sample_generator: SampleGenerator | None = None
     profiler: StepProfiler | None = None
     pending: PendingMetrics | None = None
@@ -87,9 +91,16 @@ class RunIO:
     saved_step: int = 0
 
     def report(self, metrics: dict[str, object]) -> None:
-        """Write and show metrics, on rank 0."""
+        """Write and show metrics, and what the watch says of them, on rank 0."""
         if self.logger:
             self.logger.log(metrics)
+            for name, message in self.watch.look(metrics) if self.watch else ():
+                self.warn(name, message)
+
+    def warn(self, name: str, message: str) -> None:
+        """Write and show a warning, on rank 0."""
+        if self.logger:
+            self.logger.warn(name, message)
 
     def say(self, text: str) -> None:
         """Show a line, on rank 0."""
@@ -118,6 +129,12 @@ def save_records(run: Run, inputs: Inputs, selftest: SelfTestResult | None) -> N
         durable.write_bytes(folder / SELFTEST, durable.to_json(selftest.to_dict(), indent=1) + b"\n")
 
 
+def make_watch(run: Run) -> CollapseWatch:
+    """The collapse watch of a run."""
+    model = run.model
+    return CollapseWatch(model.vocab_size, model.audio_codebook_size, warmup_of(run.config.optim, run.total_steps))
+
+
 def queue_metrics(run: Run, stats: StepStats, norm: torch.Tensor) -> PendingMetrics:
     """End a logging interval without waiting for the device."""
     step = run.progress.step
@@ -138,11 +155,11 @@ def report_pending(run: Run, run_io: RunIO) -> None:
     On a GPU this is called once the next step is queued, so that the device works while the host waits for the numbers.
     """
     if run_io.pending:
-        run_io.report(summarise(run, run_io.pending))
+        run_io.report(summarise(run, run_io.pending, run_io.system))
         run_io.pending = None
 
 
-def summarise(run: Run, pending: PendingMetrics) -> dict[str, object]:
+def summarise(run: Run, pending: PendingMetrics, system: SystemMonitor | None = None) -> dict[str, object]:
     """Sum an interval over all ranks and name its numbers. Waits for the device; all ranks call this together."""
     context, stats = run.context, pending.stats
     *packed, norm = pending.values.wait().tolist()
@@ -167,6 +184,7 @@ def summarise(run: Run, pending: PendingMetrics) -> dict[str, object]:
         "bad_steps": run.bad_steps.count,
         "step_time_s": elapsed_s / stats.steps,
         "max_memory_gb": max_memory_gb(context.device),
+        **(system.read() if system else {}),
         **({"mfu": flops / elapsed_s / context.world.size / peak} if peak else {}),
     }
 

@@ -74,15 +74,16 @@ class StepStats:
 class Progress:
     """How far a run has come.
 
-    step: optimizer steps done. cursor: the next pack. best_loss, best_step: the best validation. stale: validations
-    since the best one.
+    step: optimizer steps done. cursor: the next pack. best_value, best_step: the best validation. stale: validations
+    since the best one. base_metrics: of the base model, by `NAME:metric`.
     """
 
     step: int = 0
     cursor: Cursor = field(default_factory=Cursor)
-    best_loss: float | None = None
+    best_value: float | None = None
     best_step: int = 0
     stale: int = 0
+    base_metrics: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass

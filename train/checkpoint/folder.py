@@ -12,9 +12,8 @@ from __future__ import annotations
 import json
 import re
 import shutil
-import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -71,6 +70,7 @@ def write_checkpoint(folder: Path, snapshot: Snapshot) -> None:
         for leftover in (temp, old):
             shutil.rmtree(leftover, ignore_errors=True)
         temp.mkdir(parents=True)
+        _check_free(folder, snapshot)
         for name, tensors in snapshot.tensors.items():
             save_file(tensors, temp / name, metadata={"format": "pt"})
         for name, text in (snapshot.texts | {STATE: durable.to_json(snapshot.state, indent=1)}).items():
@@ -94,6 +94,12 @@ def write_checkpoint(folder: Path, snapshot: Snapshot) -> None:
     except BaseException:
         shutil.rmtree(temp, ignore_errors=True)
         raise
+
+
+def _check_free(folder: Path, snapshot: Snapshot) -> None:
+    """Raise UserError if the disk has no room for a snapshot."""
+    tensors = sum(value.nbytes for named in snapshot.tensors.values() for value in named.values())
+    durable.check_free(folder.parent, tensors + sum(map(len, snapshot.texts.values())))
 
 
 def _compare(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
@@ -197,10 +203,11 @@ class Saver:
     Args:
         folder: the run's output folder.
         keep: number of checkpoints to keep; None: all.
+        say: shows a line for each save; called in the thread that writes.
     """
 
-    def __init__(self, folder: Path, keep: int | None) -> None:
-        self.folder, self.keep = folder, keep
+    def __init__(self, folder: Path, keep: int | None, say: Callable[[str], None] = lambda _: None) -> None:
+        self.folder, self.keep, self.say = folder, keep, say
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="save")
         self._pending: list[Future[None]] = []
 
@@ -230,15 +237,25 @@ class Saver:
             save.exception()
 
     def _write(self, path: Path, snapshot: Snapshot) -> None:
+        began = time.monotonic()
         try:
             write_checkpoint(path, snapshot)
         except UserError as error:
-            print(f"warning: {error}; trying once more", file=sys.stderr, flush=True)
+            self.say(f"warning: {error}; trying once more")
             time.sleep(RETRY_AFTER_S)
             write_checkpoint(path, snapshot)
+        self._announce(path, time.monotonic() - began)
         if path.name.startswith("best-"):
             for older in self.folder.glob("best-*"):
                 if older != path:
                     remove(older)
         else:
             prune(path, self.keep)
+
+    def _announce(self, path: Path, seconds: float) -> None:
+        """One line about a save, and a warning where the disk has no room for two more."""
+        size = sum(file.stat().st_size for file in path.iterdir())
+        free = shutil.disk_usage(path).free
+        self.say(f"saved {path}: {size / 1e6:,.1f} MB in {seconds:.1f} s, verified; {free / 1e9:.1f} GB of disk free")
+        if free < 2 * size:
+            self.say(f"warning: {free / 1e9:.2f} GB of disk are free, and a checkpoint takes {size / 1e9:.2f} GB")

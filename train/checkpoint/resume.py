@@ -64,9 +64,11 @@ def snapshot(run: Run, stats: StepStats, written: dict[str, int]) -> Snapshot | 
         "ranks": run.context.world.size,
         "packs_per_step": run.schedule.packs_per_step,
         "bad_steps": run.bad_steps.count,
-        "best_loss": progress.best_loss,
+        "best_by": run.config.validation.best_by,
+        "best_value": progress.best_value,
         "best_step": progress.best_step,
         "stale": progress.stale,
+        "base_metrics": progress.base_metrics,
         "learning_rate_share": run.rate_share,
         "written": written,
         "identity": identity(run),
@@ -101,8 +103,10 @@ def restore(run: Run, folder: Path, stats: StepStats) -> dict[str, Any]:
         hint = "--resume_anyway resumes all the same." if fits else "Its weights do not fit this model."
         raise UserError(f"the checkpoint is of another run: {'; '.join(changed)}", where=folder, hint=hint)
     progress = run.progress
-    progress.step, progress.stale = state["step"], state["stale"]
-    progress.best_loss, progress.best_step = state["best_loss"], state["best_step"]
+    progress.step, progress.base_metrics = state["step"], state.get("base_metrics", {})
+    if state.get("best_by") == run.config.validation.best_by:  # else the best of another metric says nothing
+        progress.best_value, progress.best_step = state.get("best_value"), state["best_step"]
+        progress.stale = state["stale"]
     run.bad_steps.count = state["bad_steps"]
     _restore_weights(run, folder)
     _restore_optimizer(run, folder)
@@ -112,7 +116,8 @@ def restore(run: Run, folder: Path, stats: StepStats) -> dict[str, Any]:
     if same_ranks:
         states = {name.removeprefix("rng."): v[rank] for name, v in ranks.items() if name.startswith("rng.")}
         restore_rng(states, run.context.device)
-    if same_ranks or run.context.is_main:
+    fits = ranks["window"].shape[-1] == len(stats.packed_sums)  # an earlier version counted less
+    if fits and (same_ranks or run.context.is_main):
         stats.packed_sums += (ranks["window"][rank] if same_ranks else ranks["window"].sum(0)).to(
             stats.packed_sums.device
         )

@@ -103,7 +103,7 @@ class Schedule:
             UserError: a sample is longer than a pack.
         """
         return [
-            _plan_input(shards, int(start), weight, self.features, self.tokens_per_pack, validation=validation)
+            plan_input(shards, int(start), weight, self.features, self.tokens_per_pack, validation=validation)
             for shards, start, weight in zip(self.sets.sets, self.sets.starts[:-1], self.mix_weights, strict=True)
         ]
 
@@ -148,10 +148,18 @@ class Schedule:
             cursor = self.after(cursor)
 
 
-def _plan_input(
-    shards: ShardSet, start: int, weight: float, features: str, tokens_per_pack: int, *, validation: bool
+def plan_input(
+    shards: ShardSet, start: int, weight: float, features: str, tokens_per_pack: int, *, validation: bool | None
 ) -> PlanInput:
-    rows = shards.rows_of(validation=validation)
+    """The samples of a set as input of a plan.
+
+    Args:
+        start: number of the set's first row. validation: the validation or the training split; None: all.
+
+    Raises:
+        UserError: a sample is longer than a pack.
+    """
+    rows = np.arange(len(shards)) if validation is None else shards.rows_of(validation=validation)
     lengths = np.asarray(shards.index["tokens"][rows], np.int64)
     if features != "none":
         lengths = lengths + shards.index["mel_tokens"][rows]

@@ -66,8 +66,8 @@ class _HeadCrossEntropy(torch.autograd.Function):
 
     Args of `apply`: hidden [n, H]; head weight [K * V, H]; targets int [n, K], -100 for none; label weights [K];
     label smoothing; a class whose loss is summed apart (end of stream), or -1.
-    Returns: the weighted sum (differentiable); [4, K]: sums of the cross entropies, right predictions, sums over
-    targets of the marked class, number of such targets.
+    Returns: the weighted sum (differentiable); [5, K]: sums of the cross entropies, right predictions, sums over
+    targets of the marked class, number of such targets, right predictions of them.
     """
 
     @staticmethod
@@ -85,14 +85,14 @@ class _HeadCrossEntropy(torch.autograd.Function):
         grad_hidden = torch.empty_like(hidden_nH) if need_hidden else None
         grad_head = torch.zeros_like(head_VH, dtype=torch.float32) if need_head else None
         head_used_VH = head_VH.to(hidden_nH.dtype)
-        stats_4K = torch.zeros(4, codebooks, device=hidden_nH.device)
+        stats_5K = torch.zeros(5, codebooks, device=hidden_nH.device)
         step = max(1, CHUNK_ELEMENTS // len(head_VH))
         for start in range(0, len(hidden_nH), step):
             rows_nH = hidden_nH[start : start + step]
             target_nK = targets_nK[start : start + step].long()
             logits_nV = product(rows_nH, head_used_VH).float()
-            log_share_nKV, part_4K = _label_losses(logits_nV, target_nK, smoothing, marked)
-            stats_4K += part_4K
+            log_share_nKV, part_5K = _label_losses(logits_nV, target_nK, smoothing, marked)
+            stats_5K += part_5K
             if need_hidden or need_head:
                 labelled_nK, index_nK1 = target_nK >= 0, target_nK.clamp(min=0)[..., None]
                 grad_nKV = log_share_nKV.exp_()
@@ -106,8 +106,8 @@ class _HeadCrossEntropy(torch.autograd.Function):
                     grad_head += (grad_nV.t() @ rows_nH).float()
         ctx.save_for_backward(*(grad for grad in (grad_hidden, grad_head) if grad is not None))
         ctx.head_dtype = head_VH.dtype
-        ctx.mark_non_differentiable(stats_4K)
-        return (stats_4K[0] * weights_K).sum(), stats_4K
+        ctx.mark_non_differentiable(stats_5K)
+        return (stats_5K[0] * weights_K).sum(), stats_5K
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
@@ -122,7 +122,7 @@ class LossSums:
     """Sums over labels, not divided by anything, so that they can be added over packs, steps and ranks.
 
     cross_entropy, correct, labels: [1 + K], of text, then of each codebook.
-    eos_cross_entropy, eos_labels: [K], the part of `cross_entropy` and `labels` whose label ends the stream.
+    eos_cross_entropy, eos_labels, eos_correct: [K], the part of the sums above whose label ends the stream.
     contrastive, pairs: [1], the sum of the contrastive loss, and the number of pairs of reference and target.
     """
 
@@ -131,12 +131,13 @@ class LossSums:
     labels: torch.Tensor
     eos_cross_entropy: torch.Tensor
     eos_labels: torch.Tensor
+    eos_correct: torch.Tensor
     contrastive: torch.Tensor
     pairs: torch.Tensor
 
     @staticmethod
     def _sizes(codebooks: int) -> list[int]:
-        return [1 + codebooks] * 3 + [codebooks] * 2 + [1, 1]
+        return [1 + codebooks] * 3 + [codebooks] * 3 + [1, 1]
 
     @classmethod
     def zeros(cls, codebooks: int, device: torch.device) -> torch.Tensor:
@@ -179,17 +180,17 @@ def pack_loss(
     text_rows, audio_rows = (batch[f"{kind}_in_labels" if at_labels else f"{kind}_rows"] for kind in ("text", "audio"))
     heads, codebooks = model.audio_decoder_proj, len(label_weights) - 2
     counts = batch["label_counts"].float()
-    total, text_4K = label_weights.new_zeros(()), label_weights.new_zeros(4, 1)
-    audio_4K, contrastive, pairs = label_weights.new_zeros(4, codebooks), *label_weights.new_zeros(2, 1)
+    total, text_5K = label_weights.new_zeros(()), label_weights.new_zeros(5, 1)
+    audio_5K, contrastive, pairs = label_weights.new_zeros(5, codebooks), *label_weights.new_zeros(2, 1)
     if options.with_text:
         normed_nH = normed(model.norm, hidden_NH.index_select(0, text_rows))
         labels_n1, weights_1 = batch["text_labels"][:, None], label_weights[:1]
-        part, text_4K = head_cross_entropy(normed_nH, heads.text_lm_head, labels_n1, weights_1, options.smoothing)
+        part, text_5K = head_cross_entropy(normed_nH, heads.text_lm_head, labels_n1, weights_1, options.smoothing)
         total = total + part
     if options.with_audio:
         normed_nH = normed(model.norm, hidden_NH.index_select(0, audio_rows))
         labels_nK, weights_K, eos = batch["audio_labels_KL"].t(), label_weights[1:-1], model.config.audio_stream_eos_id
-        part, audio_4K = head_cross_entropy(
+        part, audio_5K = head_cross_entropy(
             normed_nH, heads.audio_lm_head, labels_nK, weights_K, options.smoothing, eos
         )
         total = total + part
@@ -197,9 +198,12 @@ def pack_loss(
         part = contrastive_loss(normed(model.norm, hidden_NH[len(hidden_NH) - batch["codes_KA"].shape[1] :]), batch)
         total = total + part * label_weights[-1]
         contrastive, pairs = part.detach().view(1), batch["pairs"].float()
-    (cross_entropy, correct, *_), (*_, eos_cross_entropy, eos_labels) = torch.cat([text_4K, audio_4K], dim=1), audio_4K
+    (cross_entropy, correct, *_), (*_, eos_loss, eos_labels, eos_right) = (
+        torch.cat([text_5K, audio_5K], dim=1),
+        audio_5K,
+    )
     labels = torch.cat([counts[:1] * options.with_text, counts[1:] * options.with_audio])
-    sums = LossSums(cross_entropy, correct, labels, eos_cross_entropy, eos_labels, contrastive, pairs)
+    sums = LossSums(cross_entropy, correct, labels, eos_loss, eos_labels, eos_right, contrastive, pairs)
     return LossParts(total, sums)
 
 
@@ -220,23 +224,23 @@ def head_cross_entropy(
         return _HeadCrossEntropy.apply(normed_nH, layer.weight_OH, labels_nK, weights_K, smoothing, marked)  # pyright: ignore
 
     def chunk(rows_nH: torch.Tensor, target_nK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        _, stats_4K = _label_losses(linear(head, rows_nH).float(), target_nK.long(), smoothing, marked)
-        return (stats_4K[0] * weights_K).sum(), stats_4K.detach()
+        _, stats_5K = _label_losses(linear(head, rows_nH).float(), target_nK.long(), smoothing, marked)
+        return (stats_5K[0] * weights_K).sum(), stats_5K.detach()
 
     count = int(labels_nK.shape[1])
-    total, stats_4K = normed_nH.new_zeros((), dtype=torch.float32), normed_nH.new_zeros(4, count, dtype=torch.float32)
+    total, stats_5K = normed_nH.new_zeros((), dtype=torch.float32), normed_nH.new_zeros(5, count, dtype=torch.float32)
     step = max(1, CHUNK_ELEMENTS // head.out_features)  # pyright: ignore[reportOperatorIssue]
     for start in range(0, max(1, len(normed_nH)), step):  # no labels give a gradient of zero
         part = slice(start, start + step)
-        loss, part_4K = checkpoint(chunk, normed_nH[part], labels_nK[part], use_reentrant=False)  # pyright: ignore
-        total, stats_4K = total + loss, stats_4K + part_4K
-    return total, stats_4K
+        loss, part_5K = checkpoint(chunk, normed_nH[part], labels_nK[part], use_reentrant=False)  # pyright: ignore
+        total, stats_5K = total + loss, stats_5K + part_5K
+    return total, stats_5K
 
 
 def _label_losses(
     logits_nV: torch.Tensor, target_nK: torch.Tensor, smoothing: float, marked: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Log-softmax of the logits [n, K, V / K], and the sums over labels that `_HeadCrossEntropy` returns [4, K]."""
+    """Log-softmax of the logits [n, K, V / K], and the sums over labels that `_HeadCrossEntropy` returns [5, K]."""
     log_share_nKV = logits_nV.unflatten(1, (target_nK.shape[1], -1)).log_softmax(-1)
     wanted_nK = log_share_nKV.gather(-1, target_nK.clamp(min=0)[..., None])[..., 0]
     if smoothing:
@@ -244,7 +248,7 @@ def _label_losses(
     losses_nK = -wanted_nK * (target_nK >= 0)
     is_marked_nK = target_nK == marked
     right_nK = logits_nV.view_as(log_share_nKV).argmax(-1) == target_nK
-    counted = (losses_nK, right_nK, losses_nK * is_marked_nK, is_marked_nK)
+    counted = (losses_nK, right_nK, losses_nK * is_marked_nK, is_marked_nK, right_nK & is_marked_nK)
     return log_share_nKV, torch.stack([values.float().sum(0) for values in counted])
 
 

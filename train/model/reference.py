@@ -99,12 +99,14 @@ def reference_loss(
     cross_entropy = torch.stack([loss.sum() for loss in losses])
     eos = model.config.audio_stream_eos_id
     at_eos = [(loss[y == eos], y[y == eos]) for loss, y in zip(losses[1:], labels[1:], strict=True)]
+    right_eos = [(x[y == eos].argmax(-1) == eos).sum() for x, y in zip(logits[1:], labels[1:], strict=True)]
     sums = LossSums(
         cross_entropy=cross_entropy.detach(),
         correct=torch.stack([(x.argmax(-1) == y).sum() for x, y in zip(logits, labels, strict=True)]).float(),
         labels=torch.stack([(y >= 0).sum() for y in labels]).float(),
         eos_cross_entropy=torch.stack([loss.sum() for loss, _ in at_eos]).detach(),
         eos_labels=torch.tensor([float(len(y)) for _, y in at_eos], device=cross_entropy.device),
+        eos_correct=torch.stack(right_eos).float(),
         contrastive=cross_entropy.new_zeros(1),
         pairs=cross_entropy.new_zeros(1),
     )

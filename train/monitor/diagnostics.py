@@ -6,7 +6,7 @@ In: the model, a batch, the parameters. Out: one JSON object, and the same as te
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ from higgs_tune.train.model.lora import evaluating
 from higgs_tune.train.model.loss import LossOptions
 from torch import nn
 
-EDGE_FRAMES = 4  # first and last frames that are shown
+EDGE_FRAMES = 5  # first and last frames that are shown
 _GROUPS = (
     ("text attention", re.compile(r"\.self_attn\.")),
     ("audio attention", re.compile(r"\.audio_attn|audio_post_audio_attn_layer_norm")),
@@ -68,8 +68,9 @@ def compare_predictions(model: HiggsAudioModel, batch: Batch, tokenizer: Any, op
     """Teacher-forced predictions for the batch's first sample, beside its targets.
 
     Returns:
-        `key`, `text` and `predicted_text`, `codes` and `predicted_codes` (the first and last labelled frames, one list
-        of K a frame), `accuracy_per_codebook` over the whole batch.
+        `key`, `text` and `predicted_text`; `codes` and `predicted_codes` of its first trained clip, without delay: the
+        first and last frames of the audio, one list a codebook; `predicted_eos`: the code predicted at each codebook's
+        end; `frames` of that clip; `accuracy_per_codebook` over the whole batch.
     """
     with evaluating(model):
         hidden_NH = hidden_states(model, batch)
@@ -91,10 +92,24 @@ def compare_predictions(model: HiggsAudioModel, batch: Batch, tokenizer: Any, op
         right = ((predicted_nK == labels_nK) & labelled).sum(0) / labelled.sum(0).clamp(min=1)
         compared["accuracy_per_codebook"] = right.tolist()
         own = batch["to_sorted"][rows] < first_end
-        edges = (slice(None, EDGE_FRAMES), slice(-EDGE_FRAMES, None))
-        for name, codes in (("codes", labels_nK[own]), ("predicted_codes", predicted_nK[own])):
-            compared[name] = {side: codes[edge].tolist() for side, edge in zip(("first", "last"), edges, strict=True)}
+        compared |= _undelayed(labels_nK[own], predicted_nK[own], model.config.audio_stream_eos_id)
     return compared
+
+
+def _undelayed(labels_nK: torch.Tensor, predicted_nK: torch.Tensor, eos: int) -> dict[str, Any]:
+    """The first clip of delayed labels, and the predictions for them: each codebook's labels up to its first EOS."""
+    shown: dict[str, Any] = {name: {"first": [], "last": []} for name in ("codes", "predicted_codes")}
+    shown |= {"predicted_eos": [], "frames": 0}
+    for labels_n, predicted_n in zip(labels_nK.t().tolist(), predicted_nK.t().tolist(), strict=True):
+        places = [place for place, label in enumerate(labels_n) if label >= 0]
+        end = next((at for at, place in enumerate(places) if labels_n[place] == eos), len(places))
+        frames = places[:end]
+        for name, codes in (("codes", labels_n), ("predicted_codes", predicted_n)):
+            shown[name]["first"].append([codes[place] for place in frames[:EDGE_FRAMES]])
+            shown[name]["last"].append([codes[place] for place in frames[-EDGE_FRAMES:]])
+        shown["predicted_eos"] += [predicted_n[places[end]]] if end < len(places) else []
+        shown["frames"] = len(frames)
+    return shown
 
 
 def _argmax_per_group(
@@ -111,26 +126,36 @@ def isolated(text: str) -> str:
 
 
 def format_diagnostics(diagnostics: dict[str, Any], step: int) -> str:
-    """Diagnostics as lines of text."""
-    lines = [f"step {step}, sample {diagnostics['key']}"]
+    """Diagnostics as lines of text: one block."""
+    source = f", {diagnostics['source']}" if "source" in diagnostics else ""
+    lines = [f"step {step}{source}, sample {diagnostics['key']}"]
     for name in ("text", "predicted_text"):
         if name in diagnostics:
             lines.append(f"  {name.replace('_', ' '):<16} {isolated(diagnostics[name])}")
     if "codes" in diagnostics:
-        for side in ("first", "last"):
-            for name in ("codes", "predicted_codes"):
-                frames = " | ".join(" ".join(_code(code) for code in frame) for frame in diagnostics[name][side])
-                lines.append(f"  {side} {name.replace('_', ' '):<16} {frames}")
+        lines += _code_lines(diagnostics)
         accuracy = " ".join(f"{value:.1%}" for value in diagnostics["accuracy_per_codebook"])
         lines.append(f"  accuracy by codebook  {accuracy}")
     for name in ("grad_norm", "update_norm"):
-        values = ", ".join(f"{group} {value:.3g}" for group, value in diagnostics.get(name, {}).items())
+        if name not in diagnostics:
+            continue
+        values = ", ".join(f"{group} {value:.3g}" for group, value in diagnostics[name].items())
         lines.append(f"  {name.replace('_', ' ')} by group  {values}")
     return "\n".join(lines)
 
 
-def _code(code: int) -> str:
-    return f"{code:4d}" if code >= 0 else "   ·"
+def _code_lines(diagnostics: dict[str, Any]) -> Iterator[str]:
+    """Target and predicted codes, a line a codebook: the first and the last frames, and the prediction at the end."""
+    targets, predictions = diagnostics["codes"], diagnostics["predicted_codes"]
+    width = 5 * max((len(codes) for codes in targets["first"]), default=0)
+    heads = [f"{name:<{width}}" for name in ("target", "predicted") * 2]
+    yield f"  codes of the first and the last {EDGE_FRAMES} of {diagnostics['frames']} frames, without delay"
+    yield f"  codebook  {heads[0]} |{heads[1]}  …  {heads[2]} |{heads[3]}  at the end"
+    ends = diagnostics["predicted_eos"] or [""] * len(targets["first"])
+    for number, end in enumerate(ends):
+        cells = ["".join(f"{code:5d}" for code in codes[side][number])
+                 for side in ("first", "last") for codes in (targets, predictions)]  # fmt: skip
+        yield f"  {number:8d}  {cells[0]} |{cells[1]}  …  {cells[2]} |{cells[3]}  {end}"
 
 
 @torch.no_grad()

@@ -19,6 +19,7 @@ import torch
 from higgs_tune.shards.errors import UserError
 from higgs_tune.train.checkpoint.output import DIAGNOSTICS, METRICS
 from higgs_tune.train.config import TrainConfig
+from higgs_tune.train.eval_sets import HELD_OUT
 from higgs_tune.train.monitor.diagnostics import format_diagnostics
 from rich.console import Console, Group
 from rich.live import Live
@@ -49,7 +50,7 @@ class MetricsLogger:
     def __init__(
         self, config: TrainConfig, total_steps: int, step: int = 0, written: dict[str, int] | None = None
     ) -> None:
-        self._folder, self._total = config.output_dir, total_steps
+        self._folder, self._total, self._step = config.output_dir, total_steps, step
         for name in (METRICS, DIAGNOSTICS):
             _cut(self._folder / name, (written or {}).get(name, 0))
         trackers = config.reports.report_to
@@ -81,18 +82,31 @@ class MetricsLogger:
     def log(self, metrics: dict[str, Any]) -> None:
         """Write one line of metrics.jsonl, to the trackers too, and show it."""
         self._file.write(json.dumps({k: _finite(v) for k, v in metrics.items()}) + "\n")
-        kind, step = metrics["kind"], metrics["step"]
-        numbers = dict(_numbers(metrics))
+        name_of_set = metrics.get("set", HELD_OUT)
+        title, step = (
+            metrics["kind"] if name_of_set == HELD_OUT else f"{metrics['kind']} {name_of_set}",
+            metrics["step"],
+        )
+        tagged = {f"{title.replace(' ', '/')}/{name}": value for name, value in _numbers(metrics)}
         if self._board:
-            for name, value in numbers.items():
-                self._board.add_scalar(f"{kind}/{name}", value, step)
+            for name, value in tagged.items():
+                self._board.add_scalar(name, value, step)
         for tracker in self._trackers:
-            tracker.log({f"{kind}/{name}": value for name, value in numbers.items()}, step=step)
-        self._shown[kind] = metrics
+            tracker.log(tagged, step=step)
+        self._shown[title], self._step = metrics, step
         if self._live:
             self._live.update(self._view())
         else:
-            print(f"{kind} step {step}/{self._total} {_line(metrics)}", file=sys.stderr, flush=True)
+            print(f"{title} step {step}/{self._total} {_line(metrics)}", file=sys.stderr, flush=True)
+
+    def warn(self, name: str, message: str) -> None:
+        """Write a warning to metrics.jsonl and TensorBoard, and show it."""
+        step = self._step
+        line = {"kind": "warning", "step": step, "name": name, "message": message}
+        self._file.write(json.dumps(line, ensure_ascii=False) + "\n")
+        if self._board:
+            self._board.add_text("warnings", f"{name}: {message}", step)
+        self.show(f"warning: step {step}: {message}")
 
     def log_diagnostics(self, diagnostics: dict[str, Any], step: int) -> None:
         """Write diagnostics to diagnostics.jsonl and TensorBoard, and show them."""
@@ -189,6 +203,8 @@ _SHOWN = (
     ("audio_loss", "audio {:.4f}"),
     ("contrastive_loss", "contrastive {:.4f}"),
     ("eos_loss", "eos {:.3f}"),
+    ("text_labels", "{:,} text labels"),
+    ("audio_labels", "{:,} audio labels"),
     ("tokens_per_second", "{:,.0f} tokens/s"),
     ("audio_hours_per_gpu_hour", "{:.0f} h/GPU-h"),
     ("data_wait_fraction", "wait {:.1%}"),

@@ -201,8 +201,8 @@ def _sums(
 ) -> torch.Tensor:
     normed_nH = normed(model.norm, hidden_NH.index_select(0, rows))
     weights = torch.ones(labels_nK.shape[1], device=labels_nK.device)
-    _, stats_4K = head_cross_entropy(normed_nH, head, labels_nK, weights)
-    return torch.stack([stats_4K[0], (labels_nK >= 0).sum(0).float()])
+    _, stats_5K = head_cross_entropy(normed_nH, head, labels_nK, weights)
+    return torch.stack([stats_5K[0], (labels_nK >= 0).sum(0).float()])
 
 
 def run_selftest(run: Run, base: Path) -> SelfTestResult:
