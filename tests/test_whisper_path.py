@@ -19,6 +19,8 @@ from helpers.ranks import ask
 from helpers.real_whisper import PARTS, join_parts, write_encoder
 from helpers.samples import random_sample
 from helpers.tiny import ids_of, run_train, tiny_config, write_checkpoint, write_set
+from higgs_tune.evaluate.speak.config import VoiceConfig
+from higgs_tune.evaluate.speak.settings import resolve_settings
 from higgs_tune.preprocess.audio.whisper import Tower, log_mel, tower_sha256
 from higgs_tune.preprocess.workdir import Features
 from higgs_tune.shards.errors import UserError
@@ -320,6 +322,16 @@ def test_export_writes_bosons_layout_with_its_switches(stages: Path, place: Plac
     boson = theirs.eval()(**case.boson()).logits
     torch.testing.assert_close(torch.cat([boson[row, :n] for row, n in enumerate(batch.lengths)]), before, atol=2e-5,
                                rtol=1e-5)  # fmt: skip
+
+
+@pytest.mark.fast
+def test_speaking_is_refused_and_a_first_stage_is_exported(stages: Path, tmp_path: Path) -> None:
+    """Stage 1 has no projector of its own: it stays zero."""
+    with pytest.raises(UserError, match="speaking with a Whisper tower is not there yet"):
+        resolve_settings(VoiceConfig(model_path=stages / "2", audio_tokenizer_path=tmp_path))
+    export(ExportConfig(adapter=stages / "1", out=tmp_path / "merged", dtype="float32"))
+    merged = load_file(tmp_path / "merged" / "model.safetensors")
+    assert not any(merged[f"audio_encoder_proj.linear.{name}"].any() for name in ("weight", "bias"))
 
 
 @pytest.mark.fast
