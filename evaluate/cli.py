@@ -1,6 +1,8 @@
 """higgs-eval: is the voice better?
 
-higgs-eval --wavs base=OUT/base tuned=OUT/tuned --data list.jsonl --out EVAL --asr openai/whisper-large-v3 --language ar
+higgs-eval --model_path BASE OUT2 OUT2/checkpoint-* --audio_tokenizer_path CODEC --data list.jsonl --out EVAL \
+    --asr openai/whisper-large-v3 --language ar
+torchrun --nproc_per_node 8 -m higgs_tune.evaluate …    the same on several GPUs
 """
 
 from __future__ import annotations
@@ -9,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import tyro
 from higgs_tune.evaluate.config import EvalConfig
+from higgs_tune.evaluate.ranks import join_ranks
 from higgs_tune.shards.durable import to_json
 from higgs_tune.shards.errors import run_command
 
@@ -26,7 +29,10 @@ def _main() -> None:
     config = tyro.cli(EvalConfig, prog="higgs-eval")
     from higgs_tune.evaluate.evaluate import evaluate  # torch takes seconds to import; flags are parsed before
 
-    result = evaluate(config, load_judges)
+    ranks = join_ranks()
+    result = evaluate(config, load_judges, ranks)
+    if not ranks.is_main:
+        return
     if config.json:
         print(to_json(result, indent=1).decode())
     else:
@@ -52,7 +58,7 @@ def print_summary(result: dict[str, Any], config: EvalConfig) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    rows = [*config.folders, *(name for name in ("ceiling", "floor") if name in result)]
+    rows = [*config.models, *config.folders, *(name for name in ("ceiling", "floor") if name in result)]
     console = Console(width=None)
     table = Table("", *TABLE, title=f"{result['about']['lines']} lines, 95 % intervals over utterances")
     for name in rows:
@@ -61,6 +67,10 @@ def print_summary(result: dict[str, Any], config: EvalConfig) -> None:
         shown = (shown_figure(given[key], percent, signed=True) for key, percent in TABLE.items())
         table.add_row(f"{name} - {result['paired']['base']}", *shown)
     console.print(table)
+    for language, systems in result["changes"].items():
+        for name, change in systems.items():
+            shown = "; ".join(f"{kind}: {', '.join(change[kind]) or 'nothing'}" for kind in ("better", "worse"))
+            console.print(f"{language}, {name} against {result['paired']['base']}: {shown}", markup=False)
     judges = "; ".join(f"{role} {j['name']} {j['revision']}" for role, j in result["about"]["judges"].items() if j)
     console.print(f"normaliser {result['about']['normaliser']['name']}; {judges}", markup=False)
     for name, found in result["findings"].items():

@@ -48,6 +48,10 @@ GROUPS: dict[str, Callable[[Utterance], str]] = {
     "length": lambda u: u.length_group,
 }
 
+BETTER = {"wer": -1, "wer_mean": -1, "cer": -1, "cer_mean": -1, "sim": 1, "quality": 1, "run_on_rate": -1}  # which way
+
+ROUNDING = 1e-9  # smaller differences are none
+
 Systems = dict[str, list[Utterance]]
 
 
@@ -98,6 +102,24 @@ def compare_groups(systems: Systems, base: str) -> dict[str, Any]:
                 for name in sorted(set(names))
             }
     return groups
+
+
+def verdict(name: str, difference: dict[str, float] | None) -> str:
+    """`better` or `worse` where a paired difference is more than chance, by its interval; else empty."""
+    way = BETTER.get(name, 0)
+    bounds = [way * difference[side] for side in ("low", "high")] if difference else [0.0]
+    return "better" if min(bounds) > ROUNDING else "worse" if max(bounds) < -ROUNDING else ""
+
+
+def changes(paired: dict[str, Any]) -> dict[str, dict[str, list[str]]]:
+    """`{system: {better, worse}}`: the figures whose difference to the base is more than chance."""
+    return {
+        system: {kind: [name for name in BETTER if verdict(name, given.get(name)) == kind] for kind in _KINDS}
+        for system, given in paired.items()
+    }
+
+
+_KINDS = ("better", "worse")
 
 
 def _compare_part(systems: Systems, base: str, rows: list[int]) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from higgs_tune.evaluate.lists import SHOWN, Line
@@ -63,6 +63,7 @@ class Judgement:
         problem, detail: a short fixed name and what was wrong; empty: nothing.
         embedding_D, quality: None where there is no such judge, or no usable clip.
         sha256: of the file; empty without one.
+        cut_off: whether the model did not end by itself.
     """
 
     heard: str = ""
@@ -73,11 +74,28 @@ class Judgement:
     embedding_D: np.ndarray | None = None
     quality: dict[str, float] | None = None
     sha256: str = ""
+    cut_off: bool = False
 
     @property
     def usable(self) -> bool:
         """Whether there is a clip that was judged."""
         return self.seconds is not None and self.problem != "silent_audio"
+
+
+class System(Protocol):
+    """What spoke the lines."""
+
+    def path(self, line: Line) -> str:
+        """The line's file; where there is none, the path that was expected."""
+        ...
+
+    def amend(self, line: Line, given: Judgement) -> Judgement:
+        """The judgement of the line's file, with what the system itself tells of it."""
+        ...
+
+    def strangers(self, lines: Iterable[Line]) -> list[str]:
+        """Ids of files that belong to no line."""
+        ...
 
 
 class WavFolder:
@@ -104,6 +122,10 @@ class WavFolder:
     def path(self, line: Line) -> str:
         """The line's file; where there is none, the path that was expected."""
         return str(self._files.get(line.id, self.folder / f"{line.id}.wav"))
+
+    def amend(self, line: Line, given: Judgement) -> Judgement:
+        """The judgement as it is: nothing else is known of a file."""
+        return given
 
     def strangers(self, lines: Iterable[Line]) -> list[str]:
         """Ids of files that belong to no line."""

@@ -12,7 +12,7 @@ from typing import Any
 from urllib.parse import quote
 
 import jinja2
-from higgs_tune.evaluate.figures import Systems
+from higgs_tune.evaluate.figures import Systems, verdict
 from higgs_tune.evaluate.utterances import Utterance
 from higgs_tune.preprocess.judges.edits import differences
 from higgs_tune.shards.durable import atomic_file
@@ -40,7 +40,7 @@ def write_page(out: Path, systems: Systems, result: dict[str, Any]) -> None:
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=jinja2.StrictUndefined
     )
-    environment.globals.update(shown=shown_figure, columns=COLUMNS)
+    environment.globals.update(shown=shown_figure, columns=COLUMNS, verdict=verdict)
     spoken = {name: said for name, said in systems.items() if name != "floor"}
     rows = sorted(zip(*spoken.values(), strict=True), key=_badness, reverse=True)
     stream = environment.get_template("page.html").stream(

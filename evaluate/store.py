@@ -1,7 +1,8 @@
 """Judgements on disk: each is stored at once, so a killed evaluation continues from it.
 
 In: the content hash of a clip. Out: what the judges said of it. The file is JSON lines that only grow; its name holds a
-hash of the judges, so that other judges begin another file, and the normaliser is not part of it.
+hash of the judges, so that other judges begin another file, and the normaliser is not part of it. Of several ranks each
+has a file of its own (`judgements-HASH.part-1.jsonl`), which `merge_parts` joins.
 """
 
 from __future__ import annotations
@@ -23,24 +24,27 @@ class JudgementStore:
     Args:
         folder: the evaluation's.
         judges: their names, revisions and settings.
+        part: the rank whose file it is, where there are several.
     """
 
-    def __init__(self, folder: Path, judges: dict[str, Any]) -> None:
+    def __init__(self, folder: Path, judges: dict[str, Any], part: int | None = None) -> None:
         digest = hashlib.sha256(to_json(judges)).hexdigest()[:12]
-        self.path = folder / f"judgements-{digest}.jsonl"
+        whole = folder / f"judgements-{digest}.jsonl"
+        self.path = whole if part is None else whole.with_suffix(f".part-{part}.jsonl")
         self._entries: dict[str, dict[str, Any]] = {}
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            self._load()
+            for path in dict.fromkeys((whole, self.path)):
+                self._load(path)
             self._file = self.path.open("ab")
         except OSError as error:
             raise UserError(f"cannot write: {error.strerror or error}", where=self.path) from error
 
-    def _load(self) -> None:
+    def _load(self, path: Path) -> None:
         """Read the whole lines; cut off the last one where a killed run left a part of it."""
-        if not self.path.exists():
+        if not path.exists():
             return
-        data = self.path.read_bytes()
+        data = path.read_bytes()
         whole = data[: data.rfind(b"\n") + 1]
         for number, line in enumerate(whole.splitlines(), 1):
             try:
@@ -48,9 +52,9 @@ class JudgementStore:
                 self._entries[entry["clip"]] = entry
             except (ValueError, TypeError, KeyError) as error:
                 hint = "Remove the file to judge anew."
-                raise UserError("damaged judgement", where=f"{self.path}, line {number}", hint=hint) from error
+                raise UserError("damaged judgement", where=f"{path}, line {number}", hint=hint) from error
         if len(whole) < len(data):
-            with self.path.open("r+b") as file:
+            with path.open("r+b") as file:
                 file.truncate(len(whole))
 
     def get(self, clip: str) -> dict[str, Any] | None:
@@ -62,6 +66,15 @@ class JudgementStore:
         self._entries[clip] = entry
         self._file.write(to_json(entry | {"clip": clip}) + b"\n")
         self._file.flush()
+
+    def merge_parts(self) -> None:
+        """Take in the files of all ranks; none of them may be at work."""
+        for path in sorted(self.path.parent.glob(f"{self.path.stem}.part-*.jsonl")):
+            before = set(self._entries)
+            self._load(path)
+            for clip in self._entries.keys() - before:
+                self.put(clip, self._entries[clip])
+            path.unlink()
 
     def close(self) -> None:
         """Close the file."""

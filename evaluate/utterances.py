@@ -77,7 +77,8 @@ class Utterance:
         """Whether the system went on speaking after the text."""
         more = len(self.heard) - len(self.text)
         long = len(self.heard) > RUN_ON_RATIO * len(self.text) and more >= RUN_ON_CHARACTERS
-        return long or self.judged.problem == "too_long" or (self.duration_ratio or 0) > RUN_ON_SECONDS
+        endless = self.judged.cut_off or self.judged.problem == "too_long"
+        return long or endless or (self.duration_ratio or 0) > RUN_ON_SECONDS
 
     @property
     def length_group(self) -> str:
@@ -108,6 +109,7 @@ class Utterance:
             "sim": _rounded(self.similarity),
             "quality": self.quality,
             "run_on": self.runs_on,
+            "cut_off": self.judged.cut_off,
             "silence": self.judged.silence,
             "seconds": self.judged.seconds,
             "chars_per_second": _rounded(self.characters_per_second),

@@ -183,9 +183,9 @@ def test_lists_by_language(setting: Path) -> None:
 @pytest.mark.fast
 def test_mistakes_are_named(setting: Path) -> None:
     base: dict[str, Any] = {"out": setting / "out", "asr": "stub", "data": (str(setting / "list.jsonl"),)}
-    with pytest.raises(UserError, match="speaking is not there yet: give --wavs"):
+    with pytest.raises(UserError, match="--audio_tokenizer_path is missing"):
         EvalConfig(**base, model_path=("m",))
-    with pytest.raises(UserError, match="--wavs is missing"):
+    with pytest.raises(UserError, match="--model_path or --wavs is missing"):
         EvalConfig(**base)
     with pytest.raises(UserError, match="--data or --shards is missing"):
         EvalConfig(out=setting / "out", asr="stub", wavs=("w",))
@@ -249,7 +249,7 @@ def test_command(setting: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.
     monkeypatch.setattr("sys.argv", [*command, "--model_path", "A"])
     with pytest.raises(SystemExit) as left:
         cli.main()
-    assert left.value.code == 2 and "speaking is not there yet: give --wavs" in capsys.readouterr().err
+    assert left.value.code == 2 and "--audio_tokenizer_path is missing" in capsys.readouterr().err
 
 
 BUDGET = """

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from higgs_tune.evaluate.bootstrap import resample
-from higgs_tune.evaluate.figures import shuffled
+from higgs_tune.evaluate.figures import changes, shuffled
 
 
 @pytest.mark.fast
@@ -72,3 +72,21 @@ def test_the_floor_takes_other_texts() -> None:
     assert all(texts[at] != texts[number] for number, at in enumerate(other))
     assert sorted(shuffled([str(i) for i in range(50)])) == list(range(50))
     assert all(at != number for number, at in enumerate(shuffled(["same"] * 3)))
+
+
+@pytest.mark.fast
+def test_only_what_is_more_than_chance_is_a_change() -> None:
+    def bound(low: float, high: float) -> dict[str, float]:
+        return {"mean": (low + high) / 2, "low": low, "high": high, "n": 9}
+
+    paired = {
+        "tuned": {
+            "wer": bound(-0.2, -0.1),
+            "cer": bound(-0.2, 0.1),
+            "sim": bound(-0.3, -0.1),
+            "quality": bound(1e-17, 1e-17),
+            "run_on_rate": bound(0.1, 0.2),
+            "silence": bound(0.1, 0.2),
+        }
+    }
+    assert changes(paired) == {"tuned": {"better": ["wer"], "worse": ["sim", "run_on_rate"]}}

@@ -31,7 +31,6 @@ from higgs_tune.train.dist.faults import propagate_failures
 from higgs_tune.train.dist.gc_schedule import scheduled_gc
 from higgs_tune.train.dist.signals import EXIT_INTERRUPTED, EXIT_REQUEUE, Stopped, StopSignal
 from higgs_tune.train.metrics import max_memory_gb
-from higgs_tune.train.model.fsdp import reshard
 from higgs_tune.train.monitor.diagnostics import UpdateNorms, compare_predictions, fingerprint
 from higgs_tune.train.monitor.logger import MetricsLogger
 from higgs_tune.train.monitor.profiling import StepProfiler
@@ -117,7 +116,6 @@ def _train(config: TrainConfig, context: DistContext) -> None:
 def make_run_io(run: Run, inputs: Inputs) -> RunIO:
     """Everything around the steps that reads; logger, saver and profiler join on rank 0."""
     tokenizer = load_tokenizer(inputs.base, run.special_ids)
-    reshard(run.module)
     stop = StopSignal(announces=run.context.is_main)
     run_io = RunIO(tokenizer, fingerprint(run.peft_model.named_parameters()), inputs.validation, stop)
     run_io.saved_step = run.progress.step

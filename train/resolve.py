@@ -78,8 +78,8 @@ def resolve_inputs(config: TrainConfig, context: DistContext) -> Inputs:
         require_text(sets, base)
     require_one_codec(every_set)
     features = resolve_features(config, model_config, every_set, tower, base, adapter)
-    if context.is_main:
-        say_unused_features(sets, features)
+    if features == "none" and context.is_main:
+        say_unused_features(sets)
     if config.loss.contrastive_loss_weight and config.with_audio:
         require_speakers(sets)
     trainable_options(config, adapter, features, tower).full_modules(config.training_stage)

@@ -33,7 +33,6 @@ from higgs_tune.train.dist.device_timing import HostCopy, Timestamp
 from higgs_tune.train.dist.signals import StopSignal
 from higgs_tune.train.metrics import loss_metrics, max_memory_gb
 from higgs_tune.train.model.flops import Rows, model_flops, peak_of
-from higgs_tune.train.model.fsdp import reshard
 from higgs_tune.train.model.loss import LossSums
 from higgs_tune.train.monitor.diagnostics import assert_frozen
 from higgs_tune.train.monitor.logger import MetricsLogger
@@ -192,7 +191,6 @@ def summarise(run: Run, pending: PendingMetrics, system: SystemMonitor | None = 
 
 def save(run: Run, run_io: RunIO, stats: StepStats) -> None:
     """Begin to save a checkpoint, after a check that frozen parameters have not changed; all ranks together."""
-    reshard(run.module)
     assert_frozen(run.peft_model, run_io.frozen)
     run.bad_steps.collect(until=run.progress.step)
     with stats.pauses.timed():
@@ -235,7 +233,6 @@ def final_weights(run: Run) -> tuple[dict[str, dict[str, torch.Tensor]], dict[st
 def save_result(run: Run, run_io: RunIO, base: Path) -> None:
     """Write the final adapter, or the whole model where every weight trains."""
     finish_saves(run, run_io)
-    reshard(run.module)
     assert_frozen(run.peft_model, run_io.frozen)
     config, peft_model = run.config, run.peft_model
     if isinstance(peft_model, PeftModel):

@@ -60,22 +60,12 @@ def require_mel_bins(sets: list[ShardSet], mel_bins: int) -> None:
                             expected=f"{mel_bins} mel bins", got=made, hint=hint)  # fmt: skip
 
 
-def say_unused_features(sets: list[ShardSet], features: str) -> None:
-    """Name the sets whose stored Whisper features are not used, or say that there are none to use.
-
-    Args:
-        features: that the model takes.
-    """
+def say_unused_features(sets: list[ShardSet]) -> None:
+    """Name the sets whose stored Whisper features are not used."""
     unused = [shards.location for shards in sets if shards.features != "none"]
-    if features == "none" and unused:
-        why = "since the checkpoint has no Whisper tower; --whisper_path attaches one"
-        print(f"not used: the Whisper features of {few(unused)}, {why}", flush=True)
-    if features != "none" and not any(shards.index["mel_tokens"].any() for shards in sets):
-        why = "only references in user and system turns take them, as the chat layout has them"
-        print(
-            f"warning: no sample has Whisper features of a reference, so the projector learns nothing; {why}",
-            flush=True,
-        )
+    if unused:
+        print(f"not used: the Whisper features of {few(unused)}, since the checkpoint has no Whisper tower; "
+              "--whisper_path attaches one", flush=True)  # fmt: skip
 
 
 def require_speakers(sets: list[ShardSet]) -> None:

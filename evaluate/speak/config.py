@@ -17,12 +17,9 @@ SHARE = Bound("more than 0, at most 1", more_than=0, at_most=1)
 
 
 @dataclass(frozen=True, kw_only=True)
-class VoiceConfig:
-    """Options of speaking that the command and the web page share."""
+class VoiceOptions:
+    """Options of speaking that every command that speaks has."""
 
-    model_path: Path
-    """Model: the output folder of a training run, one of its checkpoints, a merged checkpoint, or a base, in either
-    layout; a folder, or Hub name[@revision]."""
     audio_tokenizer_path: Path | None = None
     """Checkpoint of the audio tokenizer (the codec), a folder or Hub name[@revision]."""
     base_model: Path | None = None
@@ -47,10 +44,19 @@ class VoiceConfig:
     """Repetition-aware sampling: a code that occurred this often among them is drawn again."""
     seed: Annotated[int, AT_LEAST_0] = 0
     """Of sampling, for each text anew: a text's result does not depend on the others."""
-    max_seconds: Annotated[float, MORE_THAN_0] = 30.0
-    """Longest speech of one piece of text, in seconds; it is cut off there."""
     max_chars: Annotated[int, AT_LEAST_1] = 200
     """Longer texts are split at sentences into pieces of at most this many characters, which are joined again."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class VoiceConfig(VoiceOptions):
+    """Options of speaking with one model, that the command and the web page share."""
+
+    model_path: Path
+    """Model: the output folder of a training run, one of its checkpoints, a merged checkpoint, or a base, in either
+    layout; a folder, or Hub name[@revision]."""
+    max_seconds: Annotated[float, MORE_THAN_0] = 30.0
+    """Longest speech of one piece of text, in seconds; it is cut off there."""
     batch_size: Annotated[int, AT_LEAST_1] = 16
     """Pieces that are spoken at once."""
     device: str = "auto"

@@ -76,32 +76,49 @@ def _speak_file(config: SpeakConfig, settings: Settings, utterances: list[Uttera
 
 def _speak_folder(config: SpeakConfig, settings: Settings, utterances: list[Utterance], failures: list[Failure]) -> int:
     spoken, lines = SpokenFolder(config.output), len(utterances) + len(failures)
-    waiting = [utterance for utterance in utterances if not spoken.has(utterance)]
-    spoken.forget({utterance.id for utterance in waiting} | {failure.id for failure in failures})
-    if there := len(utterances) - len(waiting):
-        _say(f"{there} of {lines} lines are spoken already")
-    began, seconds, cut = time.monotonic(), 0.0, list[str]()
-    if waiting:
-        progress = _Progress(len(waiting))
-        for result in speak_utterances(load_engine(config, settings), waiting, config.output):
-            if isinstance(result, Failure):
-                failures.append(result)
-            else:
-                spoken.add(result)
-                seconds += result.seconds
-                cut += [] if result.ended else [result.id]
-            progress.add(seconds)
+    began, count, seconds = time.monotonic(), *speak_into(spoken, config, settings, utterances, failures)
     spoken.close(failures)
-    if cut:
+    if cut := [utterance.id for utterance in utterances if spoken.is_cut_off(utterance.id)]:
         _say(f"warning: {len(cut)} lines did not end and were cut off at --max_seconds: {few(cut)}")
     for failure in failures[:SHOWN]:
         _say(f"failed: {failure.id or failure.place}: {failure.reason}")
     if failures:
         more = f"; {len(failures) - SHOWN} more" if len(failures) > SHOWN else ""
         _say(f"{len(failures)} of {lines} lines failed{more}: {config.output / FAILURES}")
-    print(f"{lines - len(failures)} of {lines} lines are spoken in {config.output}: {len(waiting)} now, "
+    print(f"{lines - len(failures)} of {lines} lines are spoken in {config.output}: {count} now, "
           f"{seconds:.1f} s of audio in {time.monotonic() - began:.1f} s")  # fmt: skip
     return 1 if failures else 0
+
+
+def speak_into(
+    spoken: SpokenFolder,
+    config: SpeakConfig,
+    settings: Settings,
+    utterances: list[Utterance],
+    failures: list[Failure],
+    label: str = "",
+) -> tuple[int, float]:
+    """Speak the lines that a folder lacks; returns their number and the seconds of their audio.
+
+    Args:
+        failures: lines that cannot be spoken; those that fail are added.
+        label: begins each message.
+    """
+    waiting = [utterance for utterance in utterances if not spoken.has(utterance)]
+    spoken.forget({utterance.id for utterance in waiting} | {failure.id for failure in failures})
+    if there := len(utterances) - len(waiting):
+        _say(f"{label}{there} of {len(utterances) + len(failures)} lines are spoken already")
+    seconds = 0.0
+    if waiting:
+        progress = _Progress(len(waiting), label)
+        for result in speak_utterances(load_engine(config, settings), waiting, spoken.folder):
+            if isinstance(result, Failure):
+                failures.append(result)
+            else:
+                spoken.add(result)
+                seconds += result.seconds
+            progress.add(seconds)
+    return len(waiting), seconds
 
 
 def speak_utterances(
@@ -163,8 +180,8 @@ def _write(engine: SpeechEngine, utterance: Utterance, task: Task, folder: Path,
 class _Progress:
     """Shows how far a list is, every few seconds."""
 
-    def __init__(self, total: int) -> None:
-        self.total, self.count, self.began = total, 0, time.monotonic()
+    def __init__(self, total: int, label: str = "") -> None:
+        self.total, self.label, self.count, self.began = total, label, 0, time.monotonic()
         self.shown = self.began
 
     def add(self, seconds: float) -> None:
@@ -174,7 +191,8 @@ class _Progress:
         if now - self.shown >= PROGRESS_SECONDS:
             self.shown, elapsed = now, now - self.began
             left = elapsed / self.count * (self.total - self.count)
-            _say(f"{self.count} of {self.total} lines, {seconds / elapsed:.2f} s of audio a second, {left:.0f} s left")
+            rate = f"{seconds / elapsed:.2f} s of audio a second"
+            _say(f"{self.label}{self.count} of {self.total} lines, {rate}, {left:.0f} s left")
 
 
 def _say(text: str) -> None:

@@ -60,14 +60,13 @@ def resolve_settings(config: VoiceConfig) -> Settings:
         UserError: no such checkpoint, adapter or codec; or one that cannot be spoken with.
     """
     from higgs_tune.train.model.base import resolve_model
-    from higgs_tune.train.model.whisper_tower import TOWER_FILE
 
     base, adapter = resolve_model(config.model_path, config.base_model)
     raw = read_config(base)
     weight_files(base)
-    if not raw.get("skip_audio_tower", True) or (adapter and (adapter / TOWER_FILE).is_file()):
+    if not raw.get("skip_audio_tower", True):
         hint = "Reference audio would have to pass through it."
-        raise UserError("speaking with a Whisper tower is not there yet", where=adapter or base, hint=hint)
+        raise UserError("speaking with a Whisper tower is not there yet", where=base, hint=hint)
     assert config.audio_tokenizer_path is not None
     codec = local_checkpoint(config.audio_tokenizer_path)
     codec_weight_files(codec)

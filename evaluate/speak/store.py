@@ -1,7 +1,8 @@
 """A folder of spoken lines on disk: ID.wav, `spoken.jsonl`, `failures.jsonl`.
 
 In: results. Out: files. `spoken.jsonl` grows while lines are spoken, so that a killed list continues; at the end it is
-written anew, a line an id. A line is there if its key and the bytes of its file are those that were written.
+written anew, a line an id. A line is there if its key and the bytes of its file are those that were written. Where
+several processes speak into one folder, each has files of its own (`spoken.part-1.jsonl`), which `merge_parts` joins.
 """
 
 from __future__ import annotations
@@ -41,20 +42,25 @@ class Spoken:
 class SpokenFolder:
     """The lines that are spoken in a folder.
 
+    Args:
+        part: the number of this process, where several speak into the folder.
+
     Raises:
         UserError: it cannot be written, or `spoken.jsonl` is damaged.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder, self.path = folder, folder / SPOKEN
+    def __init__(self, folder: Path, part: int | None = None) -> None:
+        self.folder, self.path = folder, _part(folder / SPOKEN, part)
+        self.failures_path = _part(folder / FAILURES, part)
         self._lines: dict[str, Spoken] = {}
-        if self.path.exists():
-            self._load()
+        for path in dict.fromkeys((folder / SPOKEN, self.path)):
+            if path.exists():
+                self._load(path)
         self._file = self.path.open("ab")
 
-    def _load(self) -> None:
+    def _load(self, path: Path) -> None:
         """Read the whole lines; cut off the last one where a killed run left a part of it."""
-        data = self.path.read_bytes()
+        data = path.read_bytes()
         whole = data[: data.rfind(b"\n") + 1]
         names = {item.name for item in fields(Spoken)}
         for number, line in enumerate(whole.splitlines(), 1):
@@ -63,10 +69,10 @@ class SpokenFolder:
                 spoken = Spoken(**{name: given[name] for name in names})
             except (ValueError, TypeError, KeyError) as error:
                 hint = "Remove the file to speak all lines anew."
-                raise UserError("damaged line", where=f"{self.path}, line {number}", hint=hint) from error
+                raise UserError("damaged line", where=f"{path}, line {number}", hint=hint) from error
             self._lines[spoken.id] = spoken
         if len(whole) < len(data):
-            with self.path.open("r+b") as file:
+            with path.open("r+b") as file:
                 file.truncate(len(whole))
 
     def has(self, utterance: Utterance) -> bool:
@@ -76,6 +82,11 @@ class SpokenFolder:
             return False
         file = self.folder / spoken.file
         return file.is_file() and file_sha256(file) == spoken.sha256
+
+    def is_cut_off(self, name: str) -> bool:
+        """Whether the speech of a line did not end before --max_seconds."""
+        spoken = self._lines.get(name)
+        return spoken is not None and not spoken.ended
 
     def forget(self, ids: Iterable[str]) -> None:
         """Remove the files of lines that are to be spoken anew, so that none keeps another text's sound."""
@@ -92,9 +103,35 @@ class SpokenFolder:
     def close(self, failures: Sequence[Failure]) -> None:
         """Write `spoken.jsonl` anew, and `failures.jsonl`, or remove it where nothing failed."""
         self._file.close()
-        durable.write_bytes(self.path, b"".join(durable.to_json(asdict(line)) + b"\n" for line in self._lines.values()))
-        path = self.folder / FAILURES
+        durable.write_bytes(self.path, _json_lines(self._lines.values()))
         if failures:
-            durable.write_bytes(path, b"".join(durable.to_json(asdict(failure)) + b"\n" for failure in failures))
+            durable.write_bytes(self.failures_path, _json_lines(failures))
         else:
-            path.unlink(missing_ok=True)
+            self.failures_path.unlink(missing_ok=True)
+
+
+def _part(path: Path, part: int | None) -> Path:
+    return path if part is None else path.with_suffix(f".part-{part}.jsonl")
+
+
+def _json_lines(items: Iterable[Spoken | Failure]) -> bytes:
+    return b"".join(durable.to_json(asdict(item)) + b"\n" for item in items)
+
+
+def merge_parts(folder: Path) -> list[Failure]:
+    """Join what several processes spoke into a folder; returns the lines that failed. None of them may be at work."""
+    parts = sorted(folder.glob(f"{Path(SPOKEN).stem}.part-*.jsonl"))
+    failures_paths = sorted(folder.glob(f"{Path(FAILURES).stem}.part-*.jsonl")) or [folder / FAILURES]
+    failures = [
+        Failure(**json.loads(line))
+        for path in failures_paths
+        if path.is_file()
+        for line in path.read_bytes().splitlines()
+    ]
+    merged = SpokenFolder(folder)
+    for path in parts:
+        merged._load(path)
+    merged.close(failures)
+    for path in [*parts, *(path for path in failures_paths if path.name != FAILURES)]:
+        path.unlink()
+    return failures

@@ -16,7 +16,7 @@ from higgs_tune.train.model.load import HiggsAudioModel
 from higgs_tune.train.model.trainable import AUDIO_PARAMETER, Stage
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 _TOWER = ("audio_tower.", "audio_encoder_proj.")
@@ -62,12 +62,6 @@ def _take_packed(layer: nn.Module) -> None:
         return own(*args, **kwargs) if packed is None else decoder_layer(layer, *packed)
 
     layer.forward = forward
-
-
-def reshard(module: nn.Module) -> None:
-    """Let go of the whole weights that a forward without backward, as in validation, leaves in a sharded module."""
-    if isinstance(module, FSDPModule):
-        module.reshard()
 
 
 def whole(value: torch.Tensor) -> torch.Tensor:
