@@ -1,0 +1,122 @@
+"""Judge a codec on held-out clips of `speech.py`: errors of a recogniser on originals and on decoded codes, entropy.
+
+    python examples/miniature/evaluate_codec.py --codec examples/miniature/codec/native \
+        --speech runs/miniature/codec-speech --asr examples/miniature/recogniser --out runs/miniature/codec-eval
+
+Both sides are compared as they would be written with digits ("three hundred and forty two" is 342), since recognisers
+differ in how they write numbers. Out: `OUT/original` and `OUT/decoded` (wav files), `OUT/eval.json`.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import soundfile
+import torch
+import tyro
+from higgs_tune.preprocess.audio.resample import resample_soxr
+from higgs_tune.preprocess.codec.checkpoint import load_codec
+from higgs_tune.preprocess.judges.edits import count_edits
+from higgs_tune.preprocess.judges.interface import SAMPLE_RATE_HZ
+from higgs_tune.preprocess.judges.load import load_recogniser
+from higgs_tune.preprocess.judges.normalisers import normaliser
+from higgs_tune.shards.durable import write_bytes
+from sentences import ONES, ORDINALS, TENS
+from train_codec import entropy_bits
+
+VALUES = {word: number for number, word in enumerate(ONES)} | {word: 10 * n for n, word in enumerate(TENS, 2)}
+
+
+@dataclass(frozen=True)
+class CodecEvaluation:
+    """Judge a codec."""
+
+    codec: Path
+    """Codec, of either layout."""
+    speech: Path
+    """Folder of `speech.py`."""
+    out: Path
+    """Output folder."""
+    asr: str
+    """Recogniser, as higgs-eval takes it."""
+    languages: tuple[str, ...] = ("en", "ar")
+    """Languages that the recogniser knows."""
+    clips: int = 12
+    """Held-out clips of each voice."""
+
+
+def in_digits(text: str) -> str:
+    """A text with its numbers in digits, without spaces and marks: `two, thirty one` is 231, and so is `2 31`."""
+    return "".join(_phrase_in_digits(part) for part in re.split("[,،.;]", text))
+
+
+def _phrase_in_digits(phrase: str) -> str:
+    written, number = [], ""
+    for word in re.findall(r"\d+|[^\W\d]+", normaliser("omnivoice").apply(phrase)):
+        value = VALUES.get(word)
+        if word == "hundred" and number:
+            number += "00"
+        elif value and _zeros(number) >= len(str(value)):
+            number = str(int(number) + value)
+        elif not (word == "and" and number):
+            written.append(number)
+            number = "" if value is None else str(value)
+            if value is None and word not in ("st", "nd", "rd", "th"):
+                written.append(str(ORDINALS.index(word) + 1) if word in ORDINALS else word)
+    return "".join([*written, number])
+
+
+def _zeros(number: str) -> int:
+    """Places at the end of a number that a smaller one can fill; zero and ten take nothing."""
+    return 0 if number in ("0", "10") else len(number) - len(number.rstrip("0"))
+
+
+def held_out(speech: Path, languages: tuple[str, ...], clips: int) -> list[dict[str, Any]]:
+    """The first held-out clips of each voice."""
+    by_voice: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    for line in map(json.loads, (speech / "speech.jsonl").read_text().splitlines()):
+        if line["split"] == "test" and line["language"] in languages:
+            by_voice[line["voice"]].append(line)
+    return [line for lines in by_voice.values() for line in lines[:clips]]
+
+
+def main() -> None:
+    config = tyro.cli(CodecEvaluation)
+    codec, recogniser = load_codec(config.codec), load_recogniser(config.asr, "cpu")
+    codes, lines = [], held_out(config.speech, config.languages, config.clips)
+    for kind in ("original", "decoded"):
+        (config.out / kind).mkdir(parents=True, exist_ok=True)
+    for line in lines:
+        samples, rate_hz = soundfile.read(config.speech / line["audio"], dtype="float32")
+        rate = codec.config.sample_rate_hz
+        wave_S = resample_soxr(samples, rate_hz, rate)
+        codes.append(codec.encode(wave_S))
+        for kind, wave in (("original", wave_S), ("decoded", codec.decode(codes[-1]))):
+            soundfile.write(config.out / kind / f"{Path(line['audio']).stem}.wav", wave, rate)
+            heard = recogniser.transcribe([resample_soxr(wave, rate, SAMPLE_RATE_HZ)], line["language"])[0]
+            edits = count_edits(in_digits(line["text"]), in_digits(heard))
+            line[kind] = {"heard": heard, "errors": edits.errors, "length": edits.length}
+    figures: dict[str, Any] = {"recogniser": recogniser.name, "bits": entropy_bits(_joined(codes))}
+    for language in config.languages:
+        chosen = [line for line in lines if line["language"] == language]
+        for kind in ("original", "decoded"):
+            counts = [line[kind] for line in chosen]
+            rate = sum(count["errors"] for count in counts) / max(1, sum(count["length"] for count in counts))
+            right = sum(not count["errors"] for count in counts)
+            figures[f"{language} {kind}"] = {"cer": round(rate, 4), "right": right, "clips": len(counts)}
+    write_bytes(config.out / "eval.json", json.dumps({"figures": figures, "clips": lines}, indent=1).encode())
+    print(json.dumps(figures, indent=1))
+
+
+def _joined(codes: list[np.ndarray]) -> torch.Tensor:
+    return torch.from_numpy(np.concatenate(codes, axis=1).astype(np.int64))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,87 @@
+"""examples/miniature: its sentences, its training codec against the inference one, and the committed results."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from conftest import ROOT
+from higgs_tune.preprocess.audio.resample import resample_soxr
+from higgs_tune.preprocess.codec.checkpoint import load_codec
+
+HERE = ROOT / "examples" / "miniature"
+sys.path.append(str(HERE))
+from codec_files import write_codec  # noqa: E402
+from codec_model import MiniatureCodec  # noqa: E402
+from evaluate_codec import in_digits  # noqa: E402
+from sentences import arabic_number, english_number  # noqa: E402
+from train_codec import CodecTraining, learning_rate  # noqa: E402
+
+
+def arabic_clip(name: str) -> np.ndarray:
+    samples, rate_hz = soundfile.read(ROOT / "examples" / "arabic" / "clips" / f"{name}.flac", dtype="float32")
+    return resample_soxr(samples, rate_hz, 24_000)
+
+
+@pytest.mark.fast
+def test_numbers_are_said_and_written() -> None:
+    said = {
+        0: "zero",
+        12: "twelve",
+        60: "sixty",
+        87: "eighty seven",
+        300: "three hundred",
+        342: "three hundred and forty two",
+    }
+    assert {number: english_number(number) for number in said} == said
+    assert arabic_number(121) == "مِئَة وَوَاحِد وَعِشْرُون"
+    for number in range(1000):
+        assert in_digits(english_number(number)) == str(number)
+    assert in_digits("two, thirty one") == in_digits("2 31") == "231"
+    assert in_digits("The twelfth of July.") == in_digits("the 12th of July") == "the12ofjuly"
+
+
+def test_the_codec_that_trains_is_the_codec_that_encodes(tmp_path: Path) -> None:
+    """Codes of a whole clip, through float16 files of both layouts."""
+    model = MiniatureCodec(0)
+    for tensor in model.codec.state_dict().values():
+        tensor.copy_(tensor.half().float())
+    wave_S = torch.from_numpy(arabic_clip("amal-00")[: 40 * 960])
+    features_BTC = model.semantic_features(wave_S)[None]
+    books_B = torch.tensor([8])
+    model(wave_S[None], features_BTC, books_B, learn_codes=False)  # the first call fills the codebooks
+    for codebook in model.codec.quantizers:
+        codebook.get_buffer("embed").copy_(codebook.get_buffer("embed").half().float())
+    codes_KBT = model(wave_S[None], features_BTC, books_B, learn_codes=False)[2]
+    write_codec(model.codec, tmp_path)
+    for layout in ("native", "original"):
+        codes_KT = load_codec(tmp_path / layout).encode(wave_S.numpy())
+        assert (codes_KT == codes_KBT[:, 0].numpy()).mean() > 0.99  # another order of sums
+
+
+@pytest.mark.fast
+def test_learning_rate_of_the_codec() -> None:
+    """Warm-up, a constant, and a decay to 0 at the last step."""
+    options = CodecTraining(speech=HERE, out=HERE, steps=1000, decay=0.3, learning_rate=1.0)
+    rates = [learning_rate(options, step) for step in (0, 99, 700, 850, 1000)]
+    assert rates == pytest.approx([0.01, 1, 1, 0.5, 0])
+
+
+@pytest.mark.fast
+def test_results_are_small_and_hold_no_pickle() -> None:
+    files = [path for path in HERE.rglob("*") if path.is_file() and path.suffix not in (".py", ".pyc")]
+    assert sum(path.stat().st_size for path in files) < 25e6
+    assert {path.suffix for path in files} <= {
+        ".json",
+        ".jsonl",
+        ".md",
+        ".safetensors",
+        ".sh",
+        ".yaml",
+        ".png",
+        ".flac",
+    }
