@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 LOCK = ".lock"
 PROGRESS_SECONDS = 5.0
-ROUNDS = 16  # lines that are read, spoken and written together, in batches
+ROUNDS = 8  # lines that are read, spoken and written together, in batches
 SHOWN = 20  # failures that are printed
 
 
@@ -117,7 +117,7 @@ def speak_into(
             else:
                 spoken.add(result)
                 seconds += result.seconds
-            progress.add(seconds)
+            progress.add(f"lines, {seconds:.0f} s of audio")
     return len(waiting), seconds
 
 
@@ -135,7 +135,9 @@ def speak_utterances(
     for first in range(0, len(utterances), step):
         tasks: list[Task] = []
         of_task: dict[int, Utterance] = {}
+        reading = _Progress(len(utterances[first : first + step]))
         for utterance in utterances[first : first + step]:
+            reading.add("references are read")
             try:
                 voices = tuple(engine.voice(path, text) for path, text in utterance.references)
             except Reject as reject:
@@ -184,15 +186,14 @@ class _Progress:
         self.total, self.label, self.count, self.began = total, label, 0, time.monotonic()
         self.shown = self.began
 
-    def add(self, seconds: float) -> None:
-        """A line is done; `seconds` of audio are spoken so far."""
+    def add(self, what: str) -> None:
+        """One more is done."""
         self.count += 1
         now = time.monotonic()
         if now - self.shown >= PROGRESS_SECONDS:
-            self.shown, elapsed = now, now - self.began
-            left = elapsed / self.count * (self.total - self.count)
-            rate = f"{seconds / elapsed:.2f} s of audio a second"
-            _say(f"{self.label}{self.count} of {self.total} lines, {rate}, {left:.0f} s left")
+            self.shown = now
+            left = (now - self.began) / self.count * (self.total - self.count)
+            _say(f"{self.label}{self.count} of {self.total} {what}, about {left:.0f} s left")
 
 
 def _say(text: str) -> None:

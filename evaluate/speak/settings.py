@@ -77,6 +77,8 @@ def resolve_settings(config: VoiceConfig) -> Settings:
         layout = known or "serve"
         counts = _counts(record.layouts) if record and known else ""
         notes.append(f"layout {layout}: " + (f"the training data has {counts}" if counts else "no record of training"))
+    if layout == "chat" and (record is None or record.instruction is record.plain_instruction is None):
+        notes.append("the instruction of the training data is not known: taking this package's own")
     wording = record.wording if record else Wording()
     normalization = config.text_normalization
     if normalization == "auto":

@@ -2,7 +2,7 @@
 
 In: requests, each a prompt (a `Sample` up to where generation begins). Out: the number and result of each, as it ends.
 Guarantees: under greedy choice the same tokens as boson's `generate`; a request's result does not depend on the batch
-it runs in, beyond rounding (test_decoding.py).
+it runs in: on a CPU its logits are the same bit by bit, on a GPU up to rounding (test_decoding.py).
 
 All running sequences take one step together. A sequence that ends leaves its slot of the cache, the last one moves into
 it, and a waiting request joins. Prompts are packed like training samples (`data/batch.py`), and each layer is
@@ -108,7 +108,7 @@ class _Decoder:
         features: str,
     ) -> None:
         self.model, self.ids, self.sampling, self.features = model, ids, sampling, features
-        self.warpers, self.kernels = sampling.warpers(), kernels_of(ExecOptions())
+        self.warpers = sampling.warpers()
         self.waiting = list(enumerate(requests))[::-1]
         self.running: list[_Sequence] = []
         self.slots = min(batch_size, len(requests))
@@ -117,6 +117,9 @@ class _Decoder:
         weight = model.embed_tokens.weight
         assert isinstance(weight, torch.Tensor)
         self.device = weight.device
+        # on a CPU nothing depends on the batch: products (`linear`), attention (`KeyValueCache`) and prompts (`_join`)
+        self.exact = self.device.type == "cpu"
+        self.kernels = kernels_of(ExecOptions(plain=self.exact))
         # positions held by each slot: of all rows, of text rows, of audio rows
         self.held = {kind: np.zeros(self.slots, np.int64) for kind in ("every", "text", "audio")}
 
@@ -137,8 +140,8 @@ class _Decoder:
                     yield self._leave(slot)
 
     def _join(self) -> None:
-        """Run waiting prompts that fit, packed together, into free slots."""
-        free = range(len(self.running), self.slots)
+        """Run waiting prompts that fit, packed together, into free slots; where results are exact, one by one."""
+        free = range(len(self.running), self.slots)[: 1 if self.exact else None]
         joining = [self.waiting.pop() for _ in free if self.waiting]
         batch = collate([request.prompt for _, request in joining], 0.0, self.ids, features=self.features)
         batch = batch.to(self.device)

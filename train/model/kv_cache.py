@@ -58,16 +58,30 @@ class KeyValueCache:
         if not len(held):
             return q_BhD
         keys[slots, :, held], values[slots, :, held] = k_BkD, v_BkD
+        q_BkgD = q_BhD.unflatten(1, (keys.shape[1], -1)) * q_BhD.shape[-1] ** -0.5
+        if keys.device.type == "cpu":  # one by one: sums of other lengths would round in another order
+            parts = [
+                _attended(q_BkgD[i : i + 1], keys[slot, None, :, : count + 1], values[slot, None, :, : count + 1])
+                for i, (slot, count) in enumerate(zip(slots.tolist(), held.tolist(), strict=True))
+            ]
+            return torch.cat(parts).flatten(1, 2)
         count = int(held.max()) + 1
         keys_BkLD, values_BkLD = (self._of(memory, slots)[:, :, :count] for memory in (keys, values))
-        q_BkgD = q_BhD.unflatten(1, (keys.shape[1], -1)) * q_BhD.shape[-1] ** -0.5
-        score_BkgL = (q_BkgD @ keys_BkLD.transpose(2, 3)).float()
         later_BL = torch.arange(count, device=held.device) > held[:, None]
-        share_BkgL = score_BkgL.masked_fill(later_BL[:, None, None], -torch.inf).softmax(-1)
-        return (share_BkgL.to(values.dtype) @ values_BkLD).flatten(1, 2)
+        return _attended(q_BkgD, keys_BkLD, values_BkLD, later_BL[:, None, None]).flatten(1, 2)
 
     @staticmethod
     def _of(memory: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
         """The slots' part, without a copy where they are the first ones in order."""
         in_order = bool((slots == torch.arange(len(slots), device=slots.device)).all())
         return memory[: len(slots)] if in_order else memory.index_select(0, slots)
+
+
+def _attended(
+    q_BkgD: torch.Tensor, keys_BkLD: torch.Tensor, values_BkLD: torch.Tensor, never: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Attention of one position of each sequence over its cached ones: [B, k, g, D]. never: positions to leave out."""
+    score_BkgL = (q_BkgD @ keys_BkLD.transpose(2, 3)).float()
+    if never is not None:
+        score_BkgL = score_BkgL.masked_fill(never, -torch.inf)
+    return score_BkgL.softmax(-1).to(values_BkLD.dtype) @ values_BkLD

@@ -33,6 +33,7 @@ class Layer(NamedTuple):
 
 
 AnyLayer = Layer | nn.Module
+ROWS = 8  # a multiple of this is multiplied at once
 
 
 def layer_of(module: nn.Module) -> Layer | None:
@@ -73,7 +74,16 @@ def plain_project(
 
 
 def linear(layer: AnyLayer, x_NH: torch.Tensor) -> torch.Tensor:
-    """Run a linear layer, with LoRA if it has any: [N, O]. Variants such as DoRA run by PEFT's own forward."""
+    """Run a linear layer, with LoRA if it has any: [N, O]. Variants such as DoRA run by PEFT's own forward.
+
+    Without gradients on a CPU, what a row gives does not depend on how many rows there are: a product of one to three
+    rows, which may be one thread's part, sums in another order than all others, so the rows are padded.
+    """
+    lacking = -len(x_NH) % ROWS if x_NH.device.type == "cpu" and not torch.is_grad_enabled() else 0
+    return _linear(layer, F.pad(x_NH, (0, 0, 0, lacking)))[: len(x_NH)] if lacking else _linear(layer, x_NH)
+
+
+def _linear(layer: AnyLayer, x_NH: torch.Tensor) -> torch.Tensor:
     tensors = layer if isinstance(layer, Layer) else layer_of(layer)
     if tensors is not None:
         return _plain(tensors, x_NH)
