@@ -314,7 +314,7 @@ def test_user_mistakes(shards: ShardSet, tmp_path: Path) -> None:
         (cli.StatsCommand(str(tmp_path)), "no shard set"),
         (cli.StatsCommand(folder, tokens_per_pack=0), "out of range"),
         (cli.ReportCommand(folder, tmp_path / "x.html", max_samples=0), "out of range"),
-        (cli.ReportCommand(folder, tmp_path / "x.html", run_dir=tmp_path), "no run here"),
+        (cli.ReportCommand(folder, tmp_path / "x.html", run_dirs=(tmp_path,)), "no run here"),
         (cli.ReportCommand(folder, tmp_path / "x.html", audio_tokenizer_path=tmp_path), "codec"),
         (cli.ShowCommand(folder, "0", model_path=tmp_path), "model"),
     ]

@@ -47,6 +47,7 @@ function start() {
   const sections = [
     summary(info),
     info.run ? runSection(source, info.run) : null,
+    info.comparison ? comparisonSection(source, info.comparison) : null,
     chartSection("data", "Data", loaded, (all) => all.data, null),
     chartSection("codes", "Codes", loaded, (all) => all.codes, info.scanned < info.samples ? `Counted over ${number(info.scanned)} samples.` : null),
     section("samples", "Samples", el("p", { class: "muted", text: note + audio }), new SampleTable(source).node),
