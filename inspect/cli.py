@@ -85,6 +85,8 @@ class ShowCommand:
     """Key of the sample, or its row number."""
     raw: bool = False
     """The stored values: metadata, tokens, labels, codes without delay."""
+    prompt: bool = False
+    """What is sent to speak the sample's text, token by token: the sequence up to its first generated frame."""
     as_trained: bool = False
     """The sample in its pack: pack number, neighbours, position ids, labels shifted as in the loss."""
     tokens_per_pack: int = 8192
@@ -103,8 +105,8 @@ class ShowCommand:
         from higgs_tune.inspect.checkpoints import Checkpoints
         from higgs_tune.shards.reader import ShardSet
 
-        if self.raw and self.as_trained:
-            raise UserError("--raw and --as_trained exclude each other")
+        if self.raw + self.as_trained + self.prompt > 1:
+            raise UserError("--raw, --prompt and --as_trained exclude each other")
         shards = ShardSet(self.shards)
         row = shards.row_of(self.key)
         sample = shards.read(row, mels=self.raw)
@@ -116,7 +118,9 @@ class ShowCommand:
         checkpoints.model_folder()
         packed = self._packed(shards, row) if self.as_trained else None
         show.print_header(console, sample, shards, row)
-        if packed:
+        if self.prompt:
+            show.print_prompt(console, sample, shards, checkpoints)
+        elif packed:
             show.print_as_trained(console, sample, shards, checkpoints, packed)
         else:
             show.print_sequence(console, sample, shards, checkpoints)
