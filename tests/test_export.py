@@ -9,6 +9,7 @@ import random
 import shutil
 import signal
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -97,8 +98,8 @@ def test_merged_weights_are_those_of_peft(variant: tuple[Path, Tensors], tmp_pat
 def test_native_adapters_continue_and_go_back(variant: tuple[Path, Tensors], base: Path, tmp_path: Path) -> None:
     """The adapter in native names is the same model for the trainer, and in boson's names the same file again."""
     adapter, expected = variant
-    for layout, source in (("native", adapter), ("original", tmp_path / "native")):
-        export(ExportConfig(source, out=tmp_path / layout, layout=layout, adapter_only=True))
+    export(ExportConfig(adapter, out=tmp_path / "native", layout="native", adapter_only=True))
+    export(ExportConfig(tmp_path / "native", out=tmp_path / "original", adapter_only=True))
     names = {
         name.removeprefix("base_model.model.") for name in load_file(tmp_path / "native" / "adapter_model.safetensors")
     }
@@ -271,7 +272,10 @@ def test_killed_at_any_moment_nothing_has_the_final_name(base: Path, tmp_path: P
 def test_template_renders_what_the_engine_sends(toy_tokenizer: PreTrainedTokenizerBase) -> None:
     """Boson's own preparation of the same conversation, token for token; with parts of lists, and plain texts."""
     audio = {"type": "audio"}
-    said = [{"role": "system", "content": "Generate audio following instruction."}, {"role": "user", "content": "أهلا"}]
+    said: list[dict[str, Any]] = [
+        {"role": "system", "content": "Generate audio following instruction."},
+        {"role": "user", "content": "أهلا"},
+    ]
     said += [{"role": "assistant", "content": [audio]}, {"role": "user", "content": "مرحبا، hello."}]
     parts = [
         m | {"content": [{"type": "text", "text": m["content"]}]} if isinstance(m["content"], str) else m for m in said
@@ -286,13 +290,12 @@ def test_template_renders_what_the_engine_sends(toy_tokenizer: PreTrainedTokeniz
     assert tokens is not None
     answer = "<|start_header_id|>assistant<|end_header_id|>\n\n<|audio_out_bos|>"
     tokens += toy_tokenizer.encode(answer, add_special_tokens=False)
+    render: Any = partial(toy_tokenizer.apply_chat_template, chat_template=TEMPLATE, tokenize=False)
     for conversation in (said, parts):
-        text = toy_tokenizer.apply_chat_template(
-            conversation, chat_template=TEMPLATE, add_generation_prompt=True, tokenize=False
-        )
+        text = render(conversation, add_generation_prompt=True)
         assert toy_tokenizer.encode(text, add_special_tokens=False) == tokens
     with pytest.raises(Exception, match="the first message must be of the system"):
-        toy_tokenizer.apply_chat_template(said[1:], chat_template=TEMPLATE)
+        render(said[1:])
 
 
 @pytest.fixture(scope="module")

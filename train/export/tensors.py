@@ -66,7 +66,7 @@ class Stored:
         data = torch.empty((stop - start) * width, dtype=torch.uint8)
         with self.file.open("rb", buffering=0) as stream:
             stream.seek(self.offset + start * width)
-            done, view = 0, memoryview(data.numpy())
+            done, view = 0, data.numpy().data
             while done < len(data):
                 count = stream.readinto(view[done:])
                 if not count:
@@ -223,7 +223,7 @@ def write_tensors(file: Path, tensors: Mapping[str, Source]) -> dict[str, str]:
 def _write(stream: RawIOBase, pieces: Iterable[torch.Tensor]) -> str:
     checksum = xxh3_128()
     for chunk in pieces:
-        data = memoryview(chunk.reshape(-1).view(torch.uint8).numpy())
+        data = chunk.reshape(-1).view(torch.uint8).numpy().data
         checksum.update(data)
         while data:
             data = data[stream.write(data) or 0 :]
@@ -240,6 +240,6 @@ def checksums_of(file: Path) -> dict[str, str]:
     for name, stored in stored_tensors(file).items():
         checksum = xxh3_128()
         for chunk in chunks(stored):
-            checksum.update(memoryview(chunk.reshape(-1).view(torch.uint8).numpy()))
+            checksum.update(chunk.reshape(-1).view(torch.uint8).numpy().data)
         found[name] = checksum.hexdigest()
     return found
