@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from higgs_tune.evaluate.lists import BadLine, Line, refuse_bad
+from higgs_tune.preprocess.input.spoken_text import content_parts, spoken_text
 from higgs_tune.preprocess.judges.normalisers import Normaliser
 from higgs_tune.shards.errors import UserError
 from higgs_tune.shards.format import Sample
@@ -51,32 +52,10 @@ def _source(segment: dict[str, Any], root: Path) -> str:
     return "" if source.startswith("inline:") else str((root / source).absolute())
 
 
-def _parts(message: dict[str, Any]) -> list[dict[str, Any]]:
-    content = message["content"]
-    content = content if isinstance(content, list) else [content]
-    return [{"type": "text", "text": part} if isinstance(part, str) else part for part in content]
-
-
-def spoken_text(sample: Sample) -> str:
-    """The text that a sample's last audio says: the text before it in its turn, else the last text of the turn before.
-
-    The second is the layout in which the answer is audio alone.
-    """
-    messages = sample.meta["messages"]
-    for at in range(len(messages) - 1, -1, -1):
-        if any(part["type"] == "audio" for part in _parts(messages[at])):
-            for message in messages[at : at - 2 if at > 1 else None : -1]:
-                texts = [part["text"] for part in _parts(message) if part["type"] == "text" and part["text"].strip()]
-                if texts:
-                    return texts[-1].strip()
-            return ""
-    return ""
-
-
 def _reference_text(sample: Sample) -> str:
     """The text before the first audio in its message; empty where it is the only one."""
     for message in sample.meta["messages"]:
-        parts = _parts(message)
+        parts = content_parts(message)
         kinds = [part["type"] for part in parts]
         if "audio" in kinds:
             at = kinds.index("audio")

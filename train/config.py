@@ -10,7 +10,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from higgs_tune.shards.bounds import Bound, bounds_of, check_bound
 from higgs_tune.shards.errors import UserError
-from higgs_tune.train.eval_sets import AUDIO_ONLY, HELD_OUT, parse_guard, parse_metric, parse_sets
+from higgs_tune.train.eval_sets import AUDIO_ONLY, HELD_OUT, SAMPLES, parse_guard, parse_metric, parse_sets
 from higgs_tune.train.options import (
     CheckpointArgs,
     DataArgs,
@@ -122,7 +122,8 @@ class TrainConfig:
         validation = self.validation
         _require(validation.val_fraction is not None or validation.val_by == "sample", "--val_by needs --val_fraction",
                  "a share to hold out", None)  # fmt: skip
-        _require(not validation.early_stopping_patience or validation.eval_steps != 0,
+        by_samples = (validation.best_by or "").startswith(f"{SAMPLES}:")
+        _require(not validation.early_stopping_patience or validation.eval_steps != 0 or by_samples,
                  "--early_stopping_patience needs validation", "--eval_steps above 0", 0)  # fmt: skip
         if self.model.forward == "reference":
             hint = "Boson's forward computes the text loss and the audio loss of target audio, and nothing else."
@@ -138,7 +139,16 @@ class TrainConfig:
         asked = [("--guard", parse_guard(text).metric) for text in validation.guard]
         if validation.best_by is not None:
             asked.append(("--best_by", parse_metric("--best_by", validation.best_by)))
-        for flag, metric in asked:
+        scored = [metric for flag, metric in asked if flag == "--best_by" and metric.set_name == SAMPLES]
+        for metric in scored:
+            judge = {"cer": "sample_asr", "similarity": "sample_speaker_model"}[metric.metric]
+            _require(bool(getattr(validation, judge)), f"--best_by {metric} needs a judge", f"--{judge}", None)
+        judged = validation.sample_asr or validation.sample_speaker_model
+        _require(validation.sample_steps > 0 or not judged, "--sample_asr and --sample_speaker_model judge samples",
+                 "--sample_steps above 0", validation.sample_steps)  # fmt: skip
+        _require(self.with_audio or not judged, "stage 1 trains no speech to judge",
+                 "no --sample_asr, no --sample_speaker_model", judged)  # fmt: skip
+        for flag, metric in (pair for pair in asked if pair[1] not in scored):
             _require(validation.eval_steps != 0, f"{flag} needs validation", "--eval_steps above 0", 0)
             _require(metric.set_name in known, f"{flag}: no evaluation set {metric.set_name}", ", ".join(known), metric,
                      "--eval_data_dir NAME=SHARDS names one.")  # fmt: skip

@@ -14,8 +14,11 @@ from typing import Any
 from higgs_tune.shards.errors import UserError
 
 HELD_OUT = "held_out"  # the validation split of the training sets
+SAMPLES = "samples"  # the generated samples
 LOSSES = ("loss", "text_loss", "audio_loss", "eos_loss")
 ACCURACIES = ("text_accuracy", "audio_accuracy", "eos_accuracy")
+SCORES = ("cer", "similarity")  # of generated samples
+HIGHER_IS_BETTER = (*ACCURACIES, "similarity")
 AUDIO_ONLY = ("audio_loss", "eos_loss", "audio_accuracy", "eos_accuracy")
 _NAME = re.compile(r"[^\s=:/\\]+")
 
@@ -36,8 +39,8 @@ class EvalMetric:
         return None if value is None else float(value)
 
     def gain(self, value: float, before: float) -> float:
-        """How much better a value is than an earlier one: above 0 is better, for losses and accuracies alike."""
-        return value - before if self.metric in ACCURACIES else before - value
+        """How much better a value is than an earlier one: above 0 is better, for every metric."""
+        return value - before if self.metric in HIGHER_IS_BETTER else before - value
 
 
 @dataclass(frozen=True)
@@ -63,8 +66,9 @@ def parse_sets(given: Iterable[str]) -> dict[str, str]:
         name, equals, location = text.partition("=")
         if not (equals and location and _NAME.fullmatch(name)):
             raise UserError("--eval_data_dir needs a name for each set", expected="NAME=SHARDS", got=text)
-        if name in sets or name == HELD_OUT:
-            why = "the name of the training sets' validation split" if name == HELD_OUT else "given twice"
+        reserved = {HELD_OUT: "the training sets' validation split", SAMPLES: "the generated samples"}
+        if name in sets or name in reserved:
+            why = f"the name of {reserved[name]}" if name in reserved else "given twice"
             raise UserError(f"--eval_data_dir: {name} is {why}", expected="another name", got=text)
         sets[name] = location
     return sets
@@ -79,8 +83,9 @@ def parse_metric(flag: str, text: str, form: str = "NAME:metric") -> EvalMetric:
     name, colon, metric = text.partition(":")
     if not (colon and name):
         raise UserError(f"{flag} has the wrong form", expected=form, got=text)
-    if metric not in (*LOSSES, *ACCURACIES):
-        raise UserError(f"{flag}: no metric {metric}", expected=", ".join((*LOSSES, *ACCURACIES)), got=text)
+    known = SCORES if name == SAMPLES else (*LOSSES, *ACCURACIES)
+    if metric not in known:
+        raise UserError(f"{flag}: no metric {metric}", expected=", ".join(known), got=text)
     return EvalMetric(name, metric)
 
 

@@ -6,7 +6,6 @@ Guarantees: all ranks take every step, validation and save together (test_faults
 
 from __future__ import annotations
 
-import sys
 import time
 from contextlib import closing, nullcontext
 from dataclasses import dataclass
@@ -38,7 +37,6 @@ from higgs_tune.train.monitor.profiling import StepProfiler
 from higgs_tune.train.monitor.samples import SampleGenerator
 from higgs_tune.train.monitor.selftest import SelfTestResult, raise_if_wrong, run_selftest
 from higgs_tune.train.monitor.system import SystemMonitor
-from higgs_tune.train.record import make_record
 from higgs_tune.train.resolve import Inputs, input_folders, resolve_inputs
 from higgs_tune.train.run_io import (
     RunIO,
@@ -51,10 +49,9 @@ from higgs_tune.train.run_io import (
     save_records,
     save_result,
 )
-from higgs_tune.train.set_checks import layout_warning
 from higgs_tune.train.state import Run, StepStats
 from higgs_tune.train.step import take_batches, train_step
-from higgs_tune.train.validate import validate, validate_base
+from higgs_tune.train.validate import generate_samples, validate, validate_base
 
 DRY_STEPS = 2
 
@@ -89,9 +86,6 @@ def _train(config: TrainConfig, context: DistContext) -> None:
             print(describe_run(run, checkpoint), flush=True)
             for change in changed_options(state, config) if state else ():
                 print(f"  changed since the checkpoint: {change}", flush=True)
-            run.record = make_record(inputs.schedule.sets.sets, config.training_stage, inputs.base, inputs.adapter)
-            if warning := layout_warning(run.record.layouts, config.training_stage):
-                print(warning, file=sys.stderr, flush=True)
         if writes:
             check_writable(config.output_dir, max(0, 3 * checkpoint_bytes(run) - size_of(earlier)))
         # 3. prove that the training signal is right
@@ -194,7 +188,7 @@ def pause(run: Run, run_io: RunIO, stats: StepStats) -> bool:
     with stats.pauses.timed():
         stops = validate(run, run_io) if validates else ""
         if run_io.sample_generator and (samples or stops):
-            generate_samples(run, run_io, run_io.sample_generator)
+            stops = generate_samples(run, run_io, run_io.sample_generator) or stops
     if saves or (stops and config.checkpoints.save_steps):
         save(run, run_io, stats)
     if stops:
@@ -268,15 +262,6 @@ def stop_run(run: Run, run_io: RunIO, *, interrupt: bool) -> NoReturn:
     if run.context.is_main and not interrupt:
         write_bytes(run.config.output_dir / STOPPED, to_json({"exit_code": exit_code, "step": step}))
     raise Stopped(message, exit_code)
-
-
-def generate_samples(run: Run, run_io: RunIO, generator: SampleGenerator) -> None:
-    """Generate samples, and report how they compare with the base model's."""
-    name = f"step-{run.progress.step:06d}"
-    metrics = generator.generate(name)
-    if metrics and run_io.logger:
-        run_io.logger.log(metrics)
-        run_io.logger.log_audio(generator.sounds(name), run.progress.step)
 
 
 def dry_run(run: Run) -> None:

@@ -228,14 +228,15 @@ class ValidationArgs:
     """More sets to validate on, as NAME=SHARDS; the training sets' own split is called held_out."""
     best_by: str | None = None
     """NAME:metric that chooses the best checkpoint (loss, text_loss, audio_loss, eos_loss, text_accuracy,
-    audio_accuracy, eos_accuracy); by default the loss of held_out, or of the first --eval_data_dir."""
+    audio_accuracy, eos_accuracy), or samples:cer, samples:similarity of the generated samples; by default the loss of
+    held_out, or of the first --eval_data_dir."""
     guard: tuple[str, ...] = ()
     """NAME:metric:tolerance: a metric that may get worse than the base model's by at most the tolerance, such as
     old:loss:0.1 on a set of the languages that must not be forgotten."""
     guard_action: Literal["warn", "stop"] = "warn"
     """What to do when a --guard is broken: warn, or stop the run after a warning."""
     early_stopping_patience: Annotated[int, AT_LEAST_0] = 0
-    """Stop after this many validations without a better --best_by; 0: never."""
+    """Stop after this many validations (or samples) without a better --best_by; 0: never."""
     early_stopping_threshold: Annotated[float, AT_LEAST_0] = 0.0
     """How much better it must be to count as better."""
     sample_steps: Annotated[int, AT_LEAST_0] = 0
@@ -244,6 +245,12 @@ class ValidationArgs:
     """Samples generated each time, of fixed keys."""
     sample_max_seconds: Annotated[float, MORE_THAN_0] = 20.0
     """Generated speech is cut off here: it has run on."""
+    sample_asr: str | None = None
+    """Recogniser that measures the samples' character error rate, as --asr of higgs-eval."""
+    sample_speaker_model: str | None = None
+    """Speaker encoder that measures how near the samples' voice is, as --speaker_model of higgs-eval."""
+    sample_language: str = ""
+    """Language of the samples for --sample_asr, as a code (ar, en); empty: it is detected."""
     audio_tokenizer_path: Path | None = None
     """Codec that makes samples audible; by default the one that the shards were made with."""
 

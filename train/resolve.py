@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 from higgs_tune.preprocess.checkpoints.checkpoint import describe_checkpoint, load_tokenizer
 from higgs_tune.preprocess.checkpoints.weights import weight_files
+from higgs_tune.preprocess.judges.load import check_judges
 from higgs_tune.shards.errors import ShardError, UserError
 from higgs_tune.shards.reader import ShardSet
 from higgs_tune.shards.split import ValidationSplit
@@ -20,7 +21,7 @@ from higgs_tune.train.config import TrainConfig
 from higgs_tune.train.data.loader import LoaderOptions
 from higgs_tune.train.data.sampler import Schedule
 from higgs_tune.train.dist.context import DistContext
-from higgs_tune.train.eval_sets import parse_guard, parse_metric, parse_sets
+from higgs_tune.train.eval_sets import SAMPLES, parse_guard, parse_metric, parse_sets
 from higgs_tune.train.model.adapter import read_adapter, read_adapter_config
 from higgs_tune.train.model.base import resolve_model
 from higgs_tune.train.model.load import Loaded, load_config
@@ -98,6 +99,8 @@ def resolve_inputs(config: TrainConfig, context: DistContext) -> Inputs:
     check_trackers(config.reports.report_to)
     if config.validation.sample_steps:
         codec_path(config.validation.audio_tokenizer_path, sets)
+        if context.is_main:
+            check_judges(config.validation.sample_asr, config.validation.sample_speaker_model)
         if config.lora.full_finetune and context.world.size > 1:
             hint = "Samples of different lengths would wait for each other's weights; generate from the saved model."
             raise UserError("--sample_steps has no place in --full_finetune on several ranks", hint=hint)
@@ -129,10 +132,12 @@ def check_evaluation(config: TrainConfig, validation: Validation) -> None:
         UserError: names the option.
     """
     options = config.validation
-    if options.early_stopping_patience and not validation.every:
+    best_by = parse_metric("--best_by", options.best_by) if options.best_by else None
+    by_samples = best_by is not None and best_by.set_name == SAMPLES
+    if options.early_stopping_patience and not validation.every and not by_samples:
         raise UserError("--early_stopping_patience needs validation", expected="a validation split, and --eval_steps")
     asked = [("--guard", parse_guard(text).metric) for text in options.guard]
-    asked += [("--best_by", parse_metric("--best_by", options.best_by))] if options.best_by else []
+    asked += [("--best_by", best_by)] if best_by and not by_samples else []
     for flag, metric in asked:
         if metric.set_name not in validation.names:
             hint = "--val_fraction 0.05 holds samples out."

@@ -11,8 +11,9 @@ from functools import partial
 
 from higgs_tune.shards.errors import UserError
 from higgs_tune.train.checkpoint.folder import VERSION, Snapshot
-from higgs_tune.train.eval_sets import EvalMetric, parse_guard, parse_metric
+from higgs_tune.train.eval_sets import SAMPLES, EvalMetric, parse_guard, parse_metric
 from higgs_tune.train.monitor.diagnostics import compare_predictions
+from higgs_tune.train.monitor.samples import SampleGenerator
 from higgs_tune.train.monitor.validation import Results
 from higgs_tune.train.run_io import RunIO, final_weights
 from higgs_tune.train.state import Run
@@ -42,7 +43,7 @@ def validate_base(run: Run, run_io: RunIO) -> None:
         raise UserError("--guard cannot be added to a full fine-tuning that is resumed: its base model is gone")
     results = run_io.validation.run(run, base=True)
     for metric in (*guards, chosen_metric(run, run_io)):
-        if metric.value_in(results) is None:
+        if metric.set_name != SAMPLES and metric.value_in(results) is None:
             hint = "Its samples have no label of that kind."
             raise UserError(f"nothing to measure {metric} on", expected="labels of that kind", hint=hint)
     run.progress.base_metrics = {
@@ -68,15 +69,37 @@ def report(run: Run, run_io: RunIO, results: Results, *, base: bool = False) -> 
 
 def validate(run: Run, run_io: RunIO) -> str:
     """Validate, and save the best weights; returns why to stop early, or nothing. All ranks return the same."""
-    validation, progress = run.config.validation, run.progress
+    validation = run.config.validation
     results = run_io.validation.run(run)
     report(run, run_io, results)
     if (broken := broken_guards(run, run_io, results)) and validation.guard_action == "stop":
         return f"--guard {', '.join(broken)} is broken"
     metric = chosen_metric(run, run_io)
+    return "" if metric.set_name == SAMPLES else keep_best(run, run_io, metric, results)
+
+
+def generate_samples(run: Run, run_io: RunIO, generator: SampleGenerator) -> str:
+    """Generate samples, and report how they compare with the base model's; returns why to stop early, or nothing."""
+    name = f"step-{run.progress.step:06d}"
+    metrics = generator.generate(name)
+    if metrics and run_io.logger:
+        run_io.logger.log(metrics)
+        run_io.logger.log_audio(generator.sounds(name), run.progress.step)
+    metric = chosen_metric(run, run_io) if run.config.validation.best_by else None
+    if metric is None or metric.set_name != SAMPLES:
+        return ""
+    own = float(metrics.get(metric.metric, math.nan)) if metrics else 0.0  # rank 0 alone has metrics
+    (value,) = run.context.all_sum([own])
+    return keep_best(run, run_io, metric, {SAMPLES: (metrics or {}) | {metric.metric: value}})
+
+
+def keep_best(run: Run, run_io: RunIO, metric: EvalMetric, results: Results) -> str:
+    """Save the weights if they are the best by a metric; returns why to stop early, or nothing."""
+    validation, progress = run.config.validation, run.progress
     value, best = metric.value_in(results), progress.best_value
     if value is None or not math.isfinite(value):
-        run_io.say(f"warning: the validation loss at step {progress.step} is not finite")
+        named = metric if metric.set_name == SAMPLES else "the validation loss"
+        run_io.say(f"warning: {named} at step {progress.step} is not finite")
         progress.stale += 1
     elif best is None or metric.gain(value, best) > validation.early_stopping_threshold:
         progress.best_value, progress.best_step, progress.stale = value, progress.step, 0

@@ -12,10 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from higgs_tune.preprocess.checkpoints.hub import TIMEOUT_S, is_repository_name
+from higgs_tune.preprocess.judges.edits import count_edits
 from higgs_tune.preprocess.judges.interface import QualityModel, Recogniser, SpeakerEncoder
 from higgs_tune.shards.errors import UserError, first_line
 
 FILES = ("*.json", "*.txt", "*.model", "*.safetensors", "model.bin", "preprocessor_config.json")
+PACKAGES = ("resemblyzer",)  # speaker encoders that bring their weights
 CTRANSLATE2 = ("model.bin", "vocabulary.json", "vocabulary.txt")
 
 
@@ -85,6 +87,19 @@ def load_quality_model(given: str, device: str = "auto") -> QualityModel:
     from higgs_tune.preprocess.judges.dnsmos import DnsmosModel
 
     return DnsmosModel()
+
+
+def check_judges(recogniser: str | None, speaker: str | None) -> None:
+    """Make sure that judges can be had, before anything is loaded; fetches what is not here.
+
+    Raises:
+        UserError: no such checkpoint, or no rapidfuzz to count errors with.
+    """
+    if recogniser:
+        count_edits("", "")
+    for given in (recogniser, speaker):
+        if given and given not in PACKAGES and not given.startswith(("http://", "https://")):
+            _config(fetch(given)[0])
 
 
 def _config(folder: Path) -> dict[str, Any]:

@@ -21,12 +21,14 @@ from higgs_tune.preprocess.audio.levels import quiet_share
 from higgs_tune.preprocess.checkpoints.hub import local_checkpoint
 from higgs_tune.preprocess.codec.checkpoint import load_codec
 from higgs_tune.preprocess.codec.weights import codec_weight_files
+from higgs_tune.preprocess.input.spoken_text import spoken_text
 from higgs_tune.shards import durable
 from higgs_tune.shards.errors import UserError
 from higgs_tune.shards.format import FRAME_RATE_HZ, Sample
 from higgs_tune.shards.reader import ShardSet
 from higgs_tune.train.model.decoding import generate_batch
 from higgs_tune.train.model.sampling import Said, Sampling, request_of
+from higgs_tune.train.monitor.sample_scores import figures, load_judges
 from higgs_tune.train.state import Run
 from transformers import PreTrainedTokenizerBase
 
@@ -50,18 +52,51 @@ class SampleGenerator:
         ]
         path = codec_path(run.config.validation.audio_tokenizer_path, sets)
         self.codec = load_codec(path, run.context.device) if run.context.is_main else None
+        self.judges = load_judges(run.config.validation, run.context.device) if run.context.is_main else None
+        self.target_figures: dict[str, float] = {}
 
     def begin(self) -> None:
         """Write targets and references, and the base model's samples, unless an earlier start has written them."""
         if self.run.context.is_main and self.codec:
             for sample in self.samples:
                 frames = np.split(sample.codes_KT, np.cumsum(sample.segment_frames)[:-1], axis=1)
-                self._write_wav(self.folder / "target" / f"{sample.key}.target.wav", frames[-1])
+                self._write_wav(self._target(sample, "target"), frames[-1])
                 if len(frames) > 1:
-                    self._write_wav(self.folder / "target" / f"{sample.key}.reference.wav", frames[0])
+                    self._write_wav(self._target(sample, "reference"), frames[0])
+        self._score_targets()
         exists = float((self.folder / "base" / "samples.json").is_file())
         if not self.run.context.all_sum([exists if self.run.context.is_main else 0.0])[0]:
             self.generate("base")
+
+    def _score_targets(self) -> None:
+        """What the judges say of the recorded targets: no model can be measured better than that."""
+        if self.judges:
+            listed = [self._score(sample, self._target(sample, "target")) for sample in self.samples]
+            self.target_figures = {f"target_{name}": value for name, value in figures(listed).items()}
+
+    def _target(self, sample: Sample, kind: str) -> Path:
+        return self.folder / "target" / f"{sample.key}.{kind}.wav"
+
+    def _score(self, sample: Sample, wav: Path | None) -> dict[str, Any]:
+        """Scores of one file; its voice is compared with the reference's, without one with the target's."""
+        assert self.judges
+        reference, target = self._target(sample, "reference"), self._target(sample, "target")
+        voice = reference if reference.is_file() else target
+        return self.judges.score(wav, spoken_text(sample), None if voice == wav else voice)
+
+    def _base(self) -> list[dict[str, Any]]:
+        """The base model's samples, scored by these judges: an earlier start may have had others, or none."""
+        path = self.folder / "base" / "samples.json"
+        listed = json.loads(path.read_bytes())
+        if self.judges and any(entry.get("judges") != self.judges.about for entry in listed):
+            by_key = {sample.key: sample for sample in self.samples}
+            wavs = [path.parent / entry["wav"] if entry["wav"] else None for entry in listed]
+            listed = [
+                entry | (self._score(by_key[entry["key"]], wav) if entry["key"] in by_key else {})
+                for entry, wav in zip(listed, wavs, strict=True)
+            ]
+            durable.write_bytes(path, durable.to_json(listed, indent=1) + b"\n")
+        return listed
 
     def generate(self, name: str) -> dict[str, Any] | None:
         """Generate; returns a line of metrics.jsonl, on rank 0."""
@@ -113,15 +148,10 @@ class SampleGenerator:
         listed = [self._describe(folder, *pair) for pair in zip(self.samples, outputs, strict=True)]
         durable.write_bytes(folder / "samples.json", durable.to_json(listed, indent=1) + b"\n")
         numbers = summary(listed)
-        base = numbers
-        if name != "base":
-            base = summary(json.loads((self.folder / "base" / "samples.json").read_bytes()))
-        return {
-            "kind": "samples",
-            "step": self.run.progress.step,
-            **numbers,
-            **{f"base_{key}": value for key, value in base.items()},
-        }
+        base = numbers if name == "base" else summary(self._base())
+        line = {"kind": "samples", "step": self.run.progress.step, **numbers}
+        line |= {f"base_{key}": value for key, value in base.items()} | self.target_figures
+        return line | ({"judges": self.judges.about} if self.judges else {})
 
     def _describe(self, folder: Path, sample: Sample, output: Said) -> dict[str, Any]:
         target_KT = sample.codes_KT[:, -sample.segment_frames[-1] :]
@@ -135,6 +165,8 @@ class SampleGenerator:
         labels = [int(label) for label in sample.tokens_2L[1] if label >= 0]
         target_text = self.tokenizer.decode(labels, skip_special_tokens=True).strip()
         text = self.tokenizer.decode(output.tokens, skip_special_tokens=True).strip()
+        wav = f"{sample.key}.wav" if len(wave) else None
+        scores = self._score(sample, folder / wav if wav else None) if self.judges else {}
         return {
             "key": sample.key,
             "text": target_text if self.run.config.with_audio else text,
@@ -144,7 +176,8 @@ class SampleGenerator:
             "target_duration_s": target_s,
             "duration_ratio": len(wave) / rate / target_s,
             "silence_ratio": silence_ratio(wave, rate),
-            "wav": f"{sample.key}.wav" if len(wave) else None,
+            "wav": wav,
+            **scores,
         }
 
     def _write_wav(self, path: Path, codes_KT: np.ndarray) -> np.ndarray:
@@ -159,7 +192,7 @@ class SampleGenerator:
         """Name, waveform and sample rate of each sample, its target and its reference, for TensorBoard."""
         for sample in self.samples:
             places = {"generated": self.folder / name / f"{sample.key}.wav"}
-            places |= {kind: self.folder / "target" / f"{sample.key}.{kind}.wav" for kind in ("target", "reference")}
+            places |= {kind: self._target(sample, kind) for kind in ("target", "reference")}
             for kind, path in places.items():
                 if path.is_file():
                     wave_S, rate = soundfile.read(path, dtype="float32")
@@ -201,13 +234,13 @@ def codec_path(given: Path | None, sets: list[ShardSet]) -> Path:
 
 
 def summary(listed: list[dict[str, Any]]) -> dict[str, float]:
-    """Share of samples without an end, and the means of duration and silence ratios."""
+    """Share of samples without an end, the means of duration and silence ratios, and what judges measured."""
     values = (
         [not sample["reached_eos"] for sample in listed],
         [sample["duration_ratio"] for sample in listed],
         [sample["silence_ratio"] for sample in listed],
     )
-    return {name: float(np.mean(value)) for name, value in zip(_NUMBERS, values, strict=True)}
+    return {name: float(np.mean(value)) for name, value in zip(_NUMBERS, values, strict=True)} | figures(listed)
 
 
 def silence_ratio(wave_S: np.ndarray, sample_rate_hz: int) -> float:

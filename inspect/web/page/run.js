@@ -34,13 +34,16 @@ function generatedBlock(source, run) {
       el("thead", { role: "rowgroup" }, head), body));
 }
 
-/** How a generated clip ended, its length, its silence. */
+/** How a generated clip ended, its length, its silence; what judges heard in it. */
 function clipFacts(clip) {
   if (!clip || clip.reached_eos === undefined) return null;
   const parts = [clip.reached_eos ? "ended by itself" : "did not end"];
   if (clip.duration_ratio != null) parts.push(`${number(clip.duration_ratio, 2)} × the target's length`);
   if (clip.silence_ratio != null) parts.push(`${percent(clip.silence_ratio)} silence`);
-  return el("p", { class: clip.reached_eos ? "muted" : "warn", text: parts.join(", ") });
+  if (clip.cer != null) parts.push(`${percent(clip.cer)} character errors`);
+  if (clip.similarity != null) parts.push(`similarity ${number(clip.similarity, 3)}`);
+  const facts = el("p", { class: clip.reached_eos ? "muted" : "warn", text: parts.join(", ") });
+  return clip.heard ? el("div", {}, facts, el("p", { class: "muted", text: "heard:" }), bdi(clip.heard, "p", "said")) : facts;
 }
 
 function runSection(source, run) {
@@ -55,9 +58,7 @@ function runSection(source, run) {
   return section("run", "Training run",
     el("p", {}, bdi(run.name), run.every > 1 ? ` (one in ${number(run.every)} logged steps is drawn)` : null),
     charts(run.charts),
-    run.warnings.length ? table("Warnings", ["Step", "Warning"], run.warnings.map(([step, text]) => [step, bdi(text)])) : null,
     el("h3", { text: "Validation" }), validation,
-    el("h3", { text: "Predictions" }), predictionsBlock(run.predictions),
     el("h3", { text: "Generated samples" }), generatedBlock(source, run),
     el("h3", { text: rows.length ? `Trained modules: ${number(parameters)} parameters` : "Trained modules" }), trained,
     el("details", {}, el("summary", { text: "Options of the run" }), pairs(run.config)));
