@@ -12,7 +12,7 @@ SAY := --audio_tokenizer_path $(TOY)/codec --layout chat --max_seconds 4 \
 TRAIN := $(BIN)/torchrun --standalone --nproc_per_node 2 -m higgs_tune.train
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check
 
-.PHONY: setup setup-run toy demo test test-fast lint bench clean
+.PHONY: setup setup-run toy demo test test-fast native lint bench clean
 
 # for development: all that is here; SETUP=setup-run makes the other targets do with setup-run, where they can
 setup: $(INSTALLED)
@@ -72,6 +72,11 @@ test: setup
 # a quick test or two of every file, in less than two minutes
 test-fast: setup
 	$(BIN)/pytest -n 2 --dist loadfile -m fast
+
+# parity with transformers' own class, in an environment of its own that this downloads: tests/native/README.md
+native: setup
+	$(BIN)/python tests/native/compare.py
+	$(BIN)/python tests/native/exports.py
 
 lint: setup
 	$(BIN)/ruff check .

@@ -7,6 +7,7 @@
     higgs-inspect diff A B                          differences between two sets
     higgs-inspect report SHARDS -o report.html      all of it as one HTML page that needs no network
     higgs-inspect serve SHARDS                      the same page, served on this machine, for large sets
+    higgs-inspect runs OUT …                        training runs as a table
 
 Only `verify --repair-index` writes into a set, and only its index and manifest.
 """
@@ -22,7 +23,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 from higgs_tune.shards.errors import UserError, run_command
-from tyro.conf import FlagCreatePairsOff, Positional, arg
+from tyro.conf import FlagCreatePairsOff, Positional, UseAppendAction, arg
 
 if TYPE_CHECKING:  # each command imports its own parts after its flags are checked
     from higgs_tune.inspect.packing import Packed
@@ -37,6 +38,7 @@ ModelPath = Annotated[
 CodecPath = Annotated[Path | None, arg(help="Checkpoint of the codec; by default the one named in the manifest.")]
 Device = Annotated[str, arg(help="Where the codec runs: auto, cpu, cuda, cuda:1.")]
 NoAudio = Annotated[bool, FlagCreatePairsOff, arg(help="A page without audio; needs no codec.")]
+Runs = Annotated[tuple[Path, ...], UseAppendAction, arg(name="run")]
 Debug = Annotated[bool, arg(help="Show tracebacks of user errors.")]
 
 
@@ -83,6 +85,8 @@ class ShowCommand:
     """Key of the sample, or its row number."""
     raw: bool = False
     """The stored values: metadata, tokens, labels, codes without delay."""
+    prompt: bool = False
+    """What is sent to speak the sample's text, token by token: the sequence up to its first generated frame."""
     as_trained: bool = False
     """The sample in its pack: pack number, neighbours, position ids, labels shifted as in the loss."""
     tokens_per_pack: int = 8192
@@ -101,8 +105,8 @@ class ShowCommand:
         from higgs_tune.inspect.checkpoints import Checkpoints
         from higgs_tune.shards.reader import ShardSet
 
-        if self.raw and self.as_trained:
-            raise UserError("--raw and --as_trained exclude each other")
+        if self.raw + self.as_trained + self.prompt > 1:
+            raise UserError("--raw, --prompt and --as_trained exclude each other")
         shards = ShardSet(self.shards)
         row = shards.row_of(self.key)
         sample = shards.read(row, mels=self.raw)
@@ -114,7 +118,9 @@ class ShowCommand:
         checkpoints.model_folder()
         packed = self._packed(shards, row) if self.as_trained else None
         show.print_header(console, sample, shards, row)
-        if packed:
+        if self.prompt:
+            show.print_prompt(console, sample, shards, checkpoints)
+        elif packed:
             show.print_as_trained(console, sample, shards, checkpoints, packed)
         else:
             show.print_sequence(console, sample, shards, checkpoints)
@@ -228,8 +234,8 @@ class ReportCommand:
     shards: Shards
     output: Output
     """The page to write."""
-    run_dir: Annotated[Path | None, arg(name="run")] = None
-    """Output folder of a training run to show: curves, validation, generated samples."""
+    run_dirs: Runs = ()
+    """Output folder of a training run to show: curves, validation, generated samples; given again, runs to compare."""
     max_samples: int = 2000
     """Number of samples on the page, spread evenly over the set. Every clip is decoded: on a CPU, take fewer."""
     no_audio: NoAudio = False
@@ -248,8 +254,8 @@ class ReportCommand:
         shards = ShardSet(self.shards)
         checkpoints = Checkpoints(shards.provenance, self.model_path, self.audio_tokenizer_path, self.device)
         checkpoints.check(audio=not self.no_audio)
-        run = read_run(self.run_dir) if self.run_dir else None
-        options = {"max_samples": self.max_samples, "run": run, "audio": not self.no_audio}
+        runs = [read_run(folder) for folder in self.run_dirs]
+        options = {"max_samples": self.max_samples, "runs": runs, "audio": not self.no_audio}
         shown = write_report(shards, checkpoints, self.output, **options)
         print(f"{self.output}: {shown} of {len(shards)} samples, {self.output.stat().st_size / 1e6:.1f} MB")
 
@@ -259,8 +265,8 @@ class ServeCommand:
     """The report of a large set, loaded on demand from a web server on this machine only."""
 
     shards: Shards
-    run_dir: Annotated[Path | None, arg(name="run")] = None
-    """Output folder of a training run to show."""
+    run_dirs: Runs = ()
+    """Output folder of a training run to show; given again, runs to compare."""
     port: int = 8732
     """Port on 127.0.0.1; 0: any free port."""
     no_audio: NoAudio = False
@@ -278,10 +284,32 @@ class ServeCommand:
         shards = ShardSet(self.shards)
         checkpoints = Checkpoints(shards.provenance, self.model_path, self.audio_tokenizer_path, self.device)
         checkpoints.check(audio=not self.no_audio)
-        run = read_run(self.run_dir) if self.run_dir else None
-        server = open_server(shards, checkpoints, run, audio=not self.no_audio, port=self.port)
+        runs = [read_run(folder) for folder in self.run_dirs]
+        server = open_server(shards, checkpoints, runs, audio=not self.no_audio, port=self.port)
         print(f"http://{HOST}:{server.port}/  ({len(shards)} samples; Ctrl-C ends)", flush=True)
         server.serve_forever()
+
+
+@dataclass(frozen=True)
+class RunsCommand:
+    """Training runs as a table: stage, state, steps, losses, best validation, speed, warnings."""
+
+    runs: Annotated[Positional[tuple[Path, ...]], arg(metavar="OUT...")]
+    """Output folders of training runs."""
+    json: bool = False
+    """Print JSON."""
+    debug: Debug = False
+
+    def run(self) -> None:
+        from higgs_tune.inspect.runs_table import print_runs, summarise_runs
+
+        if not self.runs:
+            raise UserError("no run is named", expected="output folders of training runs")
+        rows = summarise_runs(self.runs)
+        if self.json:
+            print(json.dumps(rows, indent=1))
+        else:
+            print_runs(rows)
 
 
 def main() -> None:
@@ -297,5 +325,6 @@ def _main() -> None:
         "diff": DiffCommand,
         "report": ReportCommand,
         "serve": ServeCommand,
+        "runs": RunsCommand,
     }
     tyro.extras.subcommand_cli_from_dict(commands, prog="higgs-inspect", description=__doc__).run()

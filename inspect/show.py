@@ -15,7 +15,9 @@ from collections.abc import Iterable
 from higgs_tune.inspect.checkpoints import Checkpoints
 from higgs_tune.inspect.packing import Packed
 from higgs_tune.inspect.view import Position, facts, positions, printable, segments_of, turns_of, visible
+from higgs_tune.shards.errors import UserError
 from higgs_tune.shards.format import Sample
+from higgs_tune.shards.layout import layout_of
 from higgs_tune.shards.reader import ShardSet
 from higgs_tune.shards.sequence import SpecialIds
 from rich.console import Console
@@ -25,6 +27,11 @@ from rich.text import Text
 ISOLATE, END_ISOLATE = "\u2068", "\u2069"  # first strong isolate: the text's own direction decides
 STYLES = {"text": "", "whisper": "magenta", "audio_in": "cyan", "audio_out": "green"}
 NO_LABEL = "·"
+WHO_SENDS = {
+    "serve": "Boson's engine, transformers' processor and vllm-omni send it; mlx-audio without the system turn",
+    "chat": "higgs-speak sends it to models trained on it; no stock engine does",
+    "other": "no engine sends it",
+}
 WIDE = 250  # characters; the widest table needs less
 
 
@@ -60,6 +67,24 @@ def print_sequence(console: Console, sample: Sample, shards: ShardSet, checkpoin
     console.print(Text("label: id supervised at this position and predicted by the position before; ·: none"))
     rows = positions(sample, ids, shards.features)
     _print_table(("position",), (((str(row.number),), row) for row in rows), checkpoints, ids)
+
+
+def print_prompt(console: Console, sample: Sample, shards: ShardSet, checkpoints: Checkpoints) -> None:
+    """Print what is sent to speak the sample's text: every position up to the one that predicts its first frame.
+
+    Raises:
+        UserError: the sample ends without audio, so nothing is spoken.
+    """
+    ids, rows = shards.special_ids, list(positions(sample, shards.special_ids, shards.features))
+    spoken = [row.modality == "audio_out" for row in rows]
+    if not any(spoken):
+        raise UserError("the sample has no audio of the assistant, so there is no prompt", where=sample.key)
+    start = next(n for n in reversed(range(len(rows))) if spoken[n] and not (n and spoken[n - 1]))
+    layout = layout_of(sample.meta["messages"])
+    console.print(Text(f"prompt layout {layout}: {WHO_SENDS[layout]}"))
+    console.print(Text(f"{start} positions; the next one is the column of stream starts, then frames are generated"))
+    unlabelled = (Position(r.number, r.modality, r.token, r.codes, None, None) for r in rows[:start])
+    _print_table(("position",), (((str(row.number),), row) for row in unlabelled), checkpoints, ids)
 
 
 def _print_table(

@@ -19,6 +19,7 @@ from higgs_tune.inspect.view import segments_of, target_text
 from higgs_tune.preprocess.progress import ProgressBar
 from higgs_tune.shards.errors import ShardError
 from higgs_tune.shards.format import FRAME_RATE_HZ, Sample
+from higgs_tune.shards.layout import LAYOUTS, layout_of
 from higgs_tune.shards.plan import make_plan
 from higgs_tune.shards.reader import ShardSet
 from higgs_tune.shards.sequence import SpecialIds, segment_positions
@@ -57,7 +58,7 @@ class ScanResult:
 
     Attributes:
         counts_KC: number of uses of each code.
-        scripts: samples by the script of the target text.
+        scripts, layouts: samples by the script of the target text, and by prompt layout.
         positions, labelled: positions of the expanded sequences by modality, and those with a label; audio labels are
             counted per codebook.
         target_s, reference_s: seconds of each segment.
@@ -67,6 +68,7 @@ class ScanResult:
     counts_KC: np.ndarray
     samples: int = 0
     scripts: Counter[str] = field(default_factory=Counter)
+    layouts: Counter[str] = field(default_factory=Counter)
     positions: Counter[str] = field(default_factory=Counter)
     labelled: Counter[str] = field(default_factory=Counter)
     target_s: list[float] = field(default_factory=list)
@@ -89,6 +91,7 @@ class ScanResult:
         self.counts_KC += np.bincount(flat.ravel(), minlength=books * size).reshape(books, size)
         self.samples += 1
         segments, text = segments_of(sample, ids), target_text(sample)
+        self.layouts[layout_of(sample.meta["messages"])] += 1
         self.scripts[main_script(text)] += 1
         self.positions["text"] += sample.tokens_2L.shape[1] - len(segments)
         self.positions["whisper"] += whisper_positions
@@ -147,6 +150,7 @@ def statistics(shards: ShardSet, scanned: ScanResult, tokens_per_pack: int) -> d
         "speakers_by_split": speakers_by_split(shards),
         "samples_without_audio_target": int((index["audio_labels"] == 0).sum()),
         "samples_without_speaker": by_speaker.get(NO_SPEAKER, 0),
+        "prompt_layouts": prompt_layouts(shards, scanned),
         "scanned_samples": scanned.samples,
         "languages_by_script": dict(scanned.scripts.most_common()),
         "length_percentiles": percentiles(lengths),
@@ -161,6 +165,12 @@ def statistics(shards: ShardSet, scanned: ScanResult, tokens_per_pack: int) -> d
         "disk_bytes": disk_bytes(shards),
         "rejects": shards.manifest["rejects"]["by_reason"],
     }
+
+
+def prompt_layouts(shards: ShardSet, scanned: ScanResult | None = None) -> dict[str, int]:
+    """Samples by prompt layout: the manifest's counts; of an older set, those of the samples that were read."""
+    counts = shards.manifest.get("layouts") or (scanned.layouts if scanned else {})
+    return {name: int(counts.get(name, 0)) for name in LAYOUTS} if counts else {}
 
 
 def speakers_by_split(shards: ShardSet) -> dict[str, int]:
@@ -183,6 +193,14 @@ def notes(shards: ShardSet) -> list[str]:
     texts, speakers = [], shards.manifest["speakers"]
     if without := int((index["audio_labels"] == 0).sum()):
         texts.append(f"{without:,} of {samples:,} samples have no audio target: the model learns no speech from them")
+    layouts = prompt_layouts(shards)
+    if layouts and not layouts["serve"]:
+        texts.append(
+            "no sample has the prompt layout serve, which serving engines send: a model tuned on this set alone keeps "
+            "its reference voice in higgs-speak only (--prompt_layout serve or both)"
+        )
+    if layouts.get("other"):
+        texts.append(f"{layouts['other']:,} of {samples:,} samples are in neither prompt layout")
     if unnamed := int((index["speaker"] == speakers.index("")).sum()) if "" in speakers else 0:
         texts.append(f"{unnamed:,} of {samples:,} samples have no speaker name")
     split = speakers_by_split(shards)

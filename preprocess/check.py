@@ -41,6 +41,7 @@ from higgs_tune.preprocess.reject import Reject
 from higgs_tune.preprocess.text_tokens import cached_tokenizer, count_tokens
 from higgs_tune.preprocess.workdir import Encoded, Features, WorkFolder
 from higgs_tune.shards.format import FRAME_RATE_HZ, Sample, encode_sample
+from higgs_tune.shards.layout import LAYOUTS, layout_of
 from higgs_tune.shards.sequence import mel_positions, packed_length
 from higgs_tune.shards.split import split_sides
 from transformers import PreTrainedTokenizerBase
@@ -66,6 +67,7 @@ class SampleFacts:
         rates: (language, characters a second) of each spoken text.
         self_reference: a reference has the target's content.
         spoken: texts of its messages, but for the system's.
+        layout: its prompt layout.
     """
 
     reject: dict[str, Any] | None
@@ -78,6 +80,7 @@ class SampleFacts:
     rates: list[tuple[str, float]] = field(default_factory=list)
     self_reference: bool = False
     spoken: list[str] = field(default_factory=list)
+    layout: str = "other"
 
 
 def check_data(config: PreprocessConfig) -> dict[str, Any]:
@@ -198,6 +201,7 @@ def _facts(
             for part in message["content"]
             if part["type"] == "text" and message["role"] != "system"
         ],
+        layout_of(meta["messages"]),
     )
 
 
@@ -221,6 +225,7 @@ def make_report(clips: list[Encoded | Reject], facts: list[SampleFacts], job: Jo
             "rejected": len(rejects),
         },
         "samples_with_audio_target": sum(any(s["role"] == "assistant" for s in sample.segments) for sample in good),
+        "prompt_layouts": {name: sum(sample.layout == name for sample in good) for name in LAYOUTS},
         "rejects": dict(Counter(reject["reason"] for reject in rejects)),
         "reject_examples": rejects[:SHOWN],
         "hours": {

@@ -42,6 +42,7 @@ def rows(report: dict[str, Any]) -> list[tuple[str, str]]:
         ("clips", f"{hours['distinct_clips']:.3f} h in {clips['distinct']} clips"),
         ("in samples", f"{hours['in_samples']:.3f} h"),
         ("audio targets", f"in {report['samples_with_audio_target']} of {samples['usable']} samples"),
+        ("prompt layouts", ", ".join(f"{count} {name}" for name, count in report["prompt_layouts"].items() if count)),
         ("seconds", _spread(report["seconds"])),
         ("tokens", _spread(report["tokens"])),
         ("tokens of a text", _percentiles(report["text_tokens"])),

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from typing import Any, Literal, get_args
 
 Layout = Literal["chat", "serve", "other"]
+TWIN = "-serve"  # after the key of the second sample of a row that stands in both layouts
 LAYOUTS: tuple[str, ...] = get_args(Layout)
 
 

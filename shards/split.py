@@ -10,13 +10,15 @@ import numpy as np
 import xxhash
 from higgs_tune.shards.format import Sample
 from higgs_tune.shards.index import SPLIT_TRAIN, SPLIT_VAL
+from higgs_tune.shards.layout import TWIN
 
 
 @dataclass(frozen=True)
 class ValidationSplit:
     """Hold out the samples whose hashed key (or speaker) falls below the fraction.
 
-    The choice for a sample depends on nothing else, so it survives adding, removing and reordering samples.
+    The choice for a sample depends on nothing else, so it survives adding, removing and reordering samples. Two samples
+    of one row in both layouts (`TWIN`) are on the same side.
     """
 
     fraction: float = 0.0
@@ -24,7 +26,7 @@ class ValidationSplit:
 
     def of(self, sample: Sample) -> int:
         """`SPLIT_VAL` or `SPLIT_TRAIN`."""
-        name = str(sample.meta.get("speaker")) if self.by == "speaker" else sample.key
+        name = str(sample.meta.get("speaker")) if self.by == "speaker" else sample.key.removesuffix(TWIN)
         return SPLIT_VAL if _digest(name) < self.fraction * 2**64 else SPLIT_TRAIN
 
     def held_out(self, names: Sequence[str]) -> np.ndarray:
@@ -32,10 +34,10 @@ class ValidationSplit:
 
         Of two names or more at least one is held out and at least one is not: those of the smallest and largest hash.
         """
-        digests = np.array([_digest(name) for name in names], np.uint64)
+        digests = np.array([_digest(name.removesuffix(TWIN)) for name in names], np.uint64)
         mask = np.array([int(digest) < self.fraction * 2**64 for digest in digests], np.bool_)
-        if self.fraction and len(names) > 1:
-            mask[digests.argmin()], mask[digests.argmax()] = True, False
+        if self.fraction and len(set(digests.tolist())) > 1:
+            mask[digests == digests.min()], mask[digests == digests.max()] = True, False
         return mask
 
     def settle(self, index: np.ndarray, speakers: Sequence[str]) -> bool:

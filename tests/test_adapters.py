@@ -18,7 +18,6 @@ from higgs_tune.train.model.adapter import (
     PREFIX,
     adapter_state,
     apply_adapter,
-    exact_pattern,
     merge_adapter,
     read_adapter,
     read_adapter_config,
@@ -26,6 +25,7 @@ from higgs_tune.train.model.adapter import (
 from higgs_tune.train.model.base import base_reference, resolve_model
 from higgs_tune.train.model.load import HiggsAudioModel, load_model
 from higgs_tune.train.model.lora import TrainableOptions, add_lora, target_modules, trainable
+from higgs_tune.train.model.module_names import exact_pattern
 from higgs_tune.train.toy import make_model, tower_changes
 from hypothesis import given, settings
 from hypothesis import strategies as st

@@ -18,7 +18,16 @@ GUIDES = [name for name in TEXTS if name.endswith(".md") and not name.startswith
 ROOMS = ("preprocess/", "shards/", "train/", "inspect/", "evaluate/")
 OPTIONS = re.compile(r"^    (\w+): .*", re.MULTILINE)  # the fields of dataclasses
 OTHERS_FILES = {"__init__.py", "run_wer.py"}
-OTHERS_FLAGS = {"help", "nproc_per_node", "max_restarts", "shutdown_timeout", "deps"}
+OTHERS_FLAGS = {
+    "help",
+    "omni",
+    "deploy_config",
+    "trust_remote_code",
+    "nproc_per_node",
+    "max_restarts",
+    "shutdown_timeout",
+    "deps",
+}
 
 pytestmark = pytest.mark.fast
 

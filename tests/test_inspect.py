@@ -20,10 +20,12 @@ from higgs_tune.preprocess.codec.checkpoint import load_codec
 from higgs_tune.preprocess.reject import Reject
 from higgs_tune.shards.errors import UserError
 from higgs_tune.shards.reader import ShardSet
+from higgs_tune.shards.sequence import expand
 from higgs_tune.shards.split import ValidationSplit
 from higgs_tune.train.data.sampler import Schedule
 from higgs_tune.train.dist.context import World
 from higgs_tune.train.model.reference import boson_inputs
+from higgs_tune.train.model.sampling import request_of
 
 Captured = pytest.CaptureFixture[str]
 
@@ -124,6 +126,24 @@ def test_show_is_bosons_batch(toy: Path, toy_ids: Any, tmp_path: Path, capsys: C
         assert [[int(code) for code in row[:8]] for row in shown] == codes.T.tolist()
         got = [[-100 if label == "·" else int(label) for label in row[8:]] for row in shown]
         assert got == (labels.T.tolist() if labels is not None else [[-100] * 8] * len(shown))
+
+
+def test_show_prompt_is_what_is_spoken_from(shards: ShardSet, capsys: Captured) -> None:
+    """The positions of the request that higgs-speak makes of the same conversation, with the codes of its reference."""
+    sample = shards.read(3)
+    request = request_of(sample, shards.special_ids, speak=True, max_frames=1)
+    wanted = expand([request.prompt], shards.special_ids)
+    cli.ShowCommand(str(shards.folder), sample.key, prompt=True).run()
+    out = capsys.readouterr().out
+    assert "prompt layout chat: " in out
+    assert f"{wanted.length} positions" in out
+    rows = table_of(out, "position")
+    assert len(rows) == wanted.length
+    assert [int(row[2]) for row in rows if row[1] == "text"] == wanted.text_ids.tolist()
+    codes = [[int(code) for code in row[2:10]] for row in rows if row[1] == "audio_in"]
+    assert codes == wanted.codes_KA.T.tolist()
+    with pytest.raises(UserError, match="exclude each other"):
+        cli.ShowCommand(str(shards.folder), sample.key, prompt=True, raw=True).run()
 
 
 def test_show_as_trained_is_the_loaders_batch(shards: ShardSet, capsys: Captured) -> None:
@@ -314,7 +334,7 @@ def test_user_mistakes(shards: ShardSet, tmp_path: Path) -> None:
         (cli.StatsCommand(str(tmp_path)), "no shard set"),
         (cli.StatsCommand(folder, tokens_per_pack=0), "out of range"),
         (cli.ReportCommand(folder, tmp_path / "x.html", max_samples=0), "out of range"),
-        (cli.ReportCommand(folder, tmp_path / "x.html", run_dir=tmp_path), "no run here"),
+        (cli.ReportCommand(folder, tmp_path / "x.html", run_dirs=(tmp_path,)), "no run here"),
         (cli.ReportCommand(folder, tmp_path / "x.html", audio_tokenizer_path=tmp_path), "codec"),
         (cli.ShowCommand(folder, "0", model_path=tmp_path), "model"),
     ]

@@ -50,13 +50,13 @@ def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def report(made: ShardSet, run_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("report") / "report.html"
-    cli.ReportCommand(str(made.folder), path, run_dir=run_folder).run()
+    cli.ReportCommand(str(made.folder), path, run_dirs=(run_folder,)).run()
     return path
 
 
 @pytest.fixture(scope="module")
 def server(made: ShardSet, run_folder: Path) -> Iterator[str]:
-    server = open_server(made, Checkpoints(made.provenance), read_run(run_folder), audio=True, port=0)
+    server = open_server(made, Checkpoints(made.provenance), [read_run(run_folder)], audio=True, port=0)
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
     yield f"http://127.0.0.1:{server.port}/"

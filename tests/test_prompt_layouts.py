@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+import importlib
 import json
-from dataclasses import replace
+import sys
+import types
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from boson_multimodal.data_types import AudioContent, ChatMLSample, Message
 from boson_multimodal.dataset.chatml_dataset import prepare_chatml_sample
 from conftest import EXAMPLES, preprocess
 from helpers.samples import random_sample
 from helpers.tiny import ids_of, run_train, write_checkpoint, write_set
+from higgs_tune.inspect.stats import notes, scan_samples, statistics
+from higgs_tune.inspect.web.pages import set_info
+from higgs_tune.preprocess.check import check_data
 from higgs_tune.preprocess.checkpoints.training_record import RECORD, TrainingRecord, read_record
+from higgs_tune.preprocess.config import PreprocessConfig
 from higgs_tune.preprocess.input.chatml import parse_entry, tokenize
 from higgs_tune.preprocess.input.layout import (
     INSTRUCTION,
@@ -29,6 +37,7 @@ from higgs_tune.shards.layout import layout_of
 from higgs_tune.shards.reader import ShardSet
 from higgs_tune.shards.sequence import SpecialIds
 from higgs_tune.train.record import make_record
+from higgs_tune.train.set_checks import layout_warning
 from transformers import PreTrainedTokenizerBase
 
 TARGET = {"type": "audio", "audio_url": "target.wav"}
@@ -112,6 +121,112 @@ def test_irregular_conversations_are_not_read() -> None:
     more = [{"role": "user", "content": "Wait."}, {"role": "assistant", "content": "Yes?"}]
     assert read_conversation([good[0], *more, *good[1:]]) is None
     assert read_conversation(good) is not None
+
+
+def test_serve_is_what_bosons_engine_prepares(
+    toy_tokenizer: PreTrainedTokenizerBase, toy_ids: SpecialIds, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`HiggsAudioServeEngine._prepare_inputs` itself; its codec, model and collator are stood in for."""
+    standin = types.ModuleType("boson_multimodal.audio_processing.higgs_audio_tokenizer")
+    vars(standin)["load_higgs_audio_tokenizer"] = None  # it imports packages that we do not install
+    monkeypatch.setitem(sys.modules, standin.__name__, standin)
+    engine = importlib.import_module("boson_multimodal.serve.serve_engine")
+    codes_KT = torch.arange(24).view(8, 3)
+    seen: list[Any] = []
+
+    @dataclass
+    class Collated:
+        input_ids: torch.Tensor
+
+    def collate(samples: list[Any]) -> Collated:
+        seen.extend(samples)
+        return Collated(samples[0].input_ids)
+
+    one = types.SimpleNamespace(
+        tokenizer=toy_tokenizer,
+        device="cpu",
+        model=types.SimpleNamespace(device="cpu"),
+        collator=collate,
+        audio_tokenizer=types.SimpleNamespace(sampling_rate=24_000, encode=lambda wave, rate: codes_KT[None]),
+    )
+    clip = EXAMPLES.parent / "clips" / "zayd-09.flac"
+    reference = Reference({"type": "audio", "audio_url": str(clip)}, "النص الأول.")
+    made = build_conversation("serve", "اقرأني", TARGET, [reference])
+    said = [Message(role=m["role"], content=_boson(m["content"])) for m in made["messages"][:-1]]
+    prepared = engine.HiggsAudioServeEngine._prepare_inputs(one, ChatMLSample(messages=said), force_audio_gen=True)
+    prompt = prepared["input_ids"].tolist()
+    tokens_2L = tokenize(parse_entry(made, 0), toy_tokenizer, toy_ids)
+    assert tokens_2L[0, : len(prompt)].tolist() == prompt
+    assert tokens_2L[0, len(prompt)] == toy_ids.audio_out
+    assert torch.equal(seen[0].audio_ids_concat, codes_KT), "the reference is read, as one segment"
+
+
+def _boson(content: Any) -> Any:
+    parts = [content] if isinstance(content, str) else content
+    made = [AudioContent(audio_url=part["audio_url"]) if "audio_url" in part else part["text"] for part in parts
+            if not isinstance(part, str)]  # fmt: skip
+    return content if isinstance(content, str) else made[0]
+
+
+def manifest(folder: Path, count: int) -> Path:
+    """Rows over example clips, two speakers."""
+    rows = json.loads(EXAMPLES.read_text())[:count]
+    lines = []
+    for number, row in enumerate(rows):
+        target = row["messages"][-1]["content"][-1]["audio_url"]
+        fields = {"audio": str(EXAMPLES.parent / target), "text": row["messages"][-1]["content"][0]["text"]}
+        lines.append(
+            fields | {"speaker": "a" if number % 2 else "b", "id": f"row-{number}-{'x' * (60 * (number == 0))}"}
+        )
+    (folder / "rows.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return folder / "rows.jsonl"
+
+
+def test_both_layouts_of_a_manifest_share_codes_and_side(toy: Path, tmp_path: Path, capsys: Any) -> None:
+    data = manifest(tmp_path, 6)
+    preprocess(toy, data, tmp_path / "both", prompt_layout="both", val_fraction=0.4)
+    shards = ShardSet(tmp_path / "both")
+    assert shards.manifest["layouts"] == {"chat": 6, "serve": 6, "other": 0}
+    samples = {sample.key: (row, sample) for row in range(len(shards)) for sample in [shards.read(row)]}
+    twins = [key for key in samples if key.endswith("-serve")]
+    assert len(twins) == 6
+    for twin in twins:
+        (row, serve), (other, chat) = samples[twin], samples[twin.removesuffix("-serve")]
+        assert (layout_of(serve.meta["messages"]), layout_of(chat.meta["messages"])) == ("serve", "chat")
+        assert np.array_equal(serve.codes_KT, chat.codes_KT)
+        assert shards.index["split"][row] == shards.index["split"][other]
+        assert (serve.tokens_2L[1] >= 0).sum() < (chat.tokens_2L[1] >= 0).sum(), "serve says audio alone"
+    assert 0 < len(shards.rows_of(validation=True)) < len(shards)
+    for layout in ("chat", "serve"):
+        preprocess(toy, data, tmp_path / layout, prompt_layout=layout, val_fraction=0.4)
+        alone = ShardSet(tmp_path / layout)
+        assert alone.manifest["layouts"][layout] == 6
+        for row in range(len(alone)):
+            sample = alone.read(row)
+            same = [s for _, s in samples.values() if s.meta["messages"] == sample.meta["messages"]]
+            assert [np.array_equal(s.codes_KT, sample.codes_KT) for s in same] == [True]
+            assert np.array_equal(same[0].tokens_2L, sample.tokens_2L)
+
+
+def test_layouts_are_counted_before_and_after_a_build(toy: Path, tmp_path: Path) -> None:
+    config = PreprocessConfig(data=manifest(tmp_path, 4), model_path=toy / "model", prompt_layout="both", check=True)
+    assert check_data(config)["prompt_layouts"] == {"chat": 4, "serve": 4, "other": 0}
+    examples = replace(config, data=EXAMPLES, prompt_layout="chat")
+    assert check_data(examples)["prompt_layouts"]["chat"] == len(json.loads(EXAMPLES.read_text()))
+    with pytest.raises(UserError, match="--prompt_layout is for manifests"):
+        check_data(replace(examples, prompt_layout="serve"))
+
+
+def test_stats_and_page_count_them(shards: ShardSet) -> None:
+    found = statistics(shards, scan_samples(shards, 4), 8192)
+    assert found["prompt_layouts"] == {"chat": len(shards), "serve": 0, "other": 0} == set_info(shards)["layouts"]
+    assert any("no sample has the prompt layout serve" in note for note in notes(shards))
+
+
+@pytest.mark.parametrize(("stage", "warns"), [("stage1", False), ("stage2", True), ("single", True)])
+def test_the_trainer_warns_where_no_sample_is_as_engines_send_it(stage: str, warns: bool) -> None:
+    assert bool(layout_warning({"chat": 4, "serve": 0, "other": 0}, stage)) is warns
+    assert not layout_warning({"chat": 4, "serve": 1, "other": 0}, stage)
 
 
 def test_a_set_counts_its_layouts(shards: ShardSet) -> None:

@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 from helpers.inspect_runs import write_run
-from higgs_tune.inspect.web.run import MOST_POINTS, read_run, run_page
+from higgs_tune.inspect.web.run import read_run, run_page
+from higgs_tune.inspect.web.run_charts import MOST_POINTS
 from higgs_tune.shards.errors import UserError
 
 

@@ -46,7 +46,7 @@ def run_folder(shards: ShardSet, tmp_path_factory: pytest.TempPathFactory) -> Pa
 
 @pytest.fixture(scope="module")
 def port(shards: ShardSet, run_folder: Path) -> Iterator[int]:
-    server = open_server(shards, Checkpoints(shards.provenance), read_run(run_folder), audio=True, port=0)
+    server = open_server(shards, Checkpoints(shards.provenance), [read_run(run_folder)], audio=True, port=0)
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
     yield server.port
@@ -216,4 +216,4 @@ def test_user_mistakes(port: int, shards: ShardSet) -> None:
     with pytest.raises(UserError, match="cannot listen"):
         cli.ServeCommand(str(shards.folder), port=70_000).run()
     with pytest.raises(UserError, match="no run here"):
-        cli.ServeCommand(str(shards.folder), run_dir=Path("nothing/here"), port=0).run()
+        cli.ServeCommand(str(shards.folder), run_dirs=(Path("nothing/here"),), port=0).run()

@@ -6,6 +6,7 @@ Guarantees: all ranks take every step, validation and save together (test_faults
 
 from __future__ import annotations
 
+import sys
 import time
 from contextlib import closing, nullcontext
 from dataclasses import dataclass
@@ -37,6 +38,7 @@ from higgs_tune.train.monitor.profiling import StepProfiler
 from higgs_tune.train.monitor.samples import SampleGenerator
 from higgs_tune.train.monitor.selftest import SelfTestResult, raise_if_wrong, run_selftest
 from higgs_tune.train.monitor.system import SystemMonitor
+from higgs_tune.train.record import make_record
 from higgs_tune.train.resolve import Inputs, input_folders, resolve_inputs
 from higgs_tune.train.run_io import (
     RunIO,
@@ -49,6 +51,7 @@ from higgs_tune.train.run_io import (
     save_records,
     save_result,
 )
+from higgs_tune.train.set_checks import layout_warning
 from higgs_tune.train.state import Run, StepStats
 from higgs_tune.train.step import take_batches, train_step
 from higgs_tune.train.validate import generate_samples, validate, validate_base
@@ -86,6 +89,9 @@ def _train(config: TrainConfig, context: DistContext) -> None:
             print(describe_run(run, checkpoint), flush=True)
             for change in changed_options(state, config) if state else ():
                 print(f"  changed since the checkpoint: {change}", flush=True)
+            run.record = make_record(inputs.schedule.sets.sets, config.training_stage, inputs.base, inputs.adapter)
+            if warning := layout_warning(run.record.layouts, config.training_stage):
+                print(warning, file=sys.stderr, flush=True)
         if writes:
             check_writable(config.output_dir, max(0, 3 * checkpoint_bytes(run) - size_of(earlier)))
         # 3. prove that the training signal is right

@@ -43,7 +43,6 @@ from higgs_tune.train.monitor.system import SystemMonitor
 from higgs_tune.train.monitor.validation import Validation
 from higgs_tune.train.monitor.watch import CollapseWatch
 from higgs_tune.train.optim import reported_rates, warmup_of
-from higgs_tune.train.record import make_record
 from higgs_tune.train.resolve import Inputs
 from higgs_tune.train.state import Run, StepStats
 from peft import PeftModel
@@ -122,7 +121,7 @@ def save_records(run: Run, inputs: Inputs, selftest: SelfTestResult | None) -> N
     resolved = {"base_model": str(inputs.base), "total_steps": run.total_steps, "whisper_features": inputs.features}
     resolved["whisper_path"] = str(inputs.tower.folder) if inputs.tower else None
     save_config(run.config, resolved)
-    run.record = make_record(inputs.schedule.sets.sets, run.config.training_stage, inputs.base, inputs.adapter)
+    assert run.record
     durable.write_bytes(folder / RECORD, run.record.to_bytes())
     save_trainable(folder, run.parameters)
     if selftest:

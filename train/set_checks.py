@@ -68,6 +68,17 @@ def say_unused_features(sets: list[ShardSet]) -> None:
               "--whisper_path attaches one", flush=True)  # fmt: skip
 
 
+def layout_warning(layouts: dict[str, int], stage: str) -> str:
+    """A warning where a run that trains audio sees no sample in the layout that serving engines send; else nothing."""
+    if stage == "stage1" or layouts.get("serve") or not any(layouts.values()):
+        return ""
+    return (
+        "warning: no training sample has the prompt layout serve (reference audio in an assistant turn, audio alone as "
+        "the answer), which Boson's engine, transformers and vllm-omni send: there the tuned model will not keep the "
+        "reference voice. higgs-preprocess --prompt_layout serve (or both) makes such samples from a manifest"
+    )
+
+
 def require_speakers(sets: list[ShardSet]) -> None:
     """Check that the contrastive loss has voices to tell apart.
 

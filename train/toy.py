@@ -59,7 +59,9 @@ _NAMED_SPECIALS = {
     26: "<SE_e>",
     27: "</SE_e>",
 }
-SPECIALS = [_NAMED_SPECIALS.get(i, f"<|reserved_special_token_{i}|>") for i in range(256)]
+_LLAMA_NAMED = (0, 1, 4, 6, 7, 8, 9, 10)  # Llama numbers the others; Higgs gave names to some of them
+_UNNAMED = [i for i in range(256) if i not in _LLAMA_NAMED]
+SPECIALS = [_NAMED_SPECIALS.get(i) or f"<|reserved_special_token_{_UNNAMED.index(i)}|>" for i in range(256)]
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from higgs_tune.shards.durable import to_json
 
 PAGE = Path(__file__).parent / "page"
 PAGE_START = b"<!doctype html>"  # of page.html
-SCRIPTS = ("dom", "source", "sound", "codes", "charts", "detail", "samples", "run", "main")
+SCRIPTS = ("dom", "source", "sound", "codes", "charts", "detail", "samples", "predictions", "run", "compare", "main")
 
 
 @dataclass(frozen=True)

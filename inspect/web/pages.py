@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 from higgs_tune.inspect.checkpoints import Checkpoints
-from higgs_tune.inspect.stats import notes, set_name, speakers_by_split
+from higgs_tune.inspect.stats import notes, prompt_layouts, set_name, speakers_by_split
 from higgs_tune.inspect.view import Segment, all_text, facts, segments_of, speaker_of, target_text, turns_of, visible
 from higgs_tune.shards.errors import ShardError
 from higgs_tune.shards.format import FRAME_RATE_HZ, Sample
@@ -94,6 +94,7 @@ def set_info(shards: ShardSet) -> dict[str, Any]:
         "speakers_in_both_splits": speakers_by_split(shards)["both"],
         "notes": notes(shards),
         "positions": totals["tokens"],
+        "layouts": prompt_layouts(shards),
         "shards": len(shards.manifest["shards"]),
         "rejects": shards.manifest["rejects"]["rows"],
         "rejects_by_reason": shards.manifest["rejects"]["by_reason"],
@@ -104,6 +105,7 @@ def set_info(shards: ShardSet) -> dict[str, Any]:
             "codec": str(codec.get("name", "")),
             "codec weights": str(codec.get("weights_sha256", ""))[:16],
             "Whisper features": shards.features,
+            "prompt layouts": ", ".join(f"{n:,} {name}" for name, n in prompt_layouts(shards).items() if n),
             "manifest": shards.manifest_hash[:16],
         },
     }

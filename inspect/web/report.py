@@ -6,7 +6,7 @@ many samples share it, and only a few clips are in memory at a time.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,9 +18,10 @@ from higgs_tune.inspect.stats import evenly, scan_samples
 from higgs_tune.inspect.view import Segment
 from higgs_tune.inspect.web.charts import code_charts, data_charts
 from higgs_tune.inspect.web.clips import decode_all, ogg_of_file
+from higgs_tune.inspect.web.compare import runs_info
 from higgs_tune.inspect.web.html import PAGE_START, Blob, for_html, plotly_script, render
 from higgs_tune.inspect.web.pages import as_base64, detail, list_row, packed_codes, searchable, set_info
-from higgs_tune.inspect.web.run import RunFolder, run_page
+from higgs_tune.inspect.web.run import RunFolder
 from higgs_tune.preprocess.progress import ProgressBar
 from higgs_tune.shards.durable import atomic_file, check_writable
 from higgs_tune.shards.format import checksum
@@ -47,14 +48,14 @@ def write_report(
     path: Path,
     *,
     max_samples: int,
-    run: RunFolder | None,
+    runs: Sequence[RunFolder] = (),
     audio: bool,
 ) -> int:
     """Write the page.
 
     Args:
         max_samples: number of samples on it, spread evenly over the set.
-        run: a training run to show.
+        runs: training runs to show; of several, a comparison.
         audio: decode the clips; else the page has no players for them.
 
     Raises:
@@ -80,15 +81,15 @@ def write_report(
         "audio": audio,
         "scanned": scanned.samples,
         "charts": {"data": data_charts(shards, scanned), "codes": code_charts(scanned)},
-        "run": run_page(run) if run else None,
+        **runs_info(runs),
     }
     with atomic_file(path) as file:
-        for piece in render(f"{info['name']}: report", info, _blobs(details, clips, codec, run)):
+        for piece in render(f"{info['name']}: report", info, _blobs(details, clips, codec, runs)):
             file.write(piece.encode())
     return len(rows)
 
 
-def _blobs(details: list[Blob], clips: _Clips, codec: Any, run: RunFolder | None) -> Iterator[Blob]:
+def _blobs(details: list[Blob], clips: _Clips, codec: Any, runs: Sequence[RunFolder]) -> Iterator[Blob]:
     """Details of the samples, codes and audio of each clip, audio of the run."""
     yield from details
     for name, codes_KT in clips.codes.items():
@@ -99,5 +100,5 @@ def _blobs(details: list[Blob], clips: _Clips, codec: Any, run: RunFolder | None
             for name, audio in decode_all(codec, clips.codes.items()):
                 yield Blob(f"clip-{name}", as_base64(audio))
                 progress.advance(1)
-    for number, path in enumerate(run.audio if run else ()):
+    for number, path in enumerate(runs[0].audio if runs else ()):
         yield Blob(f"clip-run/{number}", as_base64(ogg_of_file(path)))

@@ -13,7 +13,7 @@ from __future__ import annotations
 import socket
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from higgs_tune.inspect.checkpoints import Checkpoints
@@ -21,10 +21,11 @@ from higgs_tune.inspect.stats import scan_samples
 from higgs_tune.inspect.view import Segment, segments_of
 from higgs_tune.inspect.web.charts import code_charts, data_charts
 from higgs_tune.inspect.web.clips import MEDIA_TYPE, ogg, ogg_of_file
+from higgs_tune.inspect.web.compare import runs_info
 from higgs_tune.inspect.web.html import render
 from higgs_tune.inspect.web.pages import damaged_row, detail, list_row, packed_codes, set_info
 from higgs_tune.inspect.web.report import SCAN_SAMPLES
-from higgs_tune.inspect.web.run import RunFolder, run_page
+from higgs_tune.inspect.web.run import RunFolder
 from higgs_tune.inspect.web.search import SampleSearch
 from higgs_tune.shards.durable import to_json
 from higgs_tune.shards.errors import ShardError, UserError
@@ -79,18 +80,18 @@ class App:
     Args:
         shards: the set.
         checkpoints: its tokenizer and codec.
-        run: a training run to show, or None.
+        runs: training runs to show; of several, a comparison.
         audio: there is a codec to decode with.
         port: of the server; requests must name it in their Host.
     """
 
     def __init__(
-        self, shards: ShardSet, checkpoints: Checkpoints, run: RunFolder | None, *, audio: bool, port: int
+        self, shards: ShardSet, checkpoints: Checkpoints, runs: Sequence[RunFolder], *, audio: bool, port: int
     ) -> None:
-        self.shards, self.checkpoints, self.run, self.audio = shards, checkpoints, run, audio
+        self.shards, self.checkpoints, self.runs, self.audio = shards, checkpoints, list(runs), audio
         self.hosts = {f"{name}:{port}" for name in (HOST, "localhost")}
         self.search = SampleSearch(shards)
-        self._run_page = run_page(run) if run else None  # lists the run's audio
+        self._runs_info = runs_info(self.runs)  # lists their audio
         self._charts: dict[str, Any] | None = None
         self._clips: OrderedDict[bytes, bytes] = OrderedDict()  # by their codes
         self._reading, self._decoding, self._counting = threading.Lock(), threading.Lock(), threading.Lock()
@@ -147,7 +148,7 @@ class App:
             "served": True,
             "audio": self.audio,
             "scanned": min(len(self.shards), SCAN_SAMPLES),
-            "run": self._run_page,
+            **self._runs_info,
         }
         pieces = render(f"{info['name']}: samples", info, connect="'self'")
         return Response((piece.encode() for piece in pieces), mimetype="text/html")
@@ -202,9 +203,9 @@ class App:
             return Response(self._clips[name], mimetype=MEDIA_TYPE)
 
     def run_clip(self, request: Request, number: int) -> Response:
-        if self.run is None or number >= len(self.run.audio):
+        if not self.runs or number >= len(self.runs[0].audio):
             raise NotFound
-        return Response(ogg_of_file(self.run.audio[number]), mimetype=MEDIA_TYPE)
+        return Response(ogg_of_file(self.runs[0].audio[number]), mimetype=MEDIA_TYPE)
 
 
 def _json(value: Any) -> Response:
@@ -222,7 +223,7 @@ class _Handler(WSGIRequestHandler):
 
 
 def open_server(
-    shards: ShardSet, checkpoints: Checkpoints, run: RunFolder | None, *, audio: bool, port: int
+    shards: ShardSet, checkpoints: Checkpoints, runs: Sequence[RunFolder], *, audio: bool, port: int
 ) -> BaseWSGIServer:
     """A server that listens but does not answer yet. port: 0 for any free one.
 
@@ -235,5 +236,5 @@ def open_server(
         raise UserError(f"cannot listen: {error}", where=f"{HOST}:{port}", hint="Give another --port, or 0.") from error
     with listener:
         real = listener.getsockname()[1]
-        app = App(shards, checkpoints, run, audio=audio, port=real)
+        app = App(shards, checkpoints, runs, audio=audio, port=real)
         return make_server(HOST, real, app, threaded=True, request_handler=_Handler, fd=listener.fileno())

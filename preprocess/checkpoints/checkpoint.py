@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from higgs_tune.preprocess.checkpoints.native import NATIVE_TYPE, boson_config
+from higgs_tune.preprocess.checkpoints.native import NATIVE_TOKENIZER, NATIVE_TYPE, boson_config
 from higgs_tune.preprocess.filetype import refuse_pointer
 from higgs_tune.shards import durable
 from higgs_tune.shards.errors import UserError, few, first_line
@@ -70,14 +70,17 @@ def load_tokenizer(path: Path, ids: SpecialIds) -> PreTrainedTokenizerBase:
         UserError: the tokenizer files are missing or unreadable, disagree with the config on an audio placeholder, or
             hold tokens that the model has no embedding for.
     """
-    from transformers import AutoTokenizer
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     missing = [name for name in ("tokenizer.json", "tokenizer_config.json") if not (path / name).is_file()]
     if missing:
         raise UserError("the checkpoint has no tokenizer", where=path, expected=" and ".join(missing))
     refuse_pointer(path / "tokenizer.json", "the checkpoint's tokenizer")
+    told = durable.from_json((path / "tokenizer_config.json").read_bytes(), "the tokenizer's config", path)
+    # transformers 5 writes this class, which 4.46 does not know; it is read from tokenizer.json alone
+    loader = PreTrainedTokenizerFast if told.get("tokenizer_class") == NATIVE_TOKENIZER else AutoTokenizer
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+        tokenizer = loader.from_pretrained(path, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # the tokenizers package raises plain ones
         raise UserError(f"cannot read the checkpoint's tokenizer: {first_line(error)}", where=path) from error
     for token, expected in (("<|AUDIO|>", ids.audio_in), ("<|AUDIO_OUT|>", ids.audio_out)):

@@ -16,7 +16,8 @@ PINNED = {
     "bosonai/higgs-audio-v2-generation-3B-base": "10840182ca4ad5d9d9113b60b9bb3c1ef1ba3f84",
     "bosonai/higgs-audio-v2-tokenizer": "9d4988fbd4ad07b4cac3a5fa462741a41810dbec",
 }
-CONFIG_FILES = ("*.json", "*.txt", "*.model", "*.jinja")  # config and tokenizer
+LEGAL_FILES = ("LICEN[CS]E*", "NOTICE*", "COPYING*", "USE_POLICY*")
+CONFIG_FILES = ("*.json", "*.txt", "*.model", "*.jinja", *LEGAL_FILES)  # config, tokenizer, and what travels with them
 WEIGHT_FILES = ("model.safetensors", "model-*-of-*.safetensors", "*.pth")  # no second copy, as model.fp32-*
 _NAME = re.compile(r"([\w-][\w.-]*/[\w-][\w.-]*)(?:@([\w./-]+))?")
 _CACHED = re.compile(r"models--([\w.-]+?)--([\w.-]+)")

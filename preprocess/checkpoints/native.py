@@ -12,9 +12,10 @@ import re
 from pathlib import Path
 from typing import Any
 
+from higgs_tune.shards import durable
 from higgs_tune.shards.errors import UserError
 
-NATIVE_TYPE = "higgs_audio_v2"
+NATIVE_TYPE, NATIVE_TOKENIZER = "higgs_audio_v2", "TokenizersBackend"
 # Boson's field for an id, and the token with that id
 _TOKENS = {
     "audio_in_token_idx": "<|AUDIO|>",
@@ -32,7 +33,9 @@ _NAMES = (
     (r"^(text|audio)_lm_head\.", r"audio_decoder_proj.\1_lm_head."),
     (r"^model\.", ""),
 )
-NOT_WEIGHTS = re.compile(r"audio_tokens_offsets$")
+NOT_WEIGHTS = re.compile(
+    r"(audio_tokens_offsets|audio_codebook_weights|rotary_emb\.(original_)?inv_freq)$"
+)  # constants
 
 
 def boson_config(native: dict[str, Any], folder: Path) -> dict[str, Any]:
@@ -92,6 +95,27 @@ def _token_ids(folder: Path) -> dict[str, int]:
     if missing:
         raise UserError("the tokenizer lacks audio tokens", where=file, expected=", ".join(missing))
     return {field: added[token] for field, token in _TOKENS.items()}
+
+
+def is_native(folder: Path) -> bool:
+    """Whether a checkpoint folder has the native layout.
+
+    Raises:
+        UserError: config.json is missing, or is not JSON.
+    """
+    file = folder / "config.json"
+    if not file.is_file():
+        raise UserError("no checkpoint here", where=folder, expected="config.json")
+    return durable.from_json(file.read_bytes(), "the checkpoint's config", file).get("model_type") == NATIVE_TYPE
+
+
+def native_weight_name(name: str) -> str:
+    """The native name of a weight or module with one of Boson's names."""
+    if name.startswith("audio_decoder_proj."):
+        return name.removeprefix("audio_decoder_proj.")
+    if name == "audio_codebook_embeddings" or name.startswith("audio_codebook_embeddings."):
+        return name.replace("audio_codebook_embeddings", "model.embed_audio_tokens.embed_audio_tokens", 1)
+    return f"model.{name}"
 
 
 def boson_weight_name(name: str) -> str:

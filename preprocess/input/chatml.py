@@ -25,6 +25,7 @@ from higgs_tune.preprocess.input.jsonable import plain
 from higgs_tune.preprocess.reject import Reject
 from higgs_tune.preprocess.text_normalization import TextOptions, normalize_text
 from higgs_tune.shards.durable import to_json
+from higgs_tune.shards.layout import TWIN
 from higgs_tune.shards.sequence import SpecialIds
 from transformers import PreTrainedTokenizerBase
 
@@ -43,6 +44,8 @@ TEMPLATE_TOKENS = (
     "<|AUDIO|>",
     "<|AUDIO_OUT|>",
 )
+SAFE_CHARS = 47  # of an id that is used as it is; a longer one is cut and gets its hash
+TWIN_KEY = "twin"  # marks the second entry of a row in both prompt layouts
 NO_FOLDER, ANY_TEXT = AudioPaths(Path()), TextOptions()
 _UNSAFE = re.compile(r"[^A-Za-z0-9_-]")
 _CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")  # all control characters but tab and line ends
@@ -67,7 +70,12 @@ class ChatSample:
 
 
 def key_of(entry: Any, position: int) -> str:
-    """The sample's key: its `id` (or misc.id), made fit for a file name; its position where it has none."""
+    """The sample's key: its `id` (or misc.id), made fit for a file name; its position where it has none.
+
+    An entry with `TWIN_KEY` speaks the text of the entry before it in another layout; its key is that one's and `TWIN`.
+    """
+    if isinstance(entry, dict) and entry.get(TWIN_KEY):
+        return key_of({name: value for name, value in entry.items() if name != TWIN_KEY}, position) + TWIN
     misc = entry.get("misc") if isinstance(entry, dict) else None
     given = entry.get("id") if isinstance(entry, dict) else None
     given = given if given is not None else (misc.get("id") if isinstance(misc, dict) else None)
@@ -75,7 +83,7 @@ def key_of(entry: Any, position: int) -> str:
     if given is None or not str(given):
         return f"{position:09d}"
     name = str(given)
-    safe = _UNSAFE.sub("_", name)[:47]
+    safe = _UNSAFE.sub("_", name)[:SAFE_CHARS]
     return safe if safe == name else f"{safe}-{xxhash.xxh3_64_hexdigest(name.encode('utf-8', 'replace'))}"
 
 

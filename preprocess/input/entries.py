@@ -44,6 +44,10 @@ def read_entries(job: Job) -> Iterator[Any]:
     objects = [row for row in first if isinstance(row, dict)]
     rows = itertools.chain(first, rows)
     if any(map(is_conversation, objects)) or not objects:
+        if objects and job.config.prompt_layout != "chat":
+            hint = "Write a manifest (audio, text, ref_audio, ref_text), or turns in that layout."
+            raise UserError("--prompt_layout is for manifests; conversations keep their form", where=job.data,
+                            expected="a manifest", got="conversations", hint=hint)  # fmt: skip
         return rows
     if job.data.is_dir() or job.data.suffix.lower() in SUFFIXES or any(map(_is_manifest, objects)):
         return to_chatml(manifest_rows(rows, job), job)

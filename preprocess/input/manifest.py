@@ -16,15 +16,15 @@ import math
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, Literal
 
 import xxhash
 from higgs_tune.preprocess.audio.audio import clip_seconds, header_seconds
 from higgs_tune.preprocess.audio.clip import Clip
 from higgs_tune.preprocess.config import Job
-from higgs_tune.preprocess.input.chatml import check_local, check_storable, usable_text
+from higgs_tune.preprocess.input.chatml import SAFE_CHARS, TWIN_KEY, check_local, check_storable, key_of, usable_text
 from higgs_tune.preprocess.input.jsonable import plain
-from higgs_tune.preprocess.input.layout import Reference, build_conversation
+from higgs_tune.preprocess.input.layout import PromptLayout, Reference, build_conversation
 from higgs_tune.preprocess.reject import Reject
 from higgs_tune.preprocess.text_normalization import TextOptions
 
@@ -38,9 +38,11 @@ def to_chatml(rows: list[Any], job: Job) -> Iterator[Any]:
     """One entry, or Reject, for each row."""
     checked = [_checked(row, job.texts) for row in rows]
     references = References(checked, job)
-    for row in checked:
+    for number, row in enumerate(checked):
         try:
-            yield row if isinstance(row, Reject) else _entry(row, references.of(row))
+            if isinstance(row, Reject):
+                raise row
+            yield from _entries(row, references.of(row), job.config.prompt_layout, number)
         except Reject as reject:
             yield reject
 
@@ -192,10 +194,22 @@ def _uniform(name: str) -> float:
     return xxhash.xxh3_64_intdigest(name.encode("utf-8", "surrogatepass")) / 2**64
 
 
-def _entry(row: Row, reference: tuple[Row, str | None] | None) -> dict[str, Any]:
-    """The ChatML entry of one row."""
+def _entries(
+    row: Row, reference: tuple[Row, str | None] | None, layout: Literal["chat", "serve", "both"], number: int
+) -> Iterator[dict[str, Any]]:
+    """The ChatML entries of one row; of `both`, the second's key is the first's with `-serve` after it."""
+    if layout == "both":
+        key = key_of(row, number)
+        given = row | {"id": key if len(key) <= SAFE_CHARS else key[: SAFE_CHARS - 17] + key[-17:]}  # 17: its hash
+        yield _entry(given, reference, "chat")
+        yield _entry(given, reference, "serve") | {TWIN_KEY: True}
+    else:
+        yield _entry(row, reference, layout)
+
+
+def _entry(row: Row, reference: tuple[Row, str | None] | None, layout: PromptLayout) -> dict[str, Any]:
     references = [Reference(_audio(reference[0]), reference[1])] if reference else []
-    made = build_conversation("chat", row["text"], _audio(row), references)
+    made = build_conversation(layout, row["text"], _audio(row), references)
     taken = {*COLUMNS, *_cut(row)}
     misc = {name: plain(value) for name, value in row.items() if name not in taken and value is not None}
     entry = {"id": row.get("id"), **made, "speaker": row.get("speaker"), "misc": misc or None}

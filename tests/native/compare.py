@@ -31,7 +31,7 @@ from higgs_tune.train.toy import make_tokenizer, texts_of
 from safetensors.torch import load_file
 
 ROOT = Path(__file__).parents[2]
-REQUIREMENTS = (f"torch=={torch.__version__.partition('+')[0]}", "transformers>=5.3", "numpy")
+REQUIREMENTS = (f"torch=={torch.__version__.partition('+')[0]}", "transformers>=5.3", "numpy", "peft", "jinja2")
 LIMIT = 1e-5
 
 
@@ -100,7 +100,7 @@ def compare(work: Path) -> dict[str, float]:
     sizes: dict[str, object] = {"vocab_size": len(tokenizer), "hidden_size": 64, "intermediate_size": 96}
     sizes |= {"num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
     sizes |= {"codebook_size": 1026, "audio_token_id": token("<|AUDIO_OUT|>"), "pad_token_id": tokenizer.pad_token_id}
-    sizes |= {"audio_delay_token_id": token("<|reserved_special_token_14|>"), "attn_implementation": "eager"}
+    sizes |= {"audio_delay_token_id": token("<|reserved_special_token_6|>"), "attn_implementation": "eager"}
     sizes |= {"audio_bos_token_id": token("<|audio_out_bos|>")}
     (folder / "sizes.json").write_text(json.dumps(sizes))
     samples = make_samples(int(token("<|AUDIO|>")), int(token("<|AUDIO_OUT|>")))  # pyright: ignore[reportArgumentType]

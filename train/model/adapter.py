@@ -22,8 +22,10 @@ from typing import Any
 
 import torch
 from higgs_tune.preprocess.checkpoints.native import boson_weight_name
+from higgs_tune.preprocess.checkpoints.weights import read_header
 from higgs_tune.shards.errors import UserError, few, first_line
 from higgs_tune.train.model.load import HiggsAudioModel
+from higgs_tune.train.model.module_names import PREFIX, from_native, names_in_native
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils import ModulesToSaveWrapper
@@ -31,7 +33,6 @@ from safetensors.torch import load_file
 from torch import nn
 
 ADAPTER_FILE, CONFIG_FILE, PICKLE = "adapter_model.safetensors", "adapter_config.json", "adapter_model.bin"
-PREFIX = "base_model.model."
 _OTHER_PREFIXES = ("module.", "_orig_mod.", PREFIX)  # of DDP, of torch.compile, of PEFT once more
 _LORA_PART = re.compile(r"\.(lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_magnitude_vector)\b")
 # options of LoRA that give the same model, whatever their value, once the tensors are there
@@ -49,11 +50,12 @@ _PLAIN_STARTS = (True, False, None, "gaussian", "orthogonal", "eva")  # those th
 
 @dataclass(frozen=True)
 class Adapter:
-    """config: adapter_config.json. weights: by PEFT's names on boson's class."""
+    """config: adapter_config.json. weights: by PEFT's names on boson's class. native: stored by the native's."""
 
     folder: Path
     config: dict[str, Any]
     weights: dict[str, torch.Tensor]
+    native: bool = False
 
     def peft_config(self, **changes: Any) -> LoraConfig:
         """PEFT's own object of the config.
@@ -70,27 +72,30 @@ class Adapter:
 
     def adapted_modules(self, model: nn.Module) -> list[str]:
         """Names of the modules that the config adapts, as PEFT matches them, in the model's order."""
+        return self._match(model)[0]
+
+    def _match(self, model: nn.Module) -> tuple[list[str], bool]:
+        """The modules that the config adapts, and whether it is told in names of transformers' native class."""
         config = self.peft_config()
         leaves = [name for name, module in model.named_modules() if isinstance(module, nn.Linear | nn.Embedding)]
-        names = [name for name in leaves if check_target_module_exists(config, name)]
-        return names or [name for name in leaves if check_target_module_exists(config, _native_name(name))]
+        plain = [name for name in leaves if check_target_module_exists(config, name)]
+        if plain and not self.native:
+            return plain, False
+        if not any(".audio_tower." in name for name in self.weights):  # the native class has none
+            leaves = [name for name in leaves if not name.startswith("audio_tower.")]
+        native = names_in_native(config, leaves)
+        return (native, True) if native else (plain, False)
 
     def config_for(self, model: nn.Module) -> LoraConfig:
         """PEFT's object of the config; made on transformers' native class, it is told in boson's names.
 
         Raises:
-            UserError: PEFT does not take it, or a pattern by native names cannot be told in ours.
+            UserError: PEFT does not take it.
         """
-        config = self.peft_config()
-        names = self.adapted_modules(model)
-        if not names or any(check_target_module_exists(config, name) for name in names):
+        config, (names, is_native) = self.peft_config(), self._match(model)
+        if not is_native:
             return config
-        patterns = [name for name in ("rank_pattern", "alpha_pattern") if self.config.get(name)]
-        if patterns:
-            raise UserError("patterns by names of transformers' native class are not supported",
-                            where=self.folder / CONFIG_FILE, got=", ".join(patterns))  # fmt: skip
-        unset = dict.fromkeys(("exclude_modules", "layers_to_transform", "layers_pattern"))
-        return self.peft_config(target_modules=exact_pattern(names), **unset)
+        return self.peft_config(**from_native(config, names, [name for name, _ in model.named_modules()]))
 
     @property
     def has_audio_attention(self) -> bool:
@@ -145,6 +150,26 @@ def read_adapter(folder: Path) -> Adapter:
     Raises:
         UserError: there is none, it is a pickle, damaged, or has options that cannot be honoured.
     """
+    config, file = _config_and_file(folder)
+    try:
+        stored = load_file(file)
+    except Exception as error:  # safetensors raises its own kind, and OSError
+        raise UserError(f"cannot read the adapter: {first_line(error)}", where=file) from error
+    return _adapter(folder, config, stored)
+
+
+def read_adapter_header(folder: Path) -> Adapter:
+    """An adapter whose tensors are on meta: names and shapes, without their values.
+
+    Raises:
+        UserError: as `read_adapter`.
+    """
+    config, file = _config_and_file(folder)
+    stored = {name: torch.empty(entry["shape"], device="meta") for name, entry in read_header(file).items()}
+    return _adapter(folder, config, stored)
+
+
+def _config_and_file(folder: Path) -> tuple[dict[str, Any], Path]:
     config, file = read_adapter_config(folder), folder / ADAPTER_FILE
     if config is None:
         raise UserError("no adapter here", where=folder, expected=CONFIG_FILE)
@@ -154,27 +179,35 @@ def read_adapter(folder: Path) -> Adapter:
             f"weights_only=True), '{ADAPTER_FILE}')\" converts it, in its folder."
         )
         raise UserError("pickles are not read", where=folder / PICKLE, expected=ADAPTER_FILE, hint=hint)
-    try:
-        stored = load_file(file)
-    except Exception as error:  # safetensors raises its own kind, and OSError
-        raise UserError(f"cannot read the adapter: {first_line(error)}", where=file) from error
+    if not file.is_file():
+        raise UserError("cannot read the adapter: no such file", where=file)
+    return config, file
+
+
+def _adapter(folder: Path, config: dict[str, Any], stored: dict[str, torch.Tensor]) -> Adapter:
     weights: dict[str, torch.Tensor] = {}
     for name, value in stored.items():
         known = tensor_name(name)
         if known in weights:
-            raise UserError("two tensors of the adapter have one meaning", where=file, got=f"{name} for {known}")
+            got = f"{name} for {known}"
+            raise UserError("two tensors of the adapter have one meaning", where=folder / ADAPTER_FILE, got=got)
         weights[known] = value
-    return Adapter(folder, config, weights)
+    native = any(PREFIX + _bare(name) != tensor_name(name) for name in stored)
+    return Adapter(folder, config, weights, native)
 
 
-def tensor_name(stored: str) -> str:
-    """PEFT's name, on boson's class, of a stored tensor."""
+def _bare(stored: str) -> str:
+    """A stored tensor's name without prefixes and the adapter's name."""
     name = stored
     while prefix := next((prefix for prefix in _OTHER_PREFIXES if name.startswith(prefix)), None):
         name = name.removeprefix(prefix)
     name = re.sub(r"\.(lora_[AB]|lora_embedding_[AB]|lora_magnitude_vector)\.default\b", r".\1", name)
-    name = re.sub(r"\.modules_to_save\.default\b", "", name)
-    return PREFIX + boson_weight_name(name)
+    return re.sub(r"\.modules_to_save\.default\b", "", name)
+
+
+def tensor_name(stored: str) -> str:
+    """PEFT's name, on boson's class, of a stored tensor."""
+    return PREFIX + boson_weight_name(_bare(stored))
 
 
 def module_of(tensor: str) -> str:
@@ -182,32 +215,6 @@ def module_of(tensor: str) -> str:
     name = tensor.removeprefix(PREFIX)
     part = _LORA_PART.search(name)
     return name[: part.start()] if part else name.rpartition(".")[0]
-
-
-def _native_name(name: str) -> str:
-    """The name of a linear layer of ours in transformers' native class."""
-    head = name.removeprefix("audio_decoder_proj.")
-    return head if head != name else f"model.{name}"
-
-
-def exact_pattern(names: Iterable[str]) -> str:
-    """A regular expression that matches these module names and no others, as short as layers allow.
-
-    PEFT matches the names of a list as suffixes: `layers.0.self_attn.q_proj` would also adapt
-    `audio_tower.layers.0.self_attn.q_proj`.
-    """
-    numbers: dict[tuple[str, str], list[str]] = {}  # by (before, after) the number of the layer
-    for name in names:
-        match = re.fullmatch(r"(.*?layers)\.(\d+)\.(.*)", name)
-        numbers.setdefault((match[1], match[3]) if match else ("", name), []).append(match[2] if match else "")
-    alike: dict[tuple[str, tuple[str, ...]], list[str]] = {}
-    for (before, after), layers in numbers.items():
-        alike.setdefault((before, tuple(layers)), []).append(re.escape(after))
-    parts = [
-        rf"{re.escape(before)}\.({'|'.join(layers)})\.({'|'.join(afters)})" if before else "|".join(afters)
-        for (before, layers), afters in alike.items()
-    ]
-    return "|".join(parts)
 
 
 def inject(model: HiggsAudioModel, config: LoraConfig, where: Path | None, *, last_norm: bool = False) -> PeftModel:
@@ -257,7 +264,21 @@ def load_weights(peft_model: PeftModel, adapter: Adapter, expected: Iterable[str
     Raises:
         UserError: tensors are missing, unexpected, or of other shapes.
     """
-    wanted, file = set(expected), adapter.folder / ADAPTER_FILE
+    own = adapter_state(peft_model)
+    check_tensors(adapter, own, expected)
+    set_peft_model_state_dict(peft_model, own | adapter.weights)
+
+
+def check_tensors(adapter: Adapter, own: dict[str, torch.Tensor], expected: Iterable[str] | None = None) -> None:
+    """Compare an adapter's tensors with those of a model's adapter.
+
+    Args:
+        own: the model's. expected: names that the adapter must hold, no more and no less; all of `own` by default.
+
+    Raises:
+        UserError: tensors are missing, unexpected, or of other shapes.
+    """
+    wanted, file = set(own if expected is None else expected), adapter.folder / ADAPTER_FILE
     missing, unexpected = sorted(wanted - adapter.weights.keys()), sorted(adapter.weights.keys() - wanted)
     if missing or unexpected:
         parts = [
@@ -267,7 +288,6 @@ def load_weights(peft_model: PeftModel, adapter: Adapter, expected: Iterable[str
         hint = "Is it whole, and made for this model?"
         raise UserError(f"the adapter's tensors do not fit its config and the model: {'; '.join(parts)}", where=file,
                         expected=f"{len(wanted)} tensors", got=len(adapter.weights), hint=hint)  # fmt: skip
-    own = adapter_state(peft_model)
     shapes = [
         f"{name}: expected {list(own[name].shape)}, got {list(value.shape)}"
         for name, value in adapter.weights.items()
@@ -275,7 +295,6 @@ def load_weights(peft_model: PeftModel, adapter: Adapter, expected: Iterable[str
     ]
     if shapes:
         raise UserError(f"the adapter's tensors have other shapes: {few(shapes)}", where=file)
-    set_peft_model_state_dict(peft_model, own | adapter.weights)
 
 
 def apply_adapter(model: HiggsAudioModel, adapter: Adapter) -> PeftModel:

@@ -10,6 +10,7 @@ no second copy. No remote code, no pickles.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -107,7 +108,8 @@ def load_model(
     if TEXT_HEAD_WEIGHT in missing:
         filled[TEXT_HEAD_WEIGHT] = torch.zeros(own[TEXT_HEAD_WEIGHT].shape, device=device, dtype=dtype)
     if adding:
-        filled |= _identity_attention(filled, config)
+        for name, (origin, is_zero) in identity_attention(tuple(filled), config).items():
+            filled[name] = torch.zeros_like(filled[origin]) if is_zero else filled[origin].clone()
     model.load_state_dict(filled, assign=True)
     make_buffers(model, config, device)
     has_text_head = bool(filled[TEXT_HEAD_WEIGHT].any())  # zeros in older exports of a base without one
@@ -155,21 +157,25 @@ def _attached_tower(
     return new | {name: torch.zeros(shape, device=device, dtype=dtype) for name, shape in shapes.items()}
 
 
-def _identity_attention(filled: dict[str, torch.Tensor], config: HiggsAudioConfig) -> dict[str, torch.Tensor]:
+def identity_attention(names: Iterable[str], config: HiggsAudioConfig) -> dict[str, tuple[str, bool]]:
     """Weights of audio self-attention that leaves the model's function as it is.
 
     The output projection is zero, so it adds nothing to the residual stream; the norm after it is the audio input norm,
     so the shared attention sees what it saw before. Queries, keys and values begin as those of the shared attention.
+
+    Returns:
+        by the name of each new weight: the weight of `names` that it has the shape of, and whether it is zero instead
+        of a copy.
     """
-    new: dict[str, torch.Tensor] = {}
+    new: dict[str, tuple[str, bool]] = {}
+    known = list(names)
     for layer in config.audio_dual_ffn_layers or ():
         prefix = f"layers.{layer}"
-        for name, value in filled.items():
+        for name in known:
             if name.startswith(f"{prefix}.self_attn."):
-                start = torch.zeros_like(value) if ".o_proj." in name else value.clone()
-                new[name.replace(".self_attn.", ".audio_attn.")] = start
-        norm = filled[f"{prefix}.audio_input_layernorm.weight"]
-        new[f"{prefix}.audio_post_audio_attn_layer_norm.weight"] = norm.clone()
+                new[name.replace(".self_attn.", ".audio_attn.")] = name, ".o_proj." in name
+        norm = f"{prefix}.audio_input_layernorm.weight"
+        new[f"{prefix}.audio_post_audio_attn_layer_norm.weight"] = norm, False
     return new
 
 

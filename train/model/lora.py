@@ -21,13 +21,13 @@ from higgs_tune.train.model.adapter import (
     PREFIX,
     Adapter,
     adapter_state,
-    exact_pattern,
     inject,
     load_weights,
     module_of,
     read_adapter,
 )
 from higgs_tune.train.model.load import HiggsAudioModel
+from higgs_tune.train.model.module_names import exact_pattern
 from higgs_tune.train.model.trainable import AUDIO_PARAMETER, Stage, TrainableOptions
 from higgs_tune.train.presets import PRESETS
 from peft import LoraConfig, PeftModel
@@ -83,8 +83,9 @@ def add_lora(
     targets, full = target_modules(model, options, stage), set(options.full_modules(stage))
     earlier = read_adapter(adapter) if adapter else None
     continued = _continued_modules(earlier, model, full) if earlier else []
-    if earlier:
-        full |= set(earlier.config.get("modules_to_save") or ())
+    told = earlier.config_for(model) if earlier else None
+    saved = list(told.modules_to_save or ()) if told else []
+    full |= set(saved)
     names = {name for name in (*targets, *continued) if not _is_within(name, full)}
     config = LoraConfig(
         r=options.r,
@@ -92,8 +93,8 @@ def add_lora(
         lora_dropout=options.dropout,
         target_modules=exact_pattern(name for name, _ in model.named_modules() if name in names),
         modules_to_save=sorted(full) or None,
-        rank_pattern=(earlier.config.get("rank_pattern") if earlier else None) or {},
-        alpha_pattern=(earlier.config.get("alpha_pattern") if earlier else None) or {},
+        rank_pattern=(told.rank_pattern if told else None) or {},
+        alpha_pattern=(told.alpha_pattern if told else None) or {},
         use_rslora=options.rslora,
         use_dora=options.dora,
         bias="none",
@@ -102,7 +103,7 @@ def add_lora(
     has_last_norm = bool(earlier and earlier.has_last_norm)
     peft_model = inject(model, config, adapter, last_norm=options.norms or has_last_norm)
     if earlier:
-        saved = [*(earlier.config.get("modules_to_save") or ()), *(["model.norm"] if has_last_norm else [])]
+        saved += ["model.norm"] if has_last_norm else []
         own = [(name, module_of(name)) for name in adapter_state(peft_model)]
         load_weights(peft_model, earlier, [n for n, module in own if module in continued or _is_within(module, saved)])
     _freeze_and_cast(peft_model, options, stage, set(targets))

@@ -6,6 +6,8 @@ function tiles(info) {
     ["Audio", info.hours < 1 ? `${number(60 * info.hours, 1)} min` : `${number(info.hours, info.hours < 10 ? 2 : 0)} h`, "references included"],
     ["Speakers", number(info.speakers), info.validation_samples ? `${number(info.speakers_in_both_splits)} in both splits` : ""],
     ["Positions", number(info.positions), `${number(info.positions / Math.max(info.samples, 1))} a sample`],
+    ...(Object.keys(info.layouts).length ? [["Prompt layouts", number(Object.values(info.layouts).filter(Boolean).length),
+      Object.entries(info.layouts).filter(([, count]) => count).map(([name, count]) => `${number(count)} ${name}`).join(", ")]] : []),
     ["Rejected", number(info.rejects), info.rejects ? "by reason below" : "no sample was rejected"],
   ];
   return el("dl", { class: "tiles" }, ...items.map(([name, value, note]) =>
@@ -45,6 +47,7 @@ function start() {
   const sections = [
     summary(info),
     info.run ? runSection(source, info.run) : null,
+    info.comparison ? comparisonSection(source, info.comparison) : null,
     chartSection("data", "Data", loaded, (all) => all.data, null),
     chartSection("codes", "Codes", loaded, (all) => all.codes, info.scanned < info.samples ? `Counted over ${number(info.scanned)} samples.` : null),
     section("samples", "Samples", el("p", { class: "muted", text: note + audio }), new SampleTable(source).node),

@@ -58,7 +58,9 @@ function runSection(source, run) {
   return section("run", "Training run",
     el("p", {}, bdi(run.name), run.every > 1 ? ` (one in ${number(run.every)} logged steps is drawn)` : null),
     charts(run.charts),
+    run.warnings.length ? table("Warnings", ["Step", "Warning"], run.warnings.map(([step, text]) => [step, bdi(text)])) : null,
     el("h3", { text: "Validation" }), validation,
+    el("h3", { text: "Predictions" }), predictionsBlock(run.predictions),
     el("h3", { text: "Generated samples" }), generatedBlock(source, run),
     el("h3", { text: rows.length ? `Trained modules: ${number(parameters)} parameters` : "Trained modules" }), trained,
     el("details", {}, el("summary", { text: "Options of the run" }), pairs(run.config)));
