@@ -1,15 +1,19 @@
 """The training step, side by side with the public one: same weights, samples, LoRA targets and rank, alternating.
 
-    python bench/train_step.py --size small [--pairs 5] [--shards SET] [--out step.json]
+    python bench/train_step.py --size small [--pairs 5] [--lengths long | --shards SET] [--parts] [--out step.json]
 
 (a) public: batches of 2 samples padded by boson's collator, boson's forward, PEFT's layers, the text head at every
-position, float32 logits, cross entropy. (b) ours: the same samples as packs, eager. (c) ours, layers compiled.
+position, float32 logits, cross entropy. (b) packed peer: the strongest public technique (`models/packed_peer.py`), the
+same samples as packs. (c) ours: the same packs, eager. (d) ours, layers compiled. With --parts, ours by plain
+operations under autograd besides: from (b) to it, the order of rows and the last layer's labelled rows change; from it
+to (c), the fused layers.
 
 A round runs forward and backward of every side over the same samples and adds up their gradients, each label weighted
-by one over the labels of all samples, so loss and gradient must agree: a relative difference above 1e-3 in float32, or
-2e-2 in bfloat16, ends the run. Batches are made beforehand (a loader does that), and the optimizer, equal for all, is
-left out. Useful tokens are positions that are no padding. On a CPU ours keeps the memory that it frees, as the trainer
-does, and the public step leaves that to the C library, as a plain script does.
+by one over the labels of all samples, so loss and gradients must agree: a relative difference above 1e-3 in float32, or
+2e-2 in bfloat16, of the loss, the gradient norm, or all gradients together ends the run. Batches are made beforehand (a
+loader does that), and the optimizer, equal for all, is left out. Useful tokens are positions that are no padding. On a
+CPU ours keeps the memory that it frees, as the trainer does; the public step and the peer leave that to the C library,
+as a plain script does.
 """
 
 from __future__ import annotations
@@ -20,6 +24,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -36,6 +41,7 @@ from higgs_tune.train.model.load import HiggsAudioModel
 from higgs_tune.train.model.loss import LossOptions, pack_loss
 from higgs_tune.train.model.reference import boson_inputs
 from machine import PeakMemory, describe_machine, usual_memory
+from models.packed_peer import peer_step
 from models.synthetic import (
     SIZES,
     VOCABULARY,
@@ -70,10 +76,14 @@ class Options:
     """Text vocabulary; below the released one, text ids are taken modulo it."""
     public_batch: int = 2
     """Samples in a batch of the public step."""
+    lengths: Literal["stated", "long"] = "stated"
+    """Lengths of synthetic samples: as `models/synthetic.py` states, or long-form (40 to 80 s in all)."""
     shards: str | None = None
-    """Shard set to take samples from; by default synthetic ones of the stated lengths."""
+    """Shard set to take samples from, in place of synthetic ones."""
     compiled: bool = True
     """Run the compiled side too."""
+    parts: bool = False
+    """Run ours by plain operations too."""
     dtype: Literal["float32", "bfloat16"] | None = None
     """Of the frozen weights and of what runs; by default bfloat16 on a GPU, float32 without."""
     out: Path | None = None
@@ -94,6 +104,7 @@ class Side:
     seconds: list[float] = field(default_factory=list)
     loss: float = 0.0
     grad_norm: float = 0.0
+    gradient: torch.Tensor | None = None
     memory_gb: float = 0.0
 
     def run(self, parameters: Sequence[nn.Parameter], device: torch.device) -> None:
@@ -109,7 +120,8 @@ class Side:
         wait(device)
         self.seconds.append(time.perf_counter() - began)
         self.loss = float(total)
-        self.grad_norm = float(nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]))
+        self.gradient = torch.cat([p.grad.flatten() for p in parameters if p.grad is not None])
+        self.grad_norm = float(self.gradient.norm())
 
     def warm_up(self, parameters: Sequence[nn.Parameter], device: torch.device) -> None:
         """A round that sets things up, and one that measures memory; neither is timed."""
@@ -142,8 +154,8 @@ def public_step(model: PeftModel, weights: torch.Tensor, inputs: dict[str, Any])
     return loss.detach()
 
 
-def our_step(model: HiggsAudioModel, weights: torch.Tensor, batch: Batch, *, compiled: bool) -> torch.Tensor:
-    states = label_states(model, batch, ExecOptions(compiled=compiled))
+def our_step(model: HiggsAudioModel, weights: torch.Tensor, batch: Batch, exec_options: ExecOptions) -> torch.Tensor:
+    states = label_states(model, batch, exec_options)
     loss = pack_loss(model, states, batch, weights, LOSS, at_labels=True).total
     loss.backward()
     return loss.detach()
@@ -182,31 +194,38 @@ def make_sides(
         stack_layer(layer)
     sides = [
         Side("public", padded, lambda inputs: public_step(peft_model, weights, inputs), keeps_memory=False),
-        Side("ours", batches, lambda batch: our_step(model, weights, batch, compiled=False)),
+        Side("packed peer", batches, lambda batch: peer_step(model, weights, batch), keeps_memory=False),
+        Side("ours", batches, lambda batch: our_step(model, weights, batch, ExecOptions())),
     ]
-    if options.compiled:
-        sides.append(Side("ours, compiled", batches, lambda batch: our_step(model, weights, batch, compiled=True)))
+    for name, wanted, way in (("ours, plain", options.parts, ExecOptions(plain=True)),
+                              ("ours, compiled", options.compiled, ExecOptions(compiled=True))):  # fmt: skip
+        if wanted:
+            sides.append(Side(name, batches, partial(our_step, model, weights, exec_options=way)))
     return sides, sum(pack.positions for pack in packs)
 
 
 def differences(sides: list[Side]) -> dict[str, dict[str, float]]:
-    """Relative differences of loss and gradient norm from the public side's."""
+    """Relative differences of loss, gradient norm and all gradients together from the public side's."""
     first = sides[0]
-    return {
-        side.name: {"loss": abs(side.loss / first.loss - 1), "grad_norm": abs(side.grad_norm / first.grad_norm - 1)}
-        for side in sides[1:]
-    }
+    assert first.gradient is not None
+    found: dict[str, dict[str, float]] = {}
+    for side in sides[1:]:
+        assert side.gradient is not None
+        apart = float((side.gradient - first.gradient).norm()) / first.grad_norm
+        found[side.name] = {"loss": abs(side.loss / first.loss - 1), "gradients": apart,
+                            "grad_norm": abs(side.grad_norm / first.grad_norm - 1)}  # fmt: skip
+    return found
 
 
 def measure(options: Options, device: torch.device) -> dict[str, Any]:
     """Run everything.
 
     Raises:
-        SystemExit: the public side or ours does not run.
+        SystemExit: the public side, the packed peer or ours does not run.
     """
     name = options.dtype or ("bfloat16" if device.type == "cuda" else "float32")
     dtype, tolerance = getattr(torch, name), TOLERANCES[name]
-    samples, ids = samples_of(options.samples, options.shards)
+    samples, ids = samples_of(options.samples, options.shards, long=options.lengths == "long")
     if options.vocabulary < VOCABULARY:
         samples, ids = narrow(samples, ids, options.vocabulary)
     model = make_model(config_of(SIZES[options.size], options.vocabulary, ids), device, dtype)
@@ -220,22 +239,23 @@ def measure(options: Options, device: torch.device) -> dict[str, Any]:
             side.warm_up(parameters, device)
         except RuntimeError as error:  # no compiler, or no memory for this side: the others count all the same
             failed[side.name] = f"{type(error).__name__}: {error}".splitlines()[0]
-    if "public" in failed or "ours" in failed:
+    if failed.keys() & {"public", "packed peer", "ours"}:
         raise SystemExit(f"a side does not run: {failed}")
     sides = [side for side in sides if side.name not in failed]
     for _ in range(options.pairs):
         for side in sides:
             side.run(parameters, device)
     apart = differences(sides)
-    public = sides[0].seconds
+    public, peer = (side.seconds for side in sides[:2])
     return {
         "size": options.size, "parameters": size, "dtype": name, "samples": len(samples),
-        "useful_tokens": useful, "packs": len(sides[1].batches), "vocabulary": options.vocabulary,
-        "lengths": options.shards or "synthetic", "pairs": options.pairs,
+        "useful_tokens": useful, "packs": len(sides[2].batches), "vocabulary": options.vocabulary,
+        "lengths": options.shards or options.lengths, "pairs": options.pairs,
         "sides": {side.name: {"seconds": side.seconds, "loss": side.loss, "grad_norm": side.grad_norm,
                               "peak_memory_gb": side.memory_gb,
                               "tokens_per_second": useful / statistics.median(side.seconds)} for side in sides},
         "ratios": {side.name: [a / b for a, b in zip(public, side.seconds, strict=True)] for side in sides[1:]},
+        "peer_ratios": {side.name: [a / b for a, b in zip(peer, side.seconds, strict=True)] for side in sides[2:]},
         "relative_differences": apart, "tolerance": tolerance, "failed_sides": failed,
     }  # fmt: skip
 
@@ -264,8 +284,11 @@ def show(result: dict[str, Any]) -> None:
         spread = f"{min(ratios):.2f} to {max(ratios):.2f}"
         print(f"{name:<16}{side['tokens_per_second']:>10,.0f}{statistics.median(ratios):>7.2f}x{spread:>16}"
               f"{side['peak_memory_gb']:>9.2f}{side['loss']:>12.6f}{side['grad_norm']:>12.6f}")  # fmt: skip
+    for name, ratios in result["peer_ratios"].items():
+        print(f"{name} to the packed peer: {statistics.median(ratios):.2f}x ({min(ratios):.2f} to {max(ratios):.2f})")
     for name, found in result["relative_differences"].items():
-        print(f"{name}: loss differs by {found['loss']:.1e}, gradient norm by {found['grad_norm']:.1e} (relative)")
+        print(f"{name}: loss differs by {found['loss']:.1e}, gradient norm by {found['grad_norm']:.1e}, all "
+              f"gradients by {found['gradients']:.1e} (relative)")  # fmt: skip
     for name, error in result["failed_sides"].items():
         print(f"{name} does not run here: {error}")
 

@@ -139,10 +139,18 @@ def position_count(sample: Arrays) -> int:
     return sample.tokens_2L.shape[1] + sum(frames + 9 - 1 for frames in sample.segment_frames)
 
 
-def samples_of(count: int, shards: str | None, seed: int = 0) -> tuple[list[Arrays], SpecialIds]:
+def long_sample(number: int) -> Arrays:
+    """A long-form sample, made from its number alone: a reference of 8 to 15 s, a target of 30 to 65 s, text."""
+    rng = np.random.default_rng(number)
+    seconds = int(rng.integers(8, 15)), int(rng.integers(30, 65))
+    frames = seconds[0] * FRAMES_A_SECOND, seconds[1] * FRAMES_A_SECOND
+    return synthetic_sample(number, frames=frames, text=TEMPLATE + 4 * seconds[0] + 8 * seconds[1])
+
+
+def samples_of(count: int, shards: str | None, seed: int = 0, *, long: bool = False) -> tuple[list[Arrays], SpecialIds]:
     """The first samples of a shard set, or synthetic ones, and the special ids they were made with."""
     if shards is None:
-        return [synthetic_sample(seed + number) for number in range(count)], IDS
+        return [(long_sample if long else synthetic_sample)(seed + number) for number in range(count)], IDS
     opened = ShardSet(shards)
     found = list(opened.read_arrays(range(min(count, len(opened)))))
     return [sample for sample in found if isinstance(sample, Arrays)], opened.special_ids
