@@ -14,14 +14,15 @@ from higgs_tune.train.data.loader import Loader
 from higgs_tune.train.dist.context import DistContext
 from higgs_tune.train.dist.faults import NonFiniteSteps
 from higgs_tune.train.model.adapter import merge_adapter, read_adapter
-from higgs_tune.train.model.flops import choose_checkpointing, free_bytes
 from higgs_tune.train.model.forward import Checkpointing, ExecOptions
 from higgs_tune.train.model.fsdp import shard, train_in_full
 from higgs_tune.train.model.fused_linear import stack_layer
 from higgs_tune.train.model.load import HiggsAudioModel, Loaded, load_model
 from higgs_tune.train.model.lora import add_lora, describe_trainable, trainable
 from higgs_tune.train.model.loss import LossOptions
+from higgs_tune.train.model.memory import choose_checkpointing, free_bytes
 from higgs_tune.train.model.pack_model import PackModel
+from higgs_tune.train.model.paths import describe_paths
 from higgs_tune.train.optim import Ema, make_optimizer
 from higgs_tune.train.resolve import (
     Inputs,
@@ -157,7 +158,7 @@ def checkpoint_bytes(run: Run) -> int:
 
 
 def describe_run(run: Run, checkpoint: Path | None) -> str:
-    """What the run is about to do: a line, then what trains."""
+    """What the run is about to do: a line, then what trains, then how its layers run."""
     count = sum(parameter.numel() for parameter in run.parameters.values())
     begun = f", from step {run.progress.step} ({checkpoint})" if checkpoint else ""
     line = (
@@ -165,4 +166,6 @@ def describe_run(run: Run, checkpoint: Path | None) -> str:
         f"{run.total_steps} steps ({run.steps_per_epoch} an epoch) on {run.context.world.size} x "
         f"{run.context.device.type}{begun}"
     )
-    return "\n".join([line, *describe_trainable(run.parameters)])
+    pack_model: Any = getattr(run.module, "module", run.module)  # within DDP
+    paths = describe_paths(run.model, pack_model.exec_options, reference=run.config.model.forward == "reference")
+    return "\n".join([line, *describe_trainable(run.parameters), "which way each kind of layer runs:", *paths])

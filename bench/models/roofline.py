@@ -16,8 +16,9 @@ from typing import Any
 
 import torch
 import tyro
-from higgs_tune.train.model.flops import PEAKS, Rows, activation_bytes, model_flops
+from higgs_tune.train.model.flops import PEAKS, Rows, model_flops
 from higgs_tune.train.model.load import HiggsAudioModel, load_config
+from higgs_tune.train.model.memory import activation_bytes
 from models.synthetic import SIZES, SizeName, config_of, parameter_count, with_lora
 
 
@@ -54,12 +55,12 @@ def roofline(options: Options) -> dict[str, Any]:
         with_lora(model, options.rank)
     rows = Rows.typical(options.sample_length)
     flops = model_flops(model, rows) / rows.positions
-    traffic = 2 * weight_bytes / options.tokens_per_pack + 2 * activation_bytes(model, rank=options.rank)
+    traffic = 2 * weight_bytes / options.tokens_per_pack + 2 * activation_bytes(model)
     peak_flops, peak_bytes = PEAKS[options.gpu]
     floor_s = max(flops / peak_flops, traffic / peak_bytes)
     found = {
         "gpu": options.gpu, "gflop_per_token": flops / 1e9, "kilobytes_per_token": traffic / 1e3,
-        "activation_bytes_per_token_and_layer": activation_bytes(model, rank=options.rank) / len(model.layers),
+        "activation_bytes_per_token_and_layer": activation_bytes(model) / len(model.layers),
         "flop_per_byte": flops / traffic, "bound": "arithmetic" if flops / peak_flops >= floor_s else "memory",
         "most_tokens_per_second": 1 / floor_s,
     }  # fmt: skip

@@ -13,8 +13,11 @@ from typing import Any
 
 import torch
 from higgs_tune.train.data.batch import Batch
-from higgs_tune.train.model.linear import linear
+from higgs_tune.train.model.fused_linear import fused_project
+from higgs_tune.train.model.layer_input import Rows
+from higgs_tune.train.model.linear import layers_of, linear
 from higgs_tune.train.model.load import HiggsAudioModel
+from torch import nn
 
 
 def stream_dtype(model: HiggsAudioModel) -> torch.dtype:
@@ -43,14 +46,14 @@ def embed_text(model: HiggsAudioModel, batch: Batch) -> torch.Tensor:
 
 
 def embed_whisper(model: HiggsAudioModel, batch: Batch, mels: torch.Tensor) -> torch.Tensor:
-    """What stands at the rows of Whisper features: [M, H]. The tower and its projector are boson's.
+    """What stands at the rows of Whisper features: [M, H]. The tower is boson's.
 
     Args:
         mels: see `Batch`.
     """
     projector: Any = model.audio_encoder_proj
     states_MC = mels if mels.ndim == 2 else _tower_states(model, batch, mels)
-    return projector(states_MC.to(projector.linear.weight.dtype))
+    return _project(projector.linear, states_MC.to(projector.linear.weight.dtype))
 
 
 def _tower_states(model: HiggsAudioModel, batch: Batch, mels_SCF: torch.Tensor) -> torch.Tensor:
@@ -70,4 +73,11 @@ def embed_audio(model: HiggsAudioModel, codes_KA: torch.Tensor) -> torch.Tensor:
     embedded_KAH = model.audio_codebook_embeddings(codes_KA + first_row[:, None])
     embedded_KAH = embedded_KAH.to(stream_dtype(model))
     embedded_AH = embedded_KAH.mean(0) if model.config.audio_embed_avg else embedded_KAH.sum(0)
-    return linear(model.audio_out_embed_projector, embedded_AH) if model.use_audio_out_embed_projector else embedded_AH
+    return (
+        _project(model.audio_out_embed_projector, embedded_AH) if model.use_audio_out_embed_projector else embedded_AH
+    )
+
+
+def _project(module: nn.Module, rows_NH: torch.Tensor) -> torch.Tensor:
+    """A linear layer; without gradients by `linear`, whose rows do not depend on each other's number."""
+    return fused_project(Rows(rows_NH), layers_of(module))[0] if torch.is_grad_enabled() else linear(module, rows_NH)

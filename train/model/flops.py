@@ -1,4 +1,4 @@
-"""The cost of a step, by arithmetic: floating-point operations, memory of activations, and the peaks of GPUs.
+"""The cost of a step, by arithmetic: floating-point operations, and the peaks of GPUs.
 
 Model FLOPs count the operations that the result needs, no recomputation: 2 a weight and row in forward; 2 more for the
 gradient of its input; 2 more for the weight's own gradient where it trains. Attention takes 4 H a pair of positions
@@ -12,8 +12,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from higgs_tune.train.model.embed import stream_dtype
-from higgs_tune.train.model.forward import Checkpointing
 from higgs_tune.train.model.load import HiggsAudioModel
 from torch import nn
 
@@ -26,7 +24,6 @@ PEAKS: dict[str, tuple[float, float]] = {
     "L40S": (362e12, 0.864e12),
     "RTX 4090": (165e12, 1.008e12),
 }
-FREE_SHARE = 0.8  # of the free memory that activations may take
 
 
 @dataclass(frozen=True)
@@ -73,54 +70,3 @@ def model_flops(model: HiggsAudioModel, rows: Rows) -> float:
 
 def _flops_a_row(module: nn.Module) -> float:
     return sum((6 if p.requires_grad else 4) * p.numel() for p in module.parameters() if p.ndim == 2)
-
-
-def activation_bytes(
-    model: HiggsAudioModel, checkpointing: Checkpointing = "none", rank: int = 16, *, compiled: bool = False
-) -> float:
-    """Bytes that are saved for backward, for a position of the packed forward, over all layers.
-
-    A layer saves the residual stream before each half, queries, keys, values and output of the attention, gate and
-    up, the outputs of LoRA's A matrices, and the attention's normaliser. A compiled one also saves its norms' outputs
-    and SiLU(gate) * up.
-    """
-    layers: Any = model.layers
-    first = layers[0]
-    attention, config = first.self_attn, first.self_attn.config
-    width, size = config.hidden_size, stream_dtype(model).itemsize
-    inner = attention.num_heads * attention.head_dim
-    values = 2 * width + 2 * inner + 2 * attention.num_key_value_heads * attention.head_dim + 5 * rank
-    values += 2 * config.intermediate_size + 2 * rank if checkpointing == "none" else 0
-    if compiled:
-        values += 2 * width + config.intermediate_size if checkpointing == "none" else width
-    if checkpointing == "full":
-        values = width
-    normalisers = 4 * attention.num_heads if checkpointing != "full" else 0
-    return len(layers) * (values * size + normalisers)
-
-
-def working_bytes(model: HiggsAudioModel, positions: int) -> float:
-    """What one layer and the loss need beside that, for a pack: gradients and remade inputs, and a chunk of logits."""
-    config: Any = model.config.text_config
-    size = stream_dtype(model).itemsize
-    return positions * size * (6 * config.hidden_size + 4 * config.intermediate_size) + 4 * (1 << 27)
-
-
-def choose_checkpointing(
-    model: HiggsAudioModel, positions: int, free: float, *, compiled: bool = False
-) -> Checkpointing:
-    """The least checkpointing whose estimate fits into the free memory (bytes)."""
-    room = FREE_SHARE * free - working_bytes(model, positions)
-    modes: tuple[Checkpointing, ...] = ("none", "selective")
-    for mode in modes:
-        if positions * activation_bytes(model, mode, compiled=compiled) <= room:
-            return mode
-    return "full"
-
-
-def free_bytes(device: torch.device) -> float:
-    """Free memory of the device, or of the host where that is the device."""
-    if device.type == "cuda":
-        return float(torch.cuda.mem_get_info(device)[0])
-    with open("/proc/meminfo") as lines:  # noqa: PTH123
-        return next(float(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))

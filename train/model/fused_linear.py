@@ -2,64 +2,47 @@
 
 Backward recomputes the layers' input, so no norm's output, SiLU(gate) * up or reordered copy is saved for it. The A
 matrices of all layers are multiplied at once, and so are frozen weights that lie one behind another in memory
-(`stack_frozen_weights` puts them there). Guarantees (test_forward.py, test_speed.py): no number changes beyond
-rounding.
+(`stack_frozen_weights` puts them there). Guarantees (test_forward.py, test_speed.py, test_lora_paths.py): no number
+changes beyond rounding.
 
-Layers with simple LoRA are fused; a group with any other layer (DoRA, dropout while training, several adapters) runs
-plainly.
+Every layer that the trainer makes is fused: LoRA, rsLoRA and DoRA, with and without dropout (`lora_math.py`).
+`linear.layer_of` names the few of PEFT that are not; a group with one of them runs plainly.
 
-Shapes: N rows, H input width, O output width, r rank of LoRA.
+Shapes: N rows, H input width, O output width.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from functools import cache
-from itertools import islice, pairwise
+from itertools import chain, islice, pairwise
 from typing import Any
 
 import torch
-import torch.nn.functional as F  # noqa: N812
+from higgs_tune.train.model.dropout import new_seed
 from higgs_tune.train.model.layer_input import Grads, Source
-from higgs_tune.train.model.linear import AnyLayer, Layer, layer_of, plain_project
+from higgs_tune.train.model.linear import AnyLayer, Layer, any_dropout, layer_of, plain_project
+from higgs_tune.train.model.lora_math import Kept, layer_grads, run_layers
 from torch import nn
-
-
-def product(
-    x_NI: torch.Tensor, weight_OI: torch.Tensor, plus_NO: torch.Tensor | None = None, *, overwrite: bool = False
-) -> torch.Tensor:
-    """x W^T, plus `plus_NO` if given, which is overwritten if `overwrite`; without gradient."""
-    if x_NI.device.type == "cpu" and x_NI.dtype == torch.float32 and x_NI.numel() and _has_onednn():
-        y_NO = _onednn_product(x_NI, weight_OI)
-        return y_NO if plus_NO is None else y_NO.add_(plus_NO)
-    if plus_NO is None:
-        return F.linear(x_NI, weight_OI)
-    return plus_NO.addmm_(x_NI, weight_OI.t()) if overwrite else torch.addmm(plus_NO, x_NI, weight_OI.t())
-
-
-def _onednn_product(x_NI: torch.Tensor, weight_OI: torch.Tensor) -> torch.Tensor:
-    """x W^T by oneDNN, which on a CPU takes 5 to 30 % less time than MKL, which F.linear calls.
-
-    The operator is torch's own and may go; `product` takes F.linear where it is missing.
-    """
-    return torch.ops.mkldnn._linear_pointwise(x_NI, weight_OI, None, "none", [], "")
-
-
-@cache
-def _has_onednn() -> bool:
-    return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
 def fused_project(
     source: Source, layers: Sequence[AnyLayer], residual_NO: torch.Tensor | None = None
 ) -> list[torch.Tensor]:
     """`plain_project` with less memory and fewer operations; see the top of this file."""
-    simple = [layer for layer in layers if isinstance(layer, Layer)]
-    if len(simple) < len(layers):
+    simple = fusible(layers)
+    if simple is None:
         return plain_project(source, layers, residual_NO)
     stacked = _stacked([layer.weight_OH for layer in simple])
+    seed = new_seed() if any_dropout(simple) else 0
     fields = (field for part in (source, *simple) for field in part)
-    return list(_FusedProject.apply(type(source), stacked, residual_NO, *fields))
+    return list(_FusedProject.apply(type(source), stacked, residual_NO, seed, *fields))
+
+
+def fusible(layers: Sequence[AnyLayer]) -> list[Layer] | None:
+    """The layers, if `fused_project` runs them fused: all of them are `Layer`s, and those with LoRA drop alike."""
+    simple = [layer for layer in layers if isinstance(layer, Layer)]
+    drops_alike = len({layer.dropout for layer in simple if layer.rank}) <= 1
+    return simple if len(simple) == len(layers) and drops_alike else None
 
 
 def stack_layer(layer: Any) -> None:
@@ -107,40 +90,35 @@ class _FusedProject(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, kind: type[Source], stacked: torch.Tensor | None, residual_NO: torch.Tensor | None, *fields: Any
+        ctx: Any,
+        kind: type[Source],
+        stacked: torch.Tensor | None,
+        residual_NO: torch.Tensor | None,
+        seed: int,
+        *fields: Any,
     ) -> tuple[torch.Tensor, ...]:
         source, layers = _grouped(kind, fields)
-        x_NH = source.forward()
-        outputs = _base_outputs(x_NH, layers, stacked, residual_NO)
-        low_Nr = _low_rank(x_NH, layers)
-        for layer, y_NO, low_part_Nr in zip(layers, outputs, _by_rank(low_Nr, layers, 1), strict=True):
-            if layer.bias_O is not None:
-                y_NO.add_(layer.bias_O)
-            if layer.b_Or is not None:
-                y_NO.addmm_(low_part_Nr, layer.b_Or.to(x_NH.dtype).t(), alpha=layer.scaling)
-        ctx.kind = kind
-        _save(ctx, [*fields, low_Nr])
+        outputs, kept = run_layers(source.forward(), layers, stacked, residual_NO, seed)
+        ctx.kind, ctx.seed, ctx.count = kind, seed, len(layers)
+        _save(ctx, [*fields, kept.low_Nr, *kept.scales, *kept.parts])
         return tuple(outputs)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[Any, ...]:
-        *fields, low_Nr = _saved(ctx)
+        values, count = _saved(ctx), ctx.count
+        fields, (low_Nr, *of_dora) = values[: -2 * count - 1], values[-2 * count - 1 :]
+        kept = Kept(low_Nr, of_dora[:count], of_dora[count:])
         source, layers = _grouped(ctx.kind, fields)
-        _, _, needs_residual, *needs = ctx.needs_input_grad
+        _, _, needs_residual, _, *needs = ctx.needs_input_grad
         needed_source, needed_layers = _grouped(ctx.kind, needs)
         x_NH, recomputed = source.recompute()
-        grad_low_Nr = _low_rank_grad(grads, layers, low_Nr)
-        grad_a = _by_rank(product(grad_low_Nr.t(), x_NH.t()), layers, 0) if low_Nr.shape[1] else [None] * len(layers)
-        low_parts = _by_rank(low_Nr, layers, 1)
-        of_layers: Grads = []
-        for layer, needed, grad_NO, low_part_Nr, grad_a_rH in zip(
-            layers, needed_layers, grads, low_parts, grad_a, strict=True
-        ):
-            of_layers += _layer_grads(layer, needed, grad_NO, x_NH, low_part_Nr, grad_a_rH)
+        grad_x_NH, of_layers = layer_grads(
+            grads, x_NH, layers, kept, needed_layers, ctx.seed, needs_input=any(needed_source)
+        )
         of_source: Grads = [None] * len(needed_source)
-        if any(needed_source):
-            of_source = source.backward(_input_grad(grads, layers, grad_low_Nr), recomputed, needed_source)
-        return (None, None, grads[0] if needs_residual else None, *of_source, *of_layers)
+        if grad_x_NH is not None:
+            of_source = source.backward(grad_x_NH, recomputed, needed_source)
+        return (None, None, grads[0] if needs_residual else None, None, *of_source, *chain(*of_layers))
 
 
 def _grouped(kind: type[Source], fields: Iterable[Any]) -> tuple[Any, list[Layer]]:
@@ -148,74 +126,6 @@ def _grouped(kind: type[Source], fields: Iterable[Any]) -> tuple[Any, list[Layer
     rest = iter(fields)
     source = kind(*islice(rest, len(kind._fields)))
     return source, [Layer(*values) for values in zip(*[rest] * len(Layer._fields), strict=True)]
-
-
-def _base_outputs(
-    x_NH: torch.Tensor, layers: Sequence[Layer], stacked: torch.Tensor | None, residual_NO: torch.Tensor | None
-) -> Sequence[torch.Tensor]:
-    """x W^T of every layer; plus the residual, which comes with a single layer."""
-    if stacked is not None:
-        return product(x_NH, stacked).split([len(layer.weight_OH) for layer in layers], 1)
-    return [product(x_NH, layer.weight_OH.to(x_NH.dtype), residual_NO) for layer in layers]
-
-
-def _low_rank(x_NH: torch.Tensor, layers: Sequence[Layer]) -> torch.Tensor:
-    """x A^T of every layer with LoRA, side by side: [N, sum of r]."""
-    stacked_rH = _stacked_a(layers)
-    return x_NH.new_zeros(len(x_NH), 0) if stacked_rH is None else product(x_NH, stacked_rH.to(x_NH.dtype))
-
-
-def _stacked_a(layers: Sequence[Layer]) -> torch.Tensor | None:
-    """The A matrices of all layers [sum of r, H]; None if no layer has LoRA."""
-    parts = [layer.a_rH for layer in layers if layer.a_rH is not None]
-    return torch.cat(parts) if parts else None
-
-
-def _by_rank(values: torch.Tensor, layers: Sequence[Layer], dim: int) -> Sequence[torch.Tensor]:
-    """Each layer's part of a tensor that holds the ranks of all layers side by side; empty without LoRA."""
-    return values.split([layer.rank for layer in layers], dim)
-
-
-def _low_rank_grad(grads: Sequence[torch.Tensor], layers: Sequence[Layer], low_Nr: torch.Tensor) -> torch.Tensor:
-    """Gradient of `_low_rank`'s output: scaling grad B of each layer, side by side [N, sum of r]."""
-    grad_low_Nr = torch.empty_like(low_Nr)
-    for layer, grad_NO, part_Nr in zip(layers, grads, _by_rank(grad_low_Nr, layers, 1), strict=True):
-        if layer.b_Or is not None:
-            part_Nr.copy_(product(grad_NO, layer.b_Or.to(grad_NO.dtype).t())).mul_(layer.scaling)
-    return grad_low_Nr
-
-
-def _input_grad(grads: Sequence[torch.Tensor], layers: Sequence[Layer], grad_low_Nr: torch.Tensor) -> torch.Tensor:
-    """Gradient of the input: the sum of grad W over the layers, plus what comes through LoRA."""
-    grad_x_NH: torch.Tensor | None = None
-    for layer, grad_NO in zip(layers, grads, strict=True):
-        grad_x_NH = product(grad_NO, layer.weight_OH.to(grad_NO.dtype).t(), grad_x_NH, overwrite=True)
-    assert grad_x_NH is not None
-    stacked_rH = _stacked_a(layers)
-    return grad_x_NH if stacked_rH is None else grad_x_NH.addmm_(grad_low_Nr, stacked_rH.to(grad_x_NH.dtype))
-
-
-def _layer_grads(
-    layer: Layer,
-    needed: Layer,
-    grad_NO: torch.Tensor,
-    x_NH: torch.Tensor,
-    low_Nr: torch.Tensor,
-    grad_a_rH: torch.Tensor | None,
-) -> Grads:
-    """Gradients of a layer's tensors, in the order of its fields.
-
-    Args:
-        needed: for each field, whether its gradient is needed.
-        low_Nr: x A^T of this layer.
-    """
-    weight = (grad_NO.t() @ x_NH).to(layer.weight_OH.dtype) if needed.weight_OH else None
-    bias = grad_NO.sum(0).to(layer.bias_O.dtype) if needed.bias_O and layer.bias_O is not None else None
-    a = grad_a_rH.to(layer.a_rH.dtype) if needed.a_rH and grad_a_rH is not None and layer.a_rH is not None else None
-    b = None
-    if needed.b_Or and layer.b_Or is not None:
-        b = (grad_NO.t() @ low_Nr).mul_(layer.scaling).to(layer.b_Or.dtype)
-    return [weight, bias, a, b, None]
 
 
 def _save(ctx: Any, values: Sequence[Any]) -> None:

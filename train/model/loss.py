@@ -22,9 +22,10 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F  # noqa: N812
 from higgs_tune.train.data.batch import Batch
-from higgs_tune.train.model.fused_linear import product
-from higgs_tune.train.model.linear import layer_of, linear, normed
+from higgs_tune.train.model.dropout import new_seed
+from higgs_tune.train.model.linear import Layer, layer_of, linear, normed
 from higgs_tune.train.model.load import HiggsAudioModel
+from higgs_tune.train.model.lora_math import dora_scales, layer_grads, run_layers
 from torch.utils.checkpoint import checkpoint
 
 CHUNK_ELEMENTS = 1 << 25  # logits held at a time: 128 MB in float32
@@ -64,8 +65,8 @@ class LossOptions:
 class _HeadCrossEntropy(torch.autograd.Function):
     """Linear head and cross entropy, a chunk of rows at a time; the forward pass computes the gradients, too.
 
-    Args of `apply`: hidden [n, H]; head weight [K * V, H]; targets int [n, K], -100 for none; label weights [K];
-    label smoothing; a class whose loss is summed apart (end of stream), or -1.
+    Args of `apply`: hidden [n, H]; targets int [n, K], -100 for none; label weights [K]; label smoothing; a class whose
+    loss is summed apart (end of stream), or -1; seed of the dropout; the fields of the head's `Layer` (K * V outputs).
     Returns: the weighted sum (differentiable); [5, K]: sums of the cross entropies, right predictions, sums over
     targets of the marked class, number of such targets, right predictions of them.
     """
@@ -74,47 +75,58 @@ class _HeadCrossEntropy(torch.autograd.Function):
     def forward(
         ctx: Any,
         hidden_nH: torch.Tensor,
-        head_VH: torch.Tensor,
         targets_nK: torch.Tensor,
         weights_K: torch.Tensor,
         smoothing: float,
         marked: int,
+        seed: int,
+        *fields: Any,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        codebooks = targets_nK.shape[1]
-        need_hidden, need_head = ctx.needs_input_grad[:2]
-        grad_hidden = torch.empty_like(hidden_nH) if need_hidden else None
-        grad_head = torch.zeros_like(head_VH, dtype=torch.float32) if need_head else None
-        head_used_VH = head_VH.to(hidden_nH.dtype)
-        stats_5K = torch.zeros(5, codebooks, device=hidden_nH.device)
-        step = max(1, CHUNK_ELEMENTS // len(head_VH))
+        needed, head = Layer(*ctx.needs_input_grad[6:]), Layer(*fields)
+        grad_hidden = torch.empty_like(hidden_nH) if ctx.needs_input_grad[0] else None
+        grads = [
+            torch.zeros_like(value, dtype=torch.float32) if wanted and isinstance(value, torch.Tensor) else None
+            for value, wanted in zip(head, needed, strict=True)
+        ]
+        used = head._replace(weight_OH=head.weight_OH.to(hidden_nH.dtype))
+        scales, stats_5K = dora_scales([used]), torch.zeros(5, targets_nK.shape[1], device=hidden_nH.device)
+        step = max(1, CHUNK_ELEMENTS // len(head.weight_OH))
         for start in range(0, len(hidden_nH), step):
             rows_nH = hidden_nH[start : start + step]
             target_nK = targets_nK[start : start + step].long()
-            logits_nV = product(rows_nH, head_used_VH).float()
-            log_share_nKV, part_5K = _label_losses(logits_nV, target_nK, smoothing, marked)
+            (logits_nV,), kept = run_layers(rows_nH, [used], seed=seed + start, scales=scales)
+            log_share_nKV, part_5K = _label_losses(logits_nV.float(), target_nK, smoothing, marked)
             stats_5K += part_5K
-            if need_hidden or need_head:
-                labelled_nK, index_nK1 = target_nK >= 0, target_nK.clamp(min=0)[..., None]
-                grad_nKV = log_share_nKV.exp_()
-                if smoothing:
-                    grad_nKV -= smoothing / grad_nKV.shape[-1]
-                grad_nKV.scatter_add_(-1, index_nK1, grad_nKV.new_full(index_nK1.shape, smoothing - 1.0))
-                grad_nV = grad_nKV.mul_((labelled_nK * weights_K)[..., None]).flatten(1).to(hidden_nH.dtype)
-                if grad_hidden is not None:
-                    grad_hidden[start : start + step] = product(grad_nV, head_used_VH.t())
-                if grad_head is not None:
-                    grad_head += (grad_nV.t() @ rows_nH).float()
-        ctx.save_for_backward(*(grad for grad in (grad_hidden, grad_head) if grad is not None))
-        ctx.head_dtype = head_VH.dtype
+            if not any(ctx.needs_input_grad):
+                continue
+            labelled_nK, index_nK1 = target_nK >= 0, target_nK.clamp(min=0)[..., None]
+            grad_nKV = log_share_nKV.exp_()
+            if smoothing:
+                grad_nKV -= smoothing / grad_nKV.shape[-1]
+            grad_nKV.scatter_add_(-1, index_nK1, grad_nKV.new_full(index_nK1.shape, smoothing - 1.0))
+            grad_nV = grad_nKV.mul_((labelled_nK * weights_K)[..., None]).flatten(1).to(hidden_nH.dtype)
+            part_nH, (parts,) = layer_grads(
+                [grad_nV], rows_nH, [used], kept, [needed], seed + start, needs_input=grad_hidden is not None
+            )
+            if grad_hidden is not None and part_nH is not None:
+                grad_hidden[start : start + step] = part_nH
+            for grad, part in zip(grads, parts, strict=True):
+                if grad is not None and part is not None:
+                    grad.add_(part)
+        ctx.save_for_backward(*(grad for grad in (grad_hidden, *grads) if grad is not None))
+        ctx.dtypes = [
+            value.dtype if wanted and isinstance(value, torch.Tensor) else None
+            for value, wanted in zip(head, needed, strict=True)
+        ]
         ctx.mark_non_differentiable(stats_5K)
         return (stats_5K[0] * weights_K).sum(), stats_5K
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        saved = list(ctx.saved_tensors)
-        grad_hidden = saved.pop(0).mul(grads[0]) if ctx.needs_input_grad[0] else None
-        grad_head = (saved.pop(0) * grads[0]).to(ctx.head_dtype) if ctx.needs_input_grad[1] else None
-        return grad_hidden, grad_head, None, None, None, None
+        saved = iter(ctx.saved_tensors)
+        grad_hidden = next(saved).mul(grads[0]) if ctx.needs_input_grad[0] else None
+        of_head = [None if dtype is None else (next(saved) * grads[0]).to(dtype) for dtype in ctx.dtypes]
+        return grad_hidden, None, None, None, None, None, *of_head
 
 
 @dataclass(frozen=True)
@@ -217,11 +229,12 @@ def head_cross_entropy(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Cross entropy of a linear head; arguments and results as those of `_HeadCrossEntropy`.
 
-    A head with LoRA runs under autograd, a chunk at a time, and backward recomputes its logits.
+    A head that is no `Layer` runs by PEFT, a chunk at a time, and backward recomputes its logits.
     """
     layer = layer_of(head)
-    if layer is not None and not layer.rank:
-        return _HeadCrossEntropy.apply(normed_nH, layer.weight_OH, labels_nK, weights_K, smoothing, marked)  # pyright: ignore
+    if layer is not None:
+        seed = new_seed() if layer.dropout else 0
+        return _HeadCrossEntropy.apply(normed_nH, labels_nK, weights_K, smoothing, marked, seed, *layer)  # pyright: ignore
 
     def chunk(rows_nH: torch.Tensor, target_nK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         _, stats_5K = _label_losses(linear(head, rows_nH).float(), target_nK.long(), smoothing, marked)

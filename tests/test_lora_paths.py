@@ -1,0 +1,227 @@
+"""Every kind of LoRA runs fused: PEFT's numbers under the same dropout masks, memory as estimated, paths as printed."""
+
+from __future__ import annotations
+
+import gc
+import itertools
+import weakref
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from higgs_tune.shards.reader import ShardSet
+from higgs_tune.train.data.batch import Batch, collate
+from higgs_tune.train.model import forward, fused_linear, linear
+from higgs_tune.train.model.dropout import drop
+from higgs_tune.train.model.forward import Checkpointing, ExecOptions, hidden_states, label_states
+from higgs_tune.train.model.fused_linear import fused_project, stack_frozen_weights, stack_layer
+from higgs_tune.train.model.layer_input import Gated, Normed, Rows, Source
+from higgs_tune.train.model.linear import layer_of, layers_of, plain_project
+from higgs_tune.train.model.load import HiggsAudioModel, load_model
+from higgs_tune.train.model.lora import TrainableOptions, add_lora, trainable
+from higgs_tune.train.model.loss import LossOptions, pack_loss
+from higgs_tune.train.model.memory import activation_bytes
+from higgs_tune.train.model.paths import BY_PEFT, describe_paths
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import nn
+from torch.utils._pytree import tree_leaves
+from torch.utils.checkpoint import checkpoint
+
+LOSS, SEED = LossOptions(), 1234567
+KINDS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "dropout": {"dropout": 0.25},
+    "DoRA": {"dora": True},
+    "DoRA, dropout": {"dora": True, "dropout": 0.25},
+    "rsLoRA, dropout": {"rslora": True, "dropout": 0.25},
+}
+PLACES: dict[str, dict[str, Any]] = {
+    "every preset layer": {},
+    "heads and norms": {"extra": ("heads",), "norms": True},
+    "attention alone": {"preset": "attention_only"},
+    "text alone": {"preset": "text_only"},
+    "queries of one layer": {"pattern": r"layers\.1\.self_attn\.q_proj"},
+}
+COMBINATIONS = [{**kind, **place} for kind, place in itertools.product(KINDS.values(), PLACES.values())]
+MODES: tuple[Checkpointing, ...] = ("none", "selective", "full")
+
+
+class SameDropout(nn.Dropout):
+    """PEFT's dropout with the mask of a seed."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return drop(input, self.p, SEED) / (1 - self.p) if self.training else input
+
+
+def peft_layers(adapters: int, *, bias: bool, base_trains: bool, **options: Any) -> nn.ModuleDict:
+    """Two linear layers of 24 inputs, adapted by PEFT, their A, B and magnitudes away from where they begin."""
+    torch.manual_seed(0)
+    layers = nn.ModuleDict({"one": nn.Linear(24, 10, bias=bias), "two": nn.Linear(24, 14, bias=bias)})
+    config = LoraConfig(r=3, lora_alpha=5, target_modules=["one", "two"], **options)
+    peft_model = get_peft_model(layers, config)  # pyright: ignore[reportArgumentType]
+    for number in range(1, adapters):
+        peft_model.add_adapter(f"adapter{number}", LoraConfig(r=2, lora_alpha=3, target_modules=["one"], **options))
+    peft_model.base_model.set_adapter(["default", *(f"adapter{number}" for number in range(1, adapters))])  # pyright: ignore
+    for name, parameter in peft_model.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter, std=0.3)
+        if "magnitude" in name:
+            parameter.data *= torch.rand_like(parameter) + 0.5
+        parameter.requires_grad_("lora" in name or base_trains)
+    for module in peft_model.modules():
+        if isinstance(module, nn.ModuleDict):
+            for name, child in module.items():
+                if isinstance(child, nn.Dropout):
+                    module[name] = SameDropout(child.p)
+    return layers.train()
+
+
+def sources() -> list[Source]:
+    torch.manual_seed(1)
+    x, weights, order = torch.randn(17, 24, requires_grad=True), torch.rand(2, 24) + 0.5, torch.randperm(17)
+    gate_up = torch.randn(2, 17, 24).requires_grad_().unbind()
+    normed, gated = Normed(x, weights[0], weights[1], 11, 1e-5), Gated(gate_up[0], gate_up[1])
+    return [Rows(x), Rows(x, order, torch.argsort(order)), normed, gated]
+
+
+def gradients(outputs: list[torch.Tensor], source: Source, layers: nn.Module) -> list[torch.Tensor]:
+    torch.manual_seed(2)
+    total = torch.stack([(out * torch.randn_like(out)).sum() for out in outputs]).sum()
+    wanted = [value for value in source if isinstance(value, torch.Tensor) and value.requires_grad]
+    wanted += [parameter for parameter in layers.parameters() if parameter.requires_grad]
+    return [*outputs, *torch.autograd.grad(total, wanted)]
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize("base_trains", [False, True])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize(("adapters", "dora", "dropout", "rslora"), [
+    (1, False, 0.0, False), (1, False, 0.3, True), (1, True, 0.0, True), (1, True, 0.3, False), (2, False, 0.3, False),
+])  # fmt: skip
+def test_values_and_gradients_are_pefts(
+    adapters: int, dora: bool, dropout: float, rslora: bool, bias: bool, base_trains: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """Of every kind of input, two layers together (their weights stacked) and one with a residual."""
+    options = {"use_dora": dora, "lora_dropout": dropout, "use_rslora": rslora}
+    layers = peft_layers(adapters, bias=bias, base_trains=base_trains, **options)
+    monkeypatch.setattr(linear, "new_seed", lambda: SEED)
+    monkeypatch.setattr(fused_linear, "new_seed", lambda: SEED)
+    for names in (("one", "two"), ("one",)):
+        modules = [layers[name] for name in names]
+        stack_frozen_weights(modules)
+        for source in sources():
+            residual = torch.randn(17, 10) if len(names) == 1 else None
+            expected = [module(source.forward()) for module in modules]
+            expected = expected if residual is None else [residual + expected[0]]
+            group = nn.ModuleList(modules)
+            for project in (fused_project, plain_project):
+                got = gradients(project(source, layers_of(*modules), residual), source, group)
+                for value, wanted in zip(got, gradients(expected, source, group), strict=True):
+                    torch.testing.assert_close(value, wanted, atol=1e-5, rtol=1e-5)
+                expected = [module(source.forward()) for module in modules]
+                expected = expected if residual is None else [residual + expected[0]]
+
+
+def model_with(toy: Path, **options: Any) -> HiggsAudioModel:
+    """The toy model with LoRA in training, whose B matrices are not zero."""
+    model = load_model(toy / "model", device=torch.device("cpu"), dtype=torch.float32).model
+    torch.manual_seed(0)
+    add_lora(model, TrainableOptions(r=4, **options), "single", toy / "model", None)
+    for name, parameter in model.named_parameters():
+        if ".lora_B." in name:
+            nn.init.normal_(parameter, std=0.02)
+    for layer in model.layers:
+        stack_layer(layer)
+    return model
+
+
+def batch_of(shards: ShardSet, rows: range) -> Batch:
+    return collate([shards.read(row) for row in rows], 0.0, shards.special_ids)
+
+
+def step(model: HiggsAudioModel, batch: Batch, exec_options: ExecOptions) -> dict[str, torch.Tensor]:
+    """The loss and every gradient, with the dropout of a fixed seed."""
+    torch.manual_seed(3)
+    weights = LOSS.per_label(torch.cat([batch["label_counts"], batch["pairs"]]).float())
+    total = pack_loss(model, label_states(model, batch, exec_options), batch, weights, LOSS, at_labels=True).total
+    total.backward()
+    found = {name: p.grad for name, p in trainable(model).items() if p.grad is not None}
+    model.zero_grad(set_to_none=True)
+    return found | {"loss": total.detach()}
+
+
+@dataclass(eq=False)
+class Held:
+    """A tensor that autograd keeps; it is gone when autograd lets it go."""
+
+    value: torch.Tensor
+
+
+def kept_share(model: HiggsAudioModel, batch: Batch, mode: Checkpointing, monkeypatch: pytest.MonkeyPatch) -> float:
+    """What autograd and checkpoints keep for backward, but for parameters and the batch, over the estimate."""
+    owned = {value.untyped_storage().data_ptr() for value in (*model.parameters(), *model.buffers(), batch.flat)}
+    held: weakref.WeakSet[Held] = weakref.WeakSet()
+    arguments: list[Held] = []
+
+    def keep(value: torch.Tensor) -> Held:
+        held.add(box := Held(value))
+        return box
+
+    def checkpointed(function: Any, *args: Any, **options: Any) -> torch.Tensor:
+        """A checkpoint holds the arguments, out of sight of autograd's hooks."""
+        out = checkpoint(function, *args, **options)
+        assert isinstance(out, torch.Tensor)
+        for value in tree_leaves(args) if out.requires_grad else ():
+            if isinstance(value, torch.Tensor):
+                arguments.append(keep(value))
+        return out
+
+    monkeypatch.setattr(forward, "checkpoint", checkpointed)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda box: box.value):
+        states = hidden_states(model, batch, ExecOptions(checkpointing=mode))
+    text_share = 1 - batch["codes_KA"].shape[1] / batch.positions
+    estimate = activation_bytes(model, mode, text_share=text_share)
+    gc.collect()  # what a checkpoint without gradient held is gone
+    kept = {box.value.untyped_storage().data_ptr(): box.value.untyped_storage().nbytes() for box in held}
+    del states
+    return sum(size for at, size in kept.items() if at not in owned) / (batch.positions * estimate)
+
+
+@pytest.mark.parametrize("options", COMBINATIONS, ids=str)
+def test_every_combination_runs_fused_as_printed_and_keeps_what_is_estimated(
+    options: dict[str, Any], toy: Path, shards: ShardSet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Numbers of the plain layers, checkpointed or not; no group of layers leaves the fused path."""
+    model, batch = model_with(toy, **options), batch_of(shards, range(4))
+    expected = step(model, batch, ExecOptions(plain=True))
+    lines = describe_paths(model, ExecOptions())
+    assert all(" fused " in line for line in lines)
+    kind = ("DoRA" if options.get("dora") else "LoRA") + " r 4" + (" dropout 0.25" if options.get("dropout") else "")
+    assert any(kind in line for line in lines)
+    monkeypatch.setattr(fused_linear, "plain_project", None)
+    for mode in MODES:
+        got = step(model, batch, ExecOptions(checkpointing=mode))
+        assert got.keys() == expected.keys()
+        for name, value in expected.items():
+            assert (got[name] - value).abs().max() <= 1e-4 * value.abs().max() + 1e-9, (mode, name)
+        assert kept_share(model, batch, mode, monkeypatch) == pytest.approx(1, abs=0.1), mode
+
+
+@pytest.mark.fast
+def test_what_is_not_fused_is_printed(toy: Path, shards: ShardSet) -> None:
+    """Two adapters of which one is DoRA: PEFT's own forward, and a line that says so."""
+    model = load_model(toy / "model", device=torch.device("cpu"), dtype=torch.float32).model
+    name = "layers.0.self_attn.o_proj"
+    peft_model = get_peft_model(model, LoraConfig(r=2, target_modules=[name], use_dora=True))  # pyright: ignore
+    assert isinstance(peft_model, PeftModel)
+    peft_model.add_adapter("other", LoraConfig(r=2, target_modules=[name]))
+    peft_model.base_model.set_adapter(["default", "other"])  # pyright: ignore[reportCallIssue]
+    assert layer_of(model.get_submodule(name)) is None
+    (line,) = [line for line in describe_paths(model, ExecOptions()) if BY_PEFT in line]
+    assert line.split()[:2] == ["self_attn", "o_proj"]
+    assert all("boson's forward" in line for line in describe_paths(model, ExecOptions(), reference=True))
+    compiled = describe_paths(model, ExecOptions(compiled=True))
+    assert any("q_proj" in line and " compiled " in line for line in compiled)

@@ -1,0 +1,122 @@
+"""The memory of a step, by arithmetic: what forward keeps for backward, and the checkpointing that fits.
+
+Guarantees (test_lora_paths.py): what autograd keeps, within 10 %, for every kind of LoRA and of checkpointing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from higgs_tune.train.model.embed import stream_dtype
+from higgs_tune.train.model.forward import Checkpointing
+from higgs_tune.train.model.linear import Layer, layer_of
+from higgs_tune.train.model.load import HiggsAudioModel
+from torch import nn
+
+FREE_SHARE = 0.8  # of the free memory that activations may take
+TEXT_SHARE = 0.3  # of a pack's positions
+
+
+def activation_bytes(
+    model: HiggsAudioModel,
+    checkpointing: Checkpointing = "none",
+    *,
+    compiled: bool = False,
+    text_share: float = TEXT_SHARE,
+) -> float:
+    """Bytes that are saved for backward, for a position of the packed forward, over all layers.
+
+    A layer saves the residual stream before each half, queries, keys, values and output of the attention, gate and
+    up, the attention's normaliser, and what LoRA adds (`_lora_values`). A compiled one also saves its norms' outputs
+    and SiLU(gate) * up. Layers below the first that trains save nothing.
+    """
+    size, values, normalisers = stream_dtype(model).itemsize, 0.0, 0.0
+    for layer in _layers_with_gradient(model):
+        shared, *audio = (getattr(layer, name) for name in ("self_attn", "audio_attn") if hasattr(layer, name))
+        width, audio_share = shared.config.hidden_size, 1 - text_share
+        values += width * (1 + len(audio))
+        if checkpointing == "full":
+            continue
+        values += width + _attention_values(shared) + sum(audio_share * _attention_values(own) for own in audio)
+        normalisers += 4 * shared.num_heads * (1 + audio_share * len(audio))
+        if checkpointing == "none":
+            for name, share in (("mlp", text_share), ("audio_mlp", audio_share)):
+                values += share * _ffn_values(getattr(layer, name, layer.mlp))
+        if compiled:
+            values += 2 * width + shared.config.intermediate_size if checkpointing == "none" else width
+    return values * size + normalisers + size * (1 - text_share) * _projector_values(model)
+
+
+def _layers_with_gradient(model: HiggsAudioModel) -> list[Any]:
+    """The decoder layers from the first one that trains; all of them where something below trains."""
+    layers: list[Any] = list(model.layers)
+    inside = {id(parameter) for layer in layers for parameter in layer.parameters()}
+    above = (model.norm, model.audio_decoder_proj)
+    inside |= {id(parameter) for module in above for parameter in module.parameters()}
+    if any(parameter.requires_grad and id(parameter) not in inside for parameter in model.parameters()):
+        return layers
+    trains = [any(parameter.requires_grad for parameter in layer.parameters()) for layer in layers]
+    return layers[trains.index(True) :] if any(trains) else []
+
+
+def _attention_values(module: Any) -> float:
+    """Queries, keys, values and output of a position, and what LoRA adds."""
+    projections = [module.q_proj, module.k_proj, module.v_proj]
+    inner, keys = module.num_heads * module.head_dim, module.num_key_value_heads * module.head_dim
+    return 2 * inner + 2 * keys + _lora_values(projections) + _lora_values([module.o_proj])
+
+
+def _ffn_values(module: Any) -> float:
+    gate_up = [module.gate_proj, module.up_proj]
+    return 2 * module.gate_proj.out_features + _lora_values(gate_up, are_kept=True) + _lora_values([module.down_proj])
+
+
+def _projector_values(model: HiggsAudioModel) -> float:
+    """Input of the projector of audio embeddings, if it trains, for an audio position."""
+    module: Any = getattr(model, "audio_out_embed_projector", None)
+    if module is None or not any(parameter.requires_grad for parameter in module.parameters()):
+        return 0.0
+    return module.in_features + _lora_values([module])
+
+
+def _lora_values(modules: Sequence[nn.Module], *, are_kept: bool = False) -> float:
+    """What LoRA keeps for a row of layers with one input: the outputs of A; with DoRA, what its magnitudes scale.
+
+    Args:
+        are_kept: whether the layers' outputs are kept anyway, and are those of DoRA without dropout.
+    """
+    layers = [layer for layer in map(layer_of, modules) if layer is not None]
+    with_dora = [layer for layer in layers if layer.magnitude_O is not None]
+    kept: list[Layer] = with_dora
+    if with_dora and not any(layer.dropout for layer in with_dora):
+        kept = [] if are_kept else layers  # stacked outputs lie in one block
+    return sum(layer.rank for layer in layers) + sum(len(layer.weight_OH) for layer in kept)
+
+
+def working_bytes(model: HiggsAudioModel, positions: int) -> float:
+    """What one layer and the loss need beside that, for a pack: gradients and remade inputs, and a chunk of logits."""
+    config: Any = model.config.text_config
+    size = stream_dtype(model).itemsize
+    return positions * size * (6 * config.hidden_size + 4 * config.intermediate_size) + 4 * (1 << 27)
+
+
+def choose_checkpointing(
+    model: HiggsAudioModel, positions: int, free: float, *, compiled: bool = False
+) -> Checkpointing:
+    """The least checkpointing whose estimate fits into the free memory (bytes)."""
+    room = FREE_SHARE * free - working_bytes(model, positions)
+    modes: tuple[Checkpointing, ...] = ("none", "selective")
+    for mode in modes:
+        if positions * activation_bytes(model, mode, compiled=compiled) <= room:
+            return mode
+    return "full"
+
+
+def free_bytes(device: torch.device) -> float:
+    """Free memory of the device, or of the host where that is the device."""
+    if device.type == "cuda":
+        return float(torch.cuda.mem_get_info(device)[0])
+    with open("/proc/meminfo") as lines:  # noqa: PTH123
+        return next(float(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))

@@ -1,0 +1,82 @@
+"""Which way each kind of layer runs, for people: fused, compiled, or by PEFT's or boson's own forward.
+
+Guarantees (test_lora_paths.py): for every combination of LoRA's options the lines say what runs.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from higgs_tune.train.model.forward import ExecOptions
+from higgs_tune.train.model.fused_linear import fusible
+from higgs_tune.train.model.linear import Layer, layers_of
+from higgs_tune.train.model.load import HiggsAudioModel
+from peft.tuners.lora import LoraLayer
+from torch import nn
+
+_GROUPS = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",))
+BY_PEFT, BY_BOSON = "PEFT's forward", "boson's forward"
+
+
+def describe_paths(model: HiggsAudioModel, exec_options: ExecOptions, *, reference: bool = False) -> list[str]:
+    """A line for each kind of layer: its name, its path, what trains in it, and how many there are.
+
+    Args:
+        reference: boson's forward runs everything.
+    """
+    counts: Counter[tuple[str, str, str]] = Counter()
+    for kind, modules, may_compile in _kinds(model):
+        path = BY_BOSON if reference else _path(modules, compiled=may_compile and exec_options.compiled)
+        counts[kind, path, _what_trains(modules)] += 1
+    rows = [(kind, path, trains, f"x{count}") for (kind, path, trains), count in counts.items()]
+    widths = [max((len(row[column]) for row in rows), default=0) for column in range(3)]
+    return [
+        "  " + "  ".join([*(text.ljust(width) for text, width in zip(row, widths, strict=False)), row[3]])
+        for row in rows
+    ]
+
+
+def _kinds(model: HiggsAudioModel) -> Iterator[tuple[str, list[nn.Module], bool]]:
+    """Groups of linear layers that run together: name, modules, and whether `--compile` compiles them."""
+    layers: Any = model.layers
+    for layer in layers:
+        for block in ("audio_attn", "self_attn", "mlp", "audio_mlp"):
+            for names in _GROUPS:
+                modules = [getattr(getattr(layer, block, None), name, None) for name in names]
+                if all(modules):
+                    yield f"{block} {', '.join(names)}", [m for m in modules if m is not None], names != ("o_proj",)
+    heads = model.audio_decoder_proj
+    projectors: dict[str, Any] = {
+        "text_lm_head": heads.text_lm_head,
+        "audio_lm_head": heads.audio_lm_head,
+        "audio_out_embed_projector": getattr(model, "audio_out_embed_projector", None),
+        "audio_encoder_proj": getattr(getattr(model, "audio_encoder_proj", None), "linear", None),
+    }
+    for name, module in projectors.items():
+        if module is not None:
+            yield name, [module], False
+
+
+def _path(modules: Sequence[nn.Module], *, compiled: bool) -> str:
+    layers = fusible(layers_of(*modules))
+    if layers is None:
+        return BY_PEFT
+    return "compiled" if compiled else "fused"
+
+
+def _what_trains(modules: Sequence[nn.Module]) -> str:
+    """LoRA's rank and kind, "in full", or "frozen"."""
+    found: list[str] = []
+    for module, layer in zip(modules, layers_of(*modules), strict=True):
+        trains = any(parameter.requires_grad for parameter in module.parameters())
+        if not isinstance(layer, Layer):
+            found.append("LoRA of another kind")
+        elif layer.rank and isinstance(module, LoraLayer):
+            kind = "DoRA" if layer.magnitude_O is not None else "LoRA"
+            dropout = f" dropout {layer.dropout:g}" if layer.dropout else ""
+            found.append(f"{kind} r {layer.rank}{dropout}" + ("" if trains else " frozen"))
+        else:
+            found.append("in full" if trains else "frozen")
+    return found[0] if len(set(found)) == 1 else ", ".join(found)
