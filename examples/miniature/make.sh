@@ -13,7 +13,7 @@ speech codec-wide --minutes 4
 speech codec-narrow --minutes 10 --voices slt rms amal karim --kinds digits numbers --seed 3
 "$python" examples/miniature/train_codec.py --speech "$out/codec-wide" --out "$out/codec" --steps 1500 --decay 0
 "$python" examples/miniature/train_codec.py --speech "$out/codec-narrow" --out "$out/codec" --steps 2100 --decay 0
-"$python" examples/miniature/train_codec.py --speech "$out/codec-narrow" --out "$out/codec" --steps 3700 --decoder_only
+"$python" examples/miniature/train_codec.py --speech "$out/codec-narrow" --out "$out/codec" --steps 8000 --decay 0.6 --decoder_only
 
 # recogniser
 speech asr-speech --minutes 10 --seed 1
