@@ -74,7 +74,7 @@ def test_outputs_that_would_replace_another_file(shards: ShardSet, toy: Path, tm
     files += [tmp_path / "link.html", tmp_path / "notes.html"]
     for path in files:
         with pytest.raises(UserError, match="would overwrite another file"):
-            cli.ReportCommand(str(own), path, run_dir=run).run()
+            cli.ReportCommand(str(own), path, run_dirs=(run,)).run()
     (tmp_path / "x.wav").write_bytes((own / "index.npy").read_bytes())
     with pytest.raises(UserError, match="would overwrite another file"):
         cli.DecodeCommand(str(own), ("0",), tmp_path / "x.wav").run()
