@@ -14,12 +14,13 @@ from higgs_tune.preprocess.audio.resample import resample_soxr
 from higgs_tune.preprocess.codec.checkpoint import load_codec
 
 HERE = ROOT / "examples" / "miniature"
+COMMITTED = HERE / "codec"
 sys.path.append(str(HERE))
 from codec_files import write_codec  # noqa: E402
 from codec_model import MiniatureCodec  # noqa: E402
 from evaluate_codec import in_digits  # noqa: E402
 from sentences import arabic_number, english_number  # noqa: E402
-from train_codec import CodecTraining, learning_rate  # noqa: E402
+from train_codec import CodecTraining, MelLoss, entropy_bits, learning_rate  # noqa: E402
 
 
 def arabic_clip(name: str) -> np.ndarray:
@@ -69,6 +70,21 @@ def test_learning_rate_of_the_codec() -> None:
     options = CodecTraining(speech=HERE, out=HERE, steps=1000, decay=0.3, learning_rate=1.0)
     rates = [learning_rate(options, step) for step in (0, 99, 700, 850, 1000)]
     assert rates == pytest.approx([0.01, 1, 1, 0.5, 0])
+
+
+@pytest.mark.fast
+def test_committed_codec_speaks() -> None:
+    """Both layouts give the same codes; what they decode is nearer to the recording than silence by far."""
+    native, original = (load_codec(COMMITTED / layout) for layout in ("native", "original"))
+    wave_S = arabic_clip("amal-00")
+    codes_KT = native.encode(wave_S)
+    np.testing.assert_array_equal(original.encode(wave_S), codes_KT)
+    decoded_S = native.decode(codes_KT)[: len(wave_S)]
+    np.testing.assert_allclose(original.decode(codes_KT)[: len(wave_S)], decoded_S, atol=1e-5)
+    target = torch.from_numpy(wave_S)[None]
+    distance = MelLoss()
+    assert distance(torch.from_numpy(decoded_S)[None], target) < 0.6 * distance(torch.zeros_like(target), target)
+    assert min(entropy_bits(torch.from_numpy(codes_KT.astype(np.int64)))) > 4  # of 6 that so few frames can have
 
 
 @pytest.mark.fast
