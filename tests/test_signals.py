@@ -25,7 +25,8 @@ BEGIN_S, END_S = 300, 120
 
 
 def _interruptible() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # a shell lets its background jobs ignore it
+    for number in (signal.SIGINT, signal.SIGHUP):  # a shell lets background jobs ignore the first, nohup the second
+        signal.signal(number, signal.SIG_DFL)
 
 
 class Job:
@@ -142,6 +143,7 @@ def test_a_closed_terminal_saves(flags_of: Flags, tmp_path: Path) -> None:
     if pid == 0:
         os.close(terminal)
         _login(side)
+        _interruptible()
         os.execv(sys.executable, [sys.executable, *ALONE, *flags])
     os.close(side)
     deadline = time.monotonic() + BEGIN_S

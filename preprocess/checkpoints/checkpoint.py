@@ -76,7 +76,8 @@ def load_tokenizer(path: Path, ids: SpecialIds) -> PreTrainedTokenizerBase:
     if missing:
         raise UserError("the checkpoint has no tokenizer", where=path, expected=" and ".join(missing))
     refuse_pointer(path / "tokenizer.json", "the checkpoint's tokenizer")
-    told = durable.from_json((path / "tokenizer_config.json").read_bytes(), "the tokenizer's config", path)
+    file = path / "tokenizer_config.json"
+    told = durable.from_json(file.read_bytes(), "the tokenizer's config", file)
     # transformers 5 writes this class, which 4.46 does not know; it is read from tokenizer.json alone
     loader = PreTrainedTokenizerFast if told.get("tokenizer_class") == NATIVE_TOKENIZER else AutoTokenizer
     try:
