@@ -10,7 +10,7 @@ from typing import get_args
 import numpy as np
 import pytest
 from helpers.samples import random_sample
-from helpers.tiny import ids_of, run_train, tiny_config, write_checkpoint, write_set
+from helpers.tiny import ids_of, run_on_one_sample, run_train, tiny_config, write_checkpoint, write_set
 from higgs_tune.shards.errors import UserError
 from higgs_tune.train.config import all_options
 from higgs_tune.train.model.load import HiggsAudioModel
@@ -118,10 +118,7 @@ def test_options_that_train_nothing_are_refused(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    write_checkpoint(tmp_path / "model", toy_tokenizer)
-    sample = random_sample("s", np.random.default_rng(0), toy_tokenizer, ids_of(tmp_path / "model"))
-    data = write_set(tmp_path / "data", [sample], tmp_path / "model")
     with pytest.raises(SystemExit) as exit_info:
-        run_train(stage, tmp_path / "model", data, tmp_path / "out", **option)
+        run_on_one_sample(stage, tmp_path, toy_tokenizer, **option)
     assert exit_info.value.code == 2
     assert message in capsys.readouterr().err

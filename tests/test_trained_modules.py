@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from helpers.samples import random_sample
-from helpers.tiny import ids_of, run_train, tiny_config, write_checkpoint, write_set
+from helpers.tiny import ids_of, run_on_one_sample, run_train, tiny_config, write_checkpoint, write_set
 from higgs_tune.shards.errors import UserError
 from higgs_tune.train.arguments import parse_arguments
 from higgs_tune.train.config import TrainConfig
@@ -244,11 +244,8 @@ def test_the_command_refuses(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    write_checkpoint(tmp_path / "model", toy_tokenizer)
-    sample = random_sample("s", np.random.default_rng(0), toy_tokenizer, ids_of(tmp_path / "model"))
-    data = write_set(tmp_path / "data", [sample], tmp_path / "model")
     with pytest.raises(SystemExit) as exit_info:
-        run_train(stage, tmp_path / "model", data, tmp_path / "out", **option)
+        run_on_one_sample(stage, tmp_path, toy_tokenizer, **option)
     assert exit_info.value.code == 2
     assert message in capsys.readouterr().err
 

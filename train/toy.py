@@ -196,7 +196,12 @@ def codec_config() -> CodecConfig:
     acoustic = DacConfig(encoder_hidden_size=4, downsampling_ratios=[8, 5, 4, 2, 3], decoder_hidden_size=64)
     acoustic.upsampling_ratios = acoustic.downsampling_ratios
     acoustic.hidden_size = 32
-    semantic = HubertConfig(
+    return CodecConfig(24_000, 16_000, 8, 1024, 8, small_hubert(), acoustic)
+
+
+def small_hubert() -> HubertConfig:
+    """HuBERT at a small size, for codecs whose semantic features are random."""
+    return HubertConfig(
         hidden_size=64,
         num_hidden_layers=2,
         num_attention_heads=1,
@@ -204,7 +209,6 @@ def codec_config() -> CodecConfig:
         conv_dim=[32] * 7,
         mask_time_prob=0.0,
     )
-    return CodecConfig(24_000, 16_000, 8, 1024, 8, semantic, acoustic)
 
 
 def write_codec(folder: Path, seed: int) -> None:
@@ -217,7 +221,12 @@ def write_codec(folder: Path, seed: int) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     fold_position_conv(codec)
     torch.save({boson_name(name): value for name, value in codec.state_dict().items()}, folder / "model.pth")
-    raw = {
+    write_bytes(folder / "config.json", json.dumps(boson_codec_config(config), indent=1).encode())
+
+
+def boson_codec_config(config: CodecConfig) -> dict[str, object]:
+    """The config of a codec as Boson's layout has it."""
+    return {
         "n_filters": 32,
         "D": config.acoustic.hidden_size,
         "codebook_dim": config.codebook_dim,
@@ -228,7 +237,6 @@ def write_codec(folder: Path, seed: int) -> None:
         "n_q": config.codebooks,
         "semantic_techer": "hubert_base_general",
     }
-    write_bytes(folder / "config.json", json.dumps(raw, indent=1).encode())
 
 
 def make_toy(config: ToyConfig) -> None:

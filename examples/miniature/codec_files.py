@@ -14,6 +14,7 @@ from higgs_tune.preprocess.codec.checkpoint import boson_name, native_name
 from higgs_tune.preprocess.codec.codec import HiggsCodec
 from higgs_tune.preprocess.codec.weights import NATIVE_TYPE
 from higgs_tune.shards.durable import write_bytes
+from higgs_tune.train.toy import boson_codec_config
 from safetensors.torch import save
 
 POSITION = "encoder.pos_conv_embed.conv.weight"
@@ -53,18 +54,5 @@ def write_codec(codec: HiggsCodec, folder: Path) -> None:
             "semantic_model_config": semantic,
         },
     )
-    _write(
-        folder / "original",
-        {boson_name(name): value for name, value in weights.items()},
-        {
-            "n_filters": 32,
-            "D": config.acoustic.hidden_size,
-            "codebook_dim": config.codebook_dim,
-            "target_bandwidths": [0.5, 1, 1.5, 2, 4],
-            "ratios": config.acoustic.downsampling_ratios,
-            "sample_rate": config.sample_rate_hz,
-            "bins": config.codebook_size,
-            "n_q": config.codebooks,
-            "semantic_techer": "hubert_base_general",
-        },
-    )
+    original = {boson_name(name): value for name, value in weights.items()}
+    _write(folder / "original", original, boson_codec_config(config))

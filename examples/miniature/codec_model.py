@@ -14,8 +14,9 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from higgs_tune.preprocess.codec.checkpoint import fold_position_conv
 from higgs_tune.preprocess.codec.codec import CodecConfig, HiggsCodec
+from higgs_tune.train.toy import small_hubert
 from torch import nn
-from transformers import DacConfig, HubertConfig
+from transformers import DacConfig
 from transformers.models.dac.modeling_dac import DacEncoder, DacResidualUnit, Snake1d
 
 SAMPLE_RATE_HZ, CODEBOOKS, CODEBOOK_SIZE = 24_000, 8, 1024
@@ -27,15 +28,7 @@ def codec_config() -> CodecConfig:
     """The released codec's shape at small widths: 2.4 M parameters."""
     acoustic = DacConfig(encoder_hidden_size=8, downsampling_ratios=[8, 5, 4, 2, 3], decoder_hidden_size=256)
     acoustic.upsampling_ratios, acoustic.hidden_size = acoustic.downsampling_ratios, 64
-    semantic = HubertConfig(
-        hidden_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=1,
-        intermediate_size=128,
-        conv_dim=[32] * 7,
-        mask_time_prob=0.0,
-    )
-    return CodecConfig(SAMPLE_RATE_HZ, 16_000, CODEBOOKS, CODEBOOK_SIZE, 8, semantic, acoustic)
+    return CodecConfig(SAMPLE_RATE_HZ, 16_000, CODEBOOKS, CODEBOOK_SIZE, 8, small_hubert(), acoustic)
 
 
 class _SnakeFunction(torch.autograd.Function):

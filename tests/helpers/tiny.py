@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import numpy as np
 import torch
+from helpers.samples import random_sample
 from higgs_tune.preprocess.checkpoints.checkpoint import describe_checkpoint, read_config, special_ids
 from higgs_tune.shards.format import Sample
 from higgs_tune.shards.sequence import SpecialIds
@@ -102,6 +104,16 @@ def run_train(stage: str, model: Path, data: Path, out: Path, **options: object)
     with mock.patch.object(sys, "argv", ["train", *train_flags(stage, model, data, out, **options)]):
         main()
     return metrics_of(out)
+
+
+def run_on_one_sample(
+    stage: str, folder: Path, tokenizer: PreTrainedTokenizerBase, **options: object
+) -> list[dict[str, Any]]:
+    """`run_train` on a model and a set of one sample, made in a folder; OUT is `folder/out`."""
+    model = folder / "model"
+    write_checkpoint(model, tokenizer)
+    sample = random_sample("s", np.random.default_rng(0), tokenizer, ids_of(model))
+    return run_train(stage, model, write_set(folder / "data", [sample], model), folder / "out", **options)
 
 
 def metrics_of(out: Path) -> list[dict[str, Any]]:

@@ -13,8 +13,8 @@ from higgs_tune.train.export.tensors import Shape, Source
 
 
 @dataclass(frozen=True)
-class MergedLinear:
-    """The weight [out, in] of a linear layer with LoRA.
+class MergedWeight:
+    """The weight [out, in] of a linear layer with LoRA, or that of an embedding, whose rows are its tokens.
 
     down: [r, in]. up: [out, r]. scaling: factor of their product. magnitude: [out], of DoRA
     (https://arxiv.org/abs/2402.09353); None without it. All float32.
@@ -39,24 +39,3 @@ class MergedLinear:
         if self.magnitude is None:
             return merged
         return merged * (self.magnitude[start:stop] / torch.linalg.vector_norm(merged, dim=1))[:, None]
-
-
-@dataclass(frozen=True)
-class MergedEmbedding:
-    """The weight [n, width] of an embedding with LoRA. down: [r, n]. up: [width, r]. All float32."""
-
-    base: Source
-    down: torch.Tensor
-    up: torch.Tensor
-    scaling: float
-    dtype: torch.dtype = torch.float32
-
-    @property
-    def shape(self) -> Shape:
-        """Shape of the weight."""
-        return self.base.shape
-
-    def rows(self, start: int, stop: int) -> torch.Tensor:
-        """Merged rows."""
-        merged = self.base.rows(start, stop).to(torch.float32, copy=True)
-        return merged.addmm_(self.down[:, start:stop].T, self.up.T, alpha=self.scaling)

@@ -17,7 +17,7 @@ from higgs_tune.preprocess.audio.whisper import tower_weights
 from higgs_tune.preprocess.checkpoints.native import NOT_WEIGHTS, boson_weight_name
 from higgs_tune.preprocess.checkpoints.weights import weight_files
 from higgs_tune.shards.errors import UserError, few
-from higgs_tune.train.export.lora import MergedEmbedding, MergedLinear
+from higgs_tune.train.export.lora import MergedWeight
 from higgs_tune.train.export.tensors import Cast, Held, Source, Stored, Zeros, chunks, stored_tensors
 from higgs_tune.train.model.adapter import (
     ADAPTER_FILE,
@@ -212,13 +212,13 @@ def _with_lora(base: Source, prefix: str, layer: Any, adapter: AdapterOnMeta) ->
 
     scaling = float(layer.scaling["default"])
     if isinstance(layer, Linear):
-        merged = MergedLinear(base, tensor("lora_A.weight"), tensor("lora_B.weight"), scaling)
+        merged = MergedWeight(base, tensor("lora_A.weight"), tensor("lora_B.weight"), scaling)
         dora = layer.use_dora["default"]
         return replace(merged, magnitude=tensor("lora_magnitude_vector").reshape(-1)) if dora else merged
     if layer.use_dora["default"]:
         raise UserError("DoRA on embeddings cannot be exported", where=adapter.adapter.folder,
                         hint="Merge it into its base with PEFT, and take the result as the base.")  # fmt: skip
-    return MergedEmbedding(base, tensor("lora_embedding_A"), tensor("lora_embedding_B"), scaling)
+    return MergedWeight(base, tensor("lora_embedding_B").T, tensor("lora_embedding_A").T, scaling)
 
 
 def in_dtype(weights: dict[str, Source], dtype: torch.dtype | None) -> dict[str, Source]:
