@@ -21,14 +21,13 @@ from higgs_tune.train.checkpoint.output import (
     FULL,
     SELFTEST,
     adapter_tensors,
-    adapter_texts,
     save_adapter,
     save_config,
     save_trainable,
     whole_weights,
     write_model,
 )
-from higgs_tune.train.checkpoint.resume import snapshot
+from higgs_tune.train.checkpoint.resume import snapshot, texts_beside
 from higgs_tune.train.dist.device_timing import HostCopy, Timestamp
 from higgs_tune.train.dist.signals import StopSignal
 from higgs_tune.train.metrics import loss_metrics, max_memory_gb
@@ -222,11 +221,8 @@ def final_weights(run: Run) -> tuple[dict[str, dict[str, torch.Tensor]], dict[st
     """The adapter's files, with the moving average's weights where one is kept. All ranks together."""
     with run.averaged_weights():
         tensors = adapter_tensors(run.peft_model, run.parameters)
-    texts = {RECORD: run.record.to_bytes()} if run.record else {}
-    if not isinstance(run.peft_model, PeftModel):
-        return {FULL: tensors}, texts
-    texts |= adapter_texts(run.peft_model, run.tower, run.config.output_dir / "best")
-    return {ADAPTER: tensors}, texts
+    name = ADAPTER if isinstance(run.peft_model, PeftModel) else FULL
+    return {name: tensors}, texts_beside(run, run.config.output_dir / "best")
 
 
 def save_result(run: Run, run_io: RunIO, base: Path) -> None:

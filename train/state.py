@@ -21,7 +21,7 @@ from higgs_tune.train.model.load import HiggsAudioModel
 from higgs_tune.train.model.lora import base_only, evaluating
 from higgs_tune.train.model.loss import LossOptions, LossParts, LossSums
 from higgs_tune.train.model.whisper_tower import WhisperTower
-from higgs_tune.train.optim import Ema, learning_rates
+from higgs_tune.train.optim import Ema
 from torch import nn
 from torch.optim import AdamW
 
@@ -112,11 +112,6 @@ class Run:
     ema: Ema | None = None
     tower: WhisperTower | None = None
     record: TrainingRecord | None = None
-
-    @property
-    def rate_share(self) -> float:
-        """Share of the peak learning rates for the next step."""
-        return learning_rates(self.config.optim, self.total_steps)(self.progress.step)
 
     @property
     def steps_per_epoch(self) -> int:

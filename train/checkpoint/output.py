@@ -134,11 +134,12 @@ def write_model(folder: Path, config: PretrainedConfig, weights: dict[str, torch
 
 
 def config_json(config: PretrainedConfig) -> bytes:
-    """config.json, without the mark that an attention was chosen: transformers would ignore `attn_implementation`."""
+    """config.json of a model."""
+    return durable.to_json(without_marks(json.loads(config.to_json_string())), indent=2)
 
-    def unmarked(value: Any) -> Any:
-        if not isinstance(value, dict):
-            return value
-        return {name: unmarked(x) for name, x in value.items() if name != "_attn_implementation_autoset"}
 
-    return durable.to_json(unmarked(json.loads(config.to_json_string())), indent=2)
+def without_marks(value: Any) -> Any:
+    """Without the mark that an attention was chosen: transformers would ignore `attn_implementation`."""
+    if not isinstance(value, dict):
+        return value
+    return {name: without_marks(x) for name, x in value.items() if name != "_attn_implementation_autoset"}

@@ -69,7 +69,6 @@ def snapshot(run: Run, stats: StepStats, written: dict[str, int]) -> Snapshot | 
         "best_step": progress.best_step,
         "stale": progress.stale,
         "base_metrics": progress.base_metrics,
-        "learning_rate_share": run.rate_share,
         "written": written,
         "identity": identity(run),
         "options": run.config.plain(),
@@ -79,13 +78,14 @@ def snapshot(run: Run, stats: StepStats, written: dict[str, int]) -> Snapshot | 
     tensors |= {OPTIMIZER: optimizer, RANKS: ranks}
     if run.ema:
         tensors[EMA] = {name: value.cpu().clone() for name, value in run.ema.values.items()}
-    texts: dict[str, bytes] = {}
-    if isinstance(run.peft_model, PeftModel):
-        folder = checkpoint_path(run.config.output_dir, progress.step)
-        texts |= adapter_texts(run.peft_model, run.tower, folder)
-    if run.record:
-        texts[RECORD] = run.record.to_bytes()
-    return Snapshot(progress.step, state, tensors, texts)
+    folder = checkpoint_path(run.config.output_dir, progress.step)
+    return Snapshot(progress.step, state, tensors, texts_beside(run, folder))
+
+
+def texts_beside(run: Run, folder: Path) -> dict[str, bytes]:
+    """The small files that stand beside a run's weights in a folder."""
+    texts = adapter_texts(run.peft_model, run.tower, folder) if isinstance(run.peft_model, PeftModel) else {}
+    return texts | ({RECORD: run.record.to_bytes()} if run.record else {})
 
 
 def restore(run: Run, folder: Path, stats: StepStats) -> dict[str, Any]:

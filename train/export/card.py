@@ -35,7 +35,7 @@ class CardFacts:
     """What is known of a model.
 
     Attributes:
-        base_name, base_revision: of the base checkpoint. on_hub: whether that is its name on the Hub.
+        base_name, base_revision: of the base checkpoint.
         licence: fields of the base's model card that state its licence.
         record: what the model was trained on. options: of its last run. losses: of its last validations, by set.
         figures: the content of higgs-eval's eval.json.
@@ -122,7 +122,7 @@ def _losses(file: Path) -> dict[str, dict[str, Any]]:
         except ValueError:  # the last line of a killed run
             continue
         if entry.get("kind") == "eval":
-            last[str(entry.get("set") or entry.get("name") or "validation")] = entry
+            last[str(entry.get("set") or "validation")] = entry
     return last
 
 

@@ -17,6 +17,7 @@ from higgs_tune.preprocess.checkpoints.checkpoint import read_config
 from higgs_tune.preprocess.checkpoints.native import NATIVE_TOKENIZER, NATIVE_TYPE, is_native
 from higgs_tune.shards import durable
 from higgs_tune.shards.errors import UserError
+from higgs_tune.train.checkpoint.output import without_marks
 from higgs_tune.train.model.load import HiggsAudioConfig
 
 CODEC = "bosonai/higgs-audio-v2-tokenizer"
@@ -257,7 +258,7 @@ def original_files(config: HiggsAudioConfig, base: Path, dtype: torch.dtype) -> 
     told |= {"architectures": ["HiggsAudioModel"], "torch_dtype": str(dtype).removeprefix("torch.")}
     if not config.skip_audio_tower:
         told["audio_encoder_config"] = json.loads(config.audio_encoder_config.to_json_string())
-    files = {"config.json": durable.to_json(_without_marks(told), indent=2) + b"\n", **tokenizer_files(base)}
+    files = {"config.json": durable.to_json(without_marks(told), indent=2) + b"\n", **tokenizer_files(base)}
     generation, chat = base / "generation_config.json", base / CHAT_TEMPLATE
     from_native = is_native(base)
     if generation.is_file():
@@ -269,10 +270,3 @@ def original_files(config: HiggsAudioConfig, base: Path, dtype: torch.dtype) -> 
     if chat.is_file() and not from_native:
         files[CHAT_TEMPLATE] = chat.read_bytes()
     return files
-
-
-def _without_marks(value: Any) -> Any:
-    """Without the mark that an attention was chosen: transformers would ignore `attn_implementation`."""
-    if not isinstance(value, dict):
-        return value
-    return {name: _without_marks(x) for name, x in value.items() if name != "_attn_implementation_autoset"}

@@ -10,7 +10,7 @@ no second copy. No remote code, no pickles.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -108,7 +108,7 @@ def load_model(
     if TEXT_HEAD_WEIGHT in missing:
         filled[TEXT_HEAD_WEIGHT] = torch.zeros(own[TEXT_HEAD_WEIGHT].shape, device=device, dtype=dtype)
     if adding:
-        for name, (origin, is_zero) in identity_attention(tuple(filled), config).items():
+        for name, (origin, is_zero) in identity_attention(filled, config).items():
             filled[name] = torch.zeros_like(filled[origin]) if is_zero else filled[origin].clone()
     model.load_state_dict(filled, assign=True)
     make_buffers(model, config, device)
@@ -157,7 +157,7 @@ def _attached_tower(
     return new | {name: torch.zeros(shape, device=device, dtype=dtype) for name, shape in shapes.items()}
 
 
-def identity_attention(names: Iterable[str], config: HiggsAudioConfig) -> dict[str, tuple[str, bool]]:
+def identity_attention(names: Collection[str], config: HiggsAudioConfig) -> dict[str, tuple[str, bool]]:
     """Weights of audio self-attention that leaves the model's function as it is.
 
     The output projection is zero, so it adds nothing to the residual stream; the norm after it is the audio input norm,
@@ -168,10 +168,9 @@ def identity_attention(names: Iterable[str], config: HiggsAudioConfig) -> dict[s
         of a copy.
     """
     new: dict[str, tuple[str, bool]] = {}
-    known = list(names)
     for layer in config.audio_dual_ffn_layers or ():
         prefix = f"layers.{layer}"
-        for name in known:
+        for name in names:
             if name.startswith(f"{prefix}.self_attn."):
                 new[name.replace(".self_attn.", ".audio_attn.")] = name, ".o_proj." in name
         norm = f"{prefix}.audio_input_layernorm.weight"

@@ -43,13 +43,12 @@ class WhisperTower:
         return durable.to_json({"whisper_path": name, "revision": revision, "sha256": self.sha256}, indent=1) + b"\n"
 
 
-def find_tower(given: Path | None, adapter: Path | None, *, flag: str = FLAG) -> WhisperTower | None:
+def find_tower(given: Path | None, adapter: Path | None) -> WhisperTower | None:
     """The tower to attach; None where the model has none, or one of its own.
 
     Args:
         given: the checkpoint that the user names, whatever the adapter's file says.
         adapter: folder of the adapter that is continued, merged or resumed.
-        flag: the option that names it.
 
     Raises:
         UserError: the checkpoint is not there, or is not the one that the adapter was trained with.
@@ -61,11 +60,11 @@ def find_tower(given: Path | None, adapter: Path | None, *, flag: str = FLAG) ->
     if not isinstance(record, dict) or not all(isinstance(record.get(n), str) for n in ("whisper_path", "sha256")):
         raise UserError("the adapter's reference to its Whisper tower is damaged", where=file,
                         expected="whisper_path and sha256")  # fmt: skip
-    tower = _tower(local_checkpoint(given) if given else _recorded(file, record, flag))
+    tower = _tower(local_checkpoint(given) if given else _recorded(file, record))
     if tower.sha256 != record["sha256"]:
         raise UserError("the adapter was trained with another Whisper tower", where=tower.folder,
                         expected=f"sha256 {record['sha256'][:16]}", got=tower.sha256[:16],
-                        hint=f"{flag} PATH names the right one.")  # fmt: skip
+                        hint=f"{FLAG} PATH names the right one.")  # fmt: skip
     return tower
 
 
@@ -73,7 +72,7 @@ def _tower(folder: Path) -> WhisperTower:
     return WhisperTower(folder, tower_sha256(folder))
 
 
-def _recorded(file: Path, record: dict[str, str], flag: str) -> Path:
+def _recorded(file: Path, record: dict[str, str]) -> Path:
     """The folder that an adapter's reference names."""
     named, revision = record["whisper_path"], record.get("revision")
     for place in (file.parent / named, Path(named), *recorded_places(file.parent, "whisper_path")):
@@ -82,7 +81,7 @@ def _recorded(file: Path, record: dict[str, str], flag: str) -> Path:
     if is_repository_name(named):
         return local_checkpoint(Path(f"{named}@{revision}" if revision else named))
     raise UserError("the adapter's Whisper tower is not there", where=file, got=named,
-                    hint=f"{flag} PATH names it.")  # fmt: skip
+                    hint=f"{FLAG} PATH names it.")  # fmt: skip
 
 
 def holds_tower(adapter: Path) -> bool:
