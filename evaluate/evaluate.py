@@ -71,7 +71,7 @@ def _evaluate(config: EvalConfig, make_judges: Callable[[EvalConfig], Judges], r
     leaks = _leaks(config, lines, chosen) if ranks.is_main else []
     work = _Work(config, lines, systems, models, judges)
     if ranks.is_main:
-        work.merge()
+        work.merge().close()
     ranks.wait()
     work.speak_and_judge(ranks)
     ranks.wait()

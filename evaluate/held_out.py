@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from higgs_tune.evaluate.lists import BadLine, Line, refuse_bad
-from higgs_tune.preprocess.input.spoken_text import content_parts, spoken_text
+from higgs_tune.preprocess.input.spoken_text import spoken_text
 from higgs_tune.preprocess.judges.normalisers import Normaliser
 from higgs_tune.shards.errors import UserError
 from higgs_tune.shards.format import Sample
+from higgs_tune.shards.layout import parts_of
 from higgs_tune.shards.reader import ShardSet
 
 
@@ -55,7 +56,7 @@ def _source(segment: dict[str, Any], root: Path) -> str:
 def _reference_text(sample: Sample) -> str:
     """The text before the first audio in its message; empty where it is the only one."""
     for message in sample.meta["messages"]:
-        parts = content_parts(message)
+        parts = parts_of(message)
         kinds = [part["type"] for part in parts]
         if "audio" in kinds:
             at = kinds.index("audio")

@@ -16,7 +16,7 @@ from higgs_tune.evaluate.judging import Judgement
 from higgs_tune.evaluate.lists import Line
 from higgs_tune.evaluate.ranks import Ranks
 from higgs_tune.evaluate.speak.config import SpeakConfig, VoiceOptions
-from higgs_tune.evaluate.speak.plan import plan
+from higgs_tune.evaluate.speak.plan import line_name, plan
 from higgs_tune.evaluate.speak.run import speak_into
 from higgs_tune.evaluate.speak.settings import resolve_settings
 from higgs_tune.evaluate.speak.store import SpokenFolder, merge_parts
@@ -52,7 +52,7 @@ class SpokenModel:
 
     def speak(self, lines: list[Line], ranks: Ranks) -> None:
         """Speak those of the lines that are not spoken yet."""
-        wanted = {_name(line) for line in lines}
+        wanted = {line_name(line) for line in lines}
         spoken = SpokenFolder(self.folder, ranks.part)
         failures = [failure for failure in self.refused if str(PurePosixPath(failure.id)) in wanted]
         mine = [utterance for utterance in self.utterances if utterance.id in wanted]
@@ -64,25 +64,21 @@ class SpokenModel:
     def merge(self) -> None:
         """Join what all ranks spoke; none of them may be at work."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._reasons = {str(PurePosixPath(failure.id)): failure.reason for failure in merge_parts(self.folder)}
-        spoken = SpokenFolder(self.folder)
+        spoken, failures = merge_parts(self.folder)
+        self._reasons = {str(PurePosixPath(failure.id)): failure.reason for failure in failures}
         self._cut_off = {utterance.id for utterance in self.utterances if spoken.is_cut_off(utterance.id)}
 
     def path(self, line: Line) -> str:
         """The line's file, whether it is there or not."""
-        return str(self.folder / f"{_name(line)}.wav")
+        return str(self.folder / f"{line_name(line)}.wav")
 
     def amend(self, line: Line, given: Judgement) -> Judgement:
         """The judgement of a line's file, with what speaking tells of it."""
-        reason = self._reasons.get(_name(line))
+        reason = self._reasons.get(line_name(line))
         if reason is not None:
             return Judgement(problem="not_spoken", detail=reason)
-        return replace(given, cut_off=True) if _name(line) in self._cut_off else given
+        return replace(given, cut_off=True) if line_name(line) in self._cut_off else given
 
     def strangers(self, lines: Iterable[Line]) -> list[str]:
         """None: the folder is ours."""
         return []
-
-
-def _name(line: Line) -> str:
-    return str(PurePosixPath(line.id))

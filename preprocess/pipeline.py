@@ -39,7 +39,7 @@ from higgs_tune.preprocess.text_tokens import cached_tokenizer
 from higgs_tune.preprocess.workdir import WorkFolder, refuse_other
 from higgs_tune.shards import durable
 from higgs_tune.shards.errors import UserError
-from higgs_tune.shards.index import SPLIT_VAL, join_index
+from higgs_tune.shards.index import SPLIT_VAL
 from higgs_tune.shards.manifest import MANIFEST
 from higgs_tune.shards.remote import Cache, Source, is_url
 from higgs_tune.shards.split import split_sides
@@ -101,8 +101,7 @@ def _run_steps(job: Job, provenance: dict[str, Any], stop: Stop) -> dict[str, An
             raise UserError("no sample is left", where=job.data, got=f"rejects by reason: {count_reasons(rejects)}",
                             hint=" ".join(filter(None, hints)))  # fmt: skip
         totals = writer.finish(listing["shards"], provenance)["totals"]
-    index, names = join_index([shard.rows for shard in shards], [shard.speakers for shard in shards])
-    writer.split.settle(index, names)
+    index, names = writer.joined(shards)
     return {
         "already_built": False,
         "samples": totals["samples"],

@@ -40,24 +40,19 @@ class ValidationSplit:
             mask[digests == digests.min()], mask[digests == digests.max()] = True, False
         return mask
 
-    def settle(self, index: np.ndarray, speakers: Sequence[str]) -> bool:
+    def settle(self, index: np.ndarray, speakers: Sequence[str]) -> None:
         """Hold out at least one of a set's samples (or speakers), and not all, where there are two or more.
 
         Args:
             index: all rows of the set, each with its own split; changed in place where none or all are held out.
             speakers: their names by number.
-
-        Returns:
-            Whether it was changed.
         """
-        before = index["split"].copy()
-        if not self.fraction or len(np.unique(before)) != 1:
-            return False
+        if not self.fraction or len(np.unique(index["split"])) != 1:
+            return
         if self.by == "speaker":
             index["split"] = self.held_out([name or str(None) for name in speakers])[index["speaker"]]
         else:
             index["split"] = self.held_out([key.decode() for key in index["key"].tolist()])
-        return bool((index["split"] != before).any())
 
 
 def split_sides(held_out_N: np.ndarray, speakers: Sequence[str]) -> dict[str, int]:

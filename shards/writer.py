@@ -19,7 +19,7 @@ import hashlib
 import io
 import json
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -224,8 +224,7 @@ class SetWriter:
         if len(done) != shards:
             raise ShardError("shards are not committed", where=self.folder, expected=shards, got=len(done))
         durable.remove_leftovers(self.folder)  # temporary files of workers that died and were replaced
-        index, names = join_index([part.rows for part in done], [part.speakers for part in done])
-        self.split.settle(index, names)
+        index, names = self.joined(done)
         rejects = [reject for part in done for reject in part.rejects]
         self._put(INDEX, npy_bytes(index))
         self._put(REJECTS, b"".join(durable.to_json(reject) + b"\n" for reject in rejects))
@@ -259,6 +258,12 @@ class SetWriter:
         if self.target:
             for name in (MANIFEST, INDEX, REJECTS):
                 (self.folder / name).unlink(missing_ok=True)
+
+    def joined(self, shards: Sequence[Committed]) -> tuple[np.ndarray, list[str]]:
+        """The index rows of all shards with the set's split, and the speakers' names by number."""
+        index, names = join_index([shard.rows for shard in shards], [shard.speakers for shard in shards])
+        self.split.settle(index, names)
+        return index, names
 
     def _put(self, name: str, data: bytes) -> None:
         durable.write_bytes(self.folder / name, data)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -74,7 +74,7 @@ class VoiceConfig(VoiceOptions):
     def sampling(self) -> dict[str, Any]:
         """The options that choose codes."""
         names = ("temperature", "top_p", "top_k", "ras_win_len", "ras_win_max_num_repeat", "seed", "max_seconds")
-        return {field.name: getattr(self, field.name) for field in fields(self) if field.name in names}
+        return {name: getattr(self, name) for name in names}
 
 
 @dataclass(frozen=True, kw_only=True)

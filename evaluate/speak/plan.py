@@ -93,7 +93,7 @@ def plan(
     lines: list[tuple[str, Line | BadLine]], config: SpeakConfig, settings: Settings
 ) -> tuple[list[Utterance], list[Failure]]:
     """What can be spoken, and what cannot; together they are all lines."""
-    counts = Counter(_name(line) for _, line in lines if isinstance(line, Line) and line.id)
+    counts = Counter(line_name(line) for _, line in lines if isinstance(line, Line) and line.id)
     fingerprint, hashes = settings.fingerprint(), dict[str, str]()
     utterances: list[Utterance] = []
     failures: list[Failure] = []
@@ -104,8 +104,8 @@ def plan(
         fault = line_fault(line, {})
         if not fault and len(PurePosixPath(line.id).name.encode("utf-8", "replace")) > MAX_NAME:
             fault = f"id {line.id!r:.60} is too long for a file name"
-        if not fault and counts[_name(line)] > 1:
-            fault = f"duplicate id {line.id}: {counts[_name(line)]} lines have it, none of them is spoken"
+        if not fault and counts[line_name(line)] > 1:
+            fault = f"duplicate id {line.id}: {counts[line_name(line)]} lines have it, none of them is spoken"
         try:
             if fault:
                 raise Reject("line", fault)
@@ -115,7 +115,8 @@ def plan(
     return utterances, failures
 
 
-def _name(line: Line) -> str:
+def line_name(line: Line) -> str:
+    """The name of a line's file, without its ending; `/` stands for folders."""
     return str(PurePosixPath(line.id))
 
 
@@ -140,7 +141,7 @@ def _utterance(
             hashes[path] = _hash(path)
     pieces = tuple(split_text(text, config.max_chars))
     key = digest([pieces, [[hashes[path], said] for path, said in references], fingerprint])
-    return Utterance(_name(line), text, pieces, tuple(references), key)
+    return Utterance(line_name(line), text, pieces, tuple(references), key)
 
 
 def _hash(path: str) -> str:

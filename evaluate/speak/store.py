@@ -118,8 +118,12 @@ def _json_lines(items: Iterable[Spoken | Failure]) -> bytes:
     return b"".join(durable.to_json(asdict(item)) + b"\n" for item in items)
 
 
-def merge_parts(folder: Path) -> list[Failure]:
-    """Join what several processes spoke into a folder; returns the lines that failed. None of them may be at work."""
+def merge_parts(folder: Path) -> tuple[SpokenFolder, list[Failure]]:
+    """Join what several processes spoke into a folder; none of them may be at work.
+
+    Returns:
+        The folder, closed, and the lines that failed.
+    """
     parts = sorted(folder.glob(f"{Path(SPOKEN).stem}.part-*.jsonl"))
     failures_paths = sorted(folder.glob(f"{Path(FAILURES).stem}.part-*.jsonl")) or [folder / FAILURES]
     failures = [
@@ -134,4 +138,4 @@ def merge_parts(folder: Path) -> list[Failure]:
     merged.close(failures)
     for path in [*parts, *(path for path in failures_paths if path.name != FAILURES)]:
         path.unlink()
-    return failures
+    return merged, failures

@@ -85,6 +85,7 @@ def set_info(shards: ShardSet) -> dict[str, Any]:
     """Facts of the whole set that need no scan of its samples."""
     totals, provenance = shards.manifest["totals"], shards.provenance
     model, codec = provenance.get("model", {}), provenance.get("codec", {})
+    layouts = prompt_layouts(shards)
     return {
         "name": set_name(shards),
         "samples": totals["samples"],
@@ -94,7 +95,7 @@ def set_info(shards: ShardSet) -> dict[str, Any]:
         "speakers_in_both_splits": speakers_by_split(shards)["both"],
         "notes": notes(shards),
         "positions": totals["tokens"],
-        "layouts": prompt_layouts(shards),
+        "layouts": layouts,
         "shards": len(shards.manifest["shards"]),
         "rejects": shards.manifest["rejects"]["rows"],
         "rejects_by_reason": shards.manifest["rejects"]["by_reason"],
@@ -105,7 +106,7 @@ def set_info(shards: ShardSet) -> dict[str, Any]:
             "codec": str(codec.get("name", "")),
             "codec weights": str(codec.get("weights_sha256", ""))[:16],
             "Whisper features": shards.features,
-            "prompt layouts": ", ".join(f"{n:,} {name}" for name, n in prompt_layouts(shards).items() if n),
+            "prompt layouts": ", ".join(f"{n:,} {name}" for name, n in layouts.items() if n),
             "manifest": shards.manifest_hash[:16],
         },
     }

@@ -10,7 +10,6 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Sequence
 from difflib import SequenceMatcher
-from typing import Any
 
 from higgs_tune.shards.errors import UserError
 
@@ -58,7 +57,7 @@ def our_names(names: Iterable[str], where: object) -> dict[str, str]:
     Raises:
         UserError: two columns mean the same, and none of them has our name.
     """
-    plain = {name: re.sub(r"[\s-]+", "_", name.strip().lower()) or NAMELESS for name in names}
+    plain = {name: _plain(name) or NAMELESS for name in names}
     meanings: dict[str, list[str]] = {}
     for name, lowered in plain.items():
         if lowered in _OURS:
@@ -75,7 +74,11 @@ def our_names(names: Iterable[str], where: object) -> dict[str, str]:
 
 def has_audio(names: Iterable[str]) -> bool:
     """Whether a column has a name for audio, by any tool."""
-    return any(_OURS.get(re.sub(r"[\s-]+", "_", name.strip().lower())) == "audio" for name in names)
+    return any(_OURS.get(_plain(name)) == "audio" for name in names)
+
+
+def _plain(name: str) -> str:
+    return re.sub(r"[\s-]+", "_", name.strip().lower())
 
 
 def nameless_columns(rows: Sequence[Sequence[str]], is_audio: Callable[[str], bool], where: object) -> list[str]:
@@ -126,8 +129,3 @@ def _alike(one: Sequence[str], other: Sequence[str]) -> bool:
 
 def _letters(text: str) -> str:
     return NORMALIZED.sub("", text).lower()
-
-
-def rename(row: Any, names: dict[str, str]) -> Any:
-    """A row under our names."""
-    return {names[name]: value for name, value in row.items()} if isinstance(row, dict) else row

@@ -5,16 +5,8 @@ In: a sample of a shard set. Out: the text, in any prompt layout.
 
 from __future__ import annotations
 
-from typing import Any
-
 from higgs_tune.shards.format import Sample
-
-
-def content_parts(message: dict[str, Any]) -> list[dict[str, Any]]:
-    """A message's content as a list of parts."""
-    content = message["content"]
-    content = content if isinstance(content, list) else [content]
-    return [{"type": "text", "text": part} if isinstance(part, str) else part for part in content]
+from higgs_tune.shards.layout import parts_of
 
 
 def spoken_text(sample: Sample) -> str:
@@ -24,11 +16,9 @@ def spoken_text(sample: Sample) -> str:
     """
     messages = sample.meta["messages"]
     for at in range(len(messages) - 1, -1, -1):
-        if any(part["type"] == "audio" for part in content_parts(messages[at])):
+        if any(part["type"] == "audio" for part in parts_of(messages[at])):
             for message in messages[at : at - 2 if at > 1 else None : -1]:
-                texts = [
-                    part["text"] for part in content_parts(message) if part["type"] == "text" and part["text"].strip()
-                ]
+                texts = [part["text"] for part in parts_of(message) if part["type"] == "text" and part["text"].strip()]
                 if texts:
                     return texts[-1].strip()
             return ""

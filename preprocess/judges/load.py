@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from higgs_tune.preprocess.checkpoints.hub import TIMEOUT_S, is_repository_name
+from higgs_tune.preprocess.checkpoints.hub import TIMEOUT_S, is_repository_name, local_checkpoint
 from higgs_tune.preprocess.judges.edits import count_edits
 from higgs_tune.preprocess.judges.interface import QualityModel, Recogniser, SpeakerEncoder
 from higgs_tune.shards.errors import UserError, first_line
@@ -118,20 +118,11 @@ def fetch(given: str) -> tuple[Path, str]:
     """
     if Path(given).is_dir():
         return Path(given).absolute(), ""
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
-    name, _, revision = given.partition("@")
     if not is_repository_name(given) or Path(given).exists():
         raise UserError("no checkpoint here", where=given, expected="a folder, or owner/name of a Hub repository")
     _announce(given)
-    try:
-        folder = snapshot_download(name, revision=revision or None, allow_patterns=list(FILES), etag_timeout=TIMEOUT_S)
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
-        hint = "Give a folder, or a repository that this machine can download."
-        what = f"no such folder, and as a Hub repository: {first_line(error)}"
-        raise UserError(what, where=given, hint=hint) from error
-    return Path(folder), Path(folder).name  # the Hub's cache names the folder of a snapshot by its commit
+    folder = local_checkpoint(Path(given), FILES)
+    return folder, folder.name  # the Hub's cache names the folder of a snapshot by its commit
 
 
 def _announce(given: str) -> None:
