@@ -106,7 +106,8 @@ def _is_mojibake(text: str) -> bool:
     for run in _FOREIGN_RUN.findall(text):
         for encoding, pattern in _UTF8_PAIRS.items():
             data = bytes(_bytes_of(encoding).get(c, 0x20) for c in run)
-            if any(len(pair.decode()) and _spoken(pair.decode()) for pair in pattern.findall(data)):
+            decoded = (pair.decode(errors="ignore") for pair in pattern.findall(data))  # some are not UTF-8
+            if any(text and _spoken(text) for text in decoded):
                 return True
     return False
 

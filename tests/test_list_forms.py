@@ -14,6 +14,7 @@ import soundfile
 from conftest import preprocess
 from higgs_tune.preprocess.config import Job, PreprocessConfig
 from higgs_tune.preprocess.input.entries import read_entries
+from higgs_tune.preprocess.input.folders import data_digest
 from higgs_tune.preprocess.reject import Reject
 from higgs_tune.shards.errors import UserError
 from higgs_tune.shards.reader import ShardSet
@@ -95,6 +96,16 @@ def pairs(folder: Path) -> Path:
 @pytest.mark.parametrize("form", [nemo, moshi, audiofolder, kaldi, pairs])
 def test_lists_and_folders(folder: Path, form: Callable[[Path], Path]) -> None:
     assert spoken(form(folder)) == EXPECTED
+
+
+def test_a_restart_sees_a_change_of_the_list_that_is_read(folder: Path) -> None:
+    """Also beside what `datasets` would read."""
+    (folder / "state.json").write_text('{"_data_files": []}')
+    audiofolder(folder)
+    assert spoken(folder) == EXPECTED
+    before = data_digest(folder)
+    (folder / "metadata.csv").write_text((folder / "metadata.csv").read_text() + "\n")
+    assert data_digest(folder) != before
 
 
 @pytest.mark.parametrize("as_folder", [False, True])

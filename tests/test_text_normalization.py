@@ -38,6 +38,7 @@ NAMED = {
 }
 CLEAN = [
     BASE,
+    "il dit : « voilà…»",  # as bytes of Windows-1252 it begins like UTF-8, and is none
     "نعم، لا؛ لماذا؟",
     "٥٠٪",
     "هٰذا",

@@ -51,11 +51,11 @@ def read_folder(folder: Path) -> Iterator[Any]:
 
 
 def listing_files(folder: Path) -> list[Path]:
-    """The files that tell a folder's rows, in order; a restart compares them."""
-    if (folder / "state.json").is_file() or (folder / "dataset_dict.json").is_file():
-        return [folder / "state.json", *arrow.data_files(folder)]
+    """The files that tell a folder's rows, in order, a list of its own first; a restart compares them."""
     if metadata := list_in(folder):
         return [metadata]
+    if (folder / "state.json").is_file() or (folder / "dataset_dict.json").is_file():
+        return [folder / "state.json", *arrow.data_files(folder)]
     if all((folder / name).is_file() for name in KALDI[:2]):
         return [folder / name for name in KALDI if (folder / name).is_file()]
     return arrow.parquet_files(folder) or sorted(path for path in folder.iterdir() if path.is_file())
