@@ -20,6 +20,7 @@ from higgs_tune.evaluate.speak.plan import line_name, plan
 from higgs_tune.evaluate.speak.run import speak_into
 from higgs_tune.evaluate.speak.settings import resolve_settings
 from higgs_tune.evaluate.speak.store import SpokenFolder, merge_parts
+from higgs_tune.train.model.whisper_tower import TOWER_FILE
 
 
 class SpokenModel:
@@ -34,6 +35,8 @@ class SpokenModel:
         options = {field.name: getattr(config, field.name) for field in fields(VoiceOptions)}
         if not (model / "adapter_config.json").is_file():  # the base itself is among the models
             options["base_model"] = None
+        if not (model / TOWER_FILE).is_file():
+            options["whisper_path"] = None
         self.config = SpeakConfig(
             **options,
             model_path=model,

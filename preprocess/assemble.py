@@ -6,7 +6,7 @@ Guarantees: a sample with a rejected clip is a reject, never replaced (tests/tes
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -78,9 +78,26 @@ def make_sample(
     ]
     if line["entry"].get(DISTINCT):
         refuse_same_audio([result.info for result in encoded], [clip.offset_s for clip in chat.clips])
+    return sample_of(chat, tokens_2L, encoded, ids, job.wants_whisper)
+
+
+def sample_of(
+    chat: ChatSample,
+    tokens_2L: np.ndarray,
+    encoded: Sequence[Encoded],
+    ids: SpecialIds,
+    wants_whisper: Callable[[str], bool],
+) -> Sample:
+    """A conversation with its tokens and encoded clips.
+
+    Args:
+        wants_whisper: whether audio in a message of this role gets its Whisper features.
+
+    Raises:
+        Reject: a target with Whisper features is longer than 30 s.
+    """
     segments = [
-        _segments(role, result, whisper=job.wants_whisper(role))
-        for role, result in zip(chat.roles, encoded, strict=True)
+        _segments(role, result, whisper=wants_whisper(role)) for role, result in zip(chat.roles, encoded, strict=True)
     ]
     tokens_2L = repeat_placeholders(tokens_2L, [len(parts) for parts in segments], ids)
     flat = [segment for parts in segments for segment in parts]

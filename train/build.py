@@ -69,6 +69,7 @@ def build_run(
     run = Run(
         config=config,
         context=context,
+        base=inputs.base,
         model=loaded.model,
         peft_model=model,
         module=module,
@@ -152,9 +153,11 @@ def count_steps(run: Run, state: dict[str, Any]) -> int:
 
 
 def checkpoint_bytes(run: Run) -> int:
-    """About what a checkpoint takes on disk: float32 weights, two moments, perhaps an average."""
+    """About what a checkpoint takes on disk: float32 weights, two moments, perhaps an average; of a whole model frozen
+    weights, too, at two bytes."""
     count = sum(parameter.numel() for parameter in run.parameters.values())
-    return 4 * count * (4 if run.ema else 3)
+    every = sum(value.numel() for value in run.model.parameters()) if run.config.lora.full_finetune else count
+    return 4 * count * (4 if run.ema else 3) + 2 * (every - count)
 
 
 def describe_run(run: Run, checkpoint: Path | None) -> str:

@@ -24,6 +24,7 @@ from higgs_tune.train.checkpoint.output import (
     save_adapter,
     save_config,
     save_trainable,
+    stored_dtype,
     whole_weights,
     write_model,
 )
@@ -235,8 +236,7 @@ def save_result(run: Run, run_io: RunIO, base: Path) -> None:
         if run.context.is_main:
             save_adapter(peft_model, run.tower, tensors[ADAPTER], config.output_dir)
     else:
-        dtype = run.model.config.torch_dtype or torch.bfloat16
-        weights = whole_weights(run.model, dtype)
+        weights = whole_weights(run.model, stored_dtype(run.model))
         if run.context.is_main:
             write_model(config.output_dir, run.model.config, weights, base)
     run_io.close()

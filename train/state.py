@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -90,6 +91,7 @@ class Progress:
 class Run:
     """Everything that the training steps use.
 
+    base: folder of the checkpoint that the run starts from.
     model: boson's model. peft_model: the same model with its adapters (`model` itself where every weight trains).
     tower: the Whisper tower that was attached to the base, if one was.
     module: `PackModel`, wrapped by DDP or FSDP where there are several ranks. parameters: those that train.
@@ -98,6 +100,7 @@ class Run:
 
     config: TrainConfig
     context: DistContext
+    base: Path
     model: HiggsAudioModel
     peft_model: nn.Module
     module: nn.Module

@@ -24,6 +24,8 @@ class VoiceOptions:
     """Checkpoint of the audio tokenizer (the codec), a folder or Hub name[@revision]."""
     base_model: Path | None = None
     """Base checkpoint, in place of the one that the adapter's config names."""
+    whisper_path: Path | None = None
+    """Whisper checkpoint of an adapter with a tower, in place of the one that it names."""
 
     layout: Literal["auto", "chat", "serve"] = "auto"
     """Prompt layout: auto takes what the model was trained on (higgs_tune.json), serve without a record."""

@@ -10,15 +10,17 @@ Shapes: K codebooks, T frames, S samples at the codec's rate.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
 from higgs_tune.evaluate.speak.settings import Settings
+from higgs_tune.preprocess.assemble import sample_of
 from higgs_tune.preprocess.audio.audio import load_clip
 from higgs_tune.preprocess.audio.clip import Clip
 from higgs_tune.preprocess.audio.options import AudioOptions
+from higgs_tune.preprocess.audio.whisper import log_mel
 from higgs_tune.preprocess.checkpoints.checkpoint import load_tokenizer
 from higgs_tune.preprocess.codec.checkpoint import load_codec
 from higgs_tune.preprocess.encode import one_thread
@@ -26,8 +28,8 @@ from higgs_tune.preprocess.input.chatml import parse_entry, tokenize
 from higgs_tune.preprocess.input.layout import Reference, build_conversation
 from higgs_tune.preprocess.judges.device import torch_device
 from higgs_tune.preprocess.reject import Reject
+from higgs_tune.preprocess.workdir import Encoded, Features
 from higgs_tune.shards.errors import UserError
-from higgs_tune.shards.format import Sample
 from higgs_tune.shards.memory import keep_memory, limit_shape_caches
 from higgs_tune.train.model.adapter import apply_adapter, read_adapter
 from higgs_tune.train.model.decoding import generate_batch
@@ -43,10 +45,15 @@ RETRIES, RETRY_SEED = 3, 1_000_003  # of a piece that ended before its first fra
 
 @dataclass(frozen=True)
 class Voice:
-    """A reference as the model gets it. codes_KT: uint16. text: what it says; empty where that is not known."""
+    """A reference as the model gets it.
+
+    codes_KT: uint16. mels: log-mel for a Whisper tower; none without one. text: what it says; empty where that is not
+    known.
+    """
 
     codes_KT: np.ndarray
-    text: str
+    mels: tuple[Features, ...] = ()
+    text: str = ""
 
 
 @dataclass
@@ -91,7 +98,9 @@ class SpeechEngine:
         attention = adapter is not None and adapter.has_audio_attention
         self.tokenizer = load_tokenizer(settings.base, self.ids)
         self.codec = load_codec(settings.codec, place)
-        self.model = load_model(settings.base, device=place, dtype=dtype, audio_attention=attention).model
+        tower = settings.tower.folder if settings.tower else None
+        self.model = load_model(settings.base, device=place, dtype=dtype, audio_attention=attention, tower=tower).model
+        self.features = "none" if self.model.config.skip_audio_tower else "mel"
         self.tuned: nn.Module = apply_adapter(self.model, adapter).eval() if adapter else self.model
         codec, expected = self.codec.config, (self.ids.codebooks, self.model.config.audio_codebook_size)
         if (codec.codebooks, codec.codebook_size) != expected:
@@ -106,7 +115,7 @@ class SpeechEngine:
             ras_window=chosen["ras_win_len"] or None,
             ras_repeats=chosen["ras_win_max_num_repeat"],
         )
-        self._codes: dict[str, np.ndarray | Reject] = {}
+        self._voices: dict[str, Voice | Reject] = {}
         try:
             self.prompt("probe", (), 0)
         except Reject as reject:
@@ -116,9 +125,16 @@ class SpeechEngine:
     def sample_rate_hz(self) -> int:
         return self.codec.config.sample_rate_hz
 
-    def base_only(self) -> AbstractContextManager[None]:
-        """Within the block the base speaks, without its adapter."""
-        return base_only(self.tuned)
+    @contextmanager
+    def base_only(self) -> Iterator[None]:
+        """Within the block the base speaks, without its adapter and without a tower that came with it."""
+        features = self.features
+        self.features = "none" if self.settings.tower else features
+        try:
+            with base_only(self.tuned):
+                yield
+        finally:
+            self.features = features
 
     def voice(self, path: str, text: str) -> Voice:
         """Read and encode a reference recording; each file once.
@@ -126,18 +142,25 @@ class SpeechEngine:
         Raises:
             Reject: the file is missing or cannot be used.
         """
-        if path not in self._codes:
+        if path not in self._voices:
             try:
                 options = AudioOptions(MIN_REFERENCE_S, MAX_REFERENCE_S)
                 with one_thread():
                     wave = load_clip(Clip(path, path), self.sample_rate_hz, options)
-                    self._codes[path] = self.codec.encode(wave.samples_S)
+                    self._voices[path] = Voice(self.codec.encode(wave.samples_S), self._mels(wave.samples_S))
             except Reject as reject:
-                self._codes[path] = reject
-        codes = self._codes[path]
-        if isinstance(codes, Reject):
-            raise codes
-        return Voice(codes, text)
+                self._voices[path] = reject
+        voice = self._voices[path]
+        if isinstance(voice, Reject):
+            raise voice
+        return replace(voice, text=text)
+
+    def _mels(self, wave_S: np.ndarray) -> tuple[Features, ...]:
+        """Log-mel of a reference as sets store it, for a model with a Whisper tower."""
+        if self.model.config.skip_audio_tower:
+            return ()
+        mels = log_mel(wave_S, self.sample_rate_hz, self.model.config.audio_encoder_config.num_mel_bins)
+        return tuple(replace(mel, values_CF=mel.values_CF.astype(np.float16)) for mel in mels)
 
     def prompt(self, text: str, voices: Sequence[Voice], seed: int) -> Request:
         """The request that speaks one piece of text.
@@ -152,13 +175,18 @@ class SpeechEngine:
         spoken = {"type": "audio", "audio_url": "speech"}
         made = build_conversation(self.settings.layout, text, spoken, references, self.settings.wording)
         chat = parse_entry(made, 0)
-        codes = [*(voice.codes_KT for voice in voices), np.zeros((self.ids.codebooks, 1), np.uint16)]
-        segments = [
-            {"role": role, "frames": part.shape[1]} for role, part in zip(chat.roles, codes, strict=True)
-        ]  # the last is cut off again
+        frame_s = 1 / self.codec.config.frame_rate_hz
+        clips = [
+            Encoded(voice.codes_KT, voice.mels, {"seconds": voice.codes_KT.shape[1] * frame_s}) for voice in voices
+        ]
+        clips.append(Encoded(np.zeros((self.ids.codebooks, 1), np.uint16), (), {"seconds": frame_s}))  # cut off again
         tokens_2L = tokenize(chat, self.tokenizer, self.ids)
-        sample = Sample("speech", {"segments": segments}, tokens_2L, np.concatenate(codes, axis=1).astype(np.uint16))
+        sample = sample_of(chat, tokens_2L, clips, self.ids, self._takes_features)
         return request_of(sample, self.ids, speak=True, max_frames=self._max_frames, seed=seed)
+
+    def _takes_features(self, role: str) -> bool:
+        """Whether audio in a message of this role passes through the tower: references in the user's turn."""
+        return self.features != "none" and role != "assistant"
 
     @property
     def _max_frames(self) -> int:
@@ -173,7 +201,9 @@ class SpeechEngine:
         waiting = [(task, i) for task in tasks for i in range(len(task.pieces) if task.voices else 1)]
         while waiting:
             requests = [self._request(task, i) for task, i in waiting]
-            results = generate_batch(self.model, requests, self.ids, self.sampling, batch_size=self.batch_size)
+            results = generate_batch(
+                self.model, requests, self.ids, self.sampling, batch_size=self.batch_size, features=self.features
+            )
             later: list[tuple[Task, int]] = []
             for number, said in results:
                 task, i = waiting[number]
@@ -191,7 +221,9 @@ class SpeechEngine:
     def _request(self, task: Task, i: int) -> Request:
         voices, first = task.voices, task.said.get(0)
         if not voices and i and first and first.codes_KT is not None and not self._is_silent(first):
-            voices = (Voice(self._within(first.codes_KT).astype(np.uint16), task.pieces[0]),)
+            codes_KT = self._within(first.codes_KT).astype(np.uint16)
+            mels = self._mels(self.sound([codes_KT])) if self.features != "none" else ()
+            voices = (Voice(codes_KT, mels, task.pieces[0]),)
         return self.prompt(task.pieces[i], voices, task.seed + i + RETRY_SEED * task.retries.get(i, 0))
 
     @staticmethod

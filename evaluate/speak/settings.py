@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from higgs_tune.evaluate.speak.config import VoiceConfig
 from higgs_tune.preprocess.checkpoints.checkpoint import read_config, special_ids
@@ -23,13 +23,18 @@ from higgs_tune.shards import durable
 from higgs_tune.shards.errors import UserError
 from higgs_tune.shards.sequence import SpecialIds
 
+if TYPE_CHECKING:
+    from higgs_tune.train.model.whisper_tower import WhisperTower
+
 
 @dataclass(frozen=True)
 class Settings:
-    """base, adapter, codec: folders. notes: for the user, where no training record says what to take."""
+    """base, adapter, codec: folders. tower: the Whisper tower that the adapter was trained with, if the base has none.
+    notes: for the user, where no training record says what to take."""
 
     base: Path
     adapter: Path | None
+    tower: WhisperTower | None
     codec: Path
     ids: SpecialIds
     layout: PromptLayout
@@ -46,6 +51,7 @@ class Settings:
         stats = [(str(file.resolve()), file.stat()) for file in files]
         return {
             "files": [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats],
+            "tower": self.tower.sha256 if self.tower else None,
             "layout": self.layout,
             "wording": asdict(self.wording),
             "normalization": self.normalization,
@@ -60,13 +66,15 @@ def resolve_settings(config: VoiceConfig) -> Settings:
         UserError: no such checkpoint, adapter or codec; or one that cannot be spoken with.
     """
     from higgs_tune.train.model.base import resolve_model
+    from higgs_tune.train.model.whisper_tower import TOWER_FILE, find_tower
 
     base, adapter = resolve_model(config.model_path, config.base_model)
     raw = read_config(base)
     weight_files(base)
-    if not raw.get("skip_audio_tower", True):
-        hint = "Reference audio would have to pass through it."
-        raise UserError("speaking with a Whisper tower is not there yet", where=base, hint=hint)
+    if config.whisper_path and not (adapter and (adapter / TOWER_FILE).is_file()):
+        raise UserError("--whisper_path is for adapters that were trained with a Whisper tower",
+                        where=config.model_path, expected=TOWER_FILE)  # fmt: skip
+    tower = find_tower(config.whisper_path, adapter)
     assert config.audio_tokenizer_path is not None
     codec = local_checkpoint(config.audio_tokenizer_path)
     codec_weight_files(codec)
@@ -86,7 +94,7 @@ def resolve_settings(config: VoiceConfig) -> Settings:
     if config.system is not None:
         wording = replace(wording, system=config.system)
     ids = special_ids(raw, base)
-    return Settings(base, adapter, codec, ids, layout, wording, normalization, config.sampling, tuple(notes))
+    return Settings(base, adapter, tower, codec, ids, layout, wording, normalization, config.sampling, tuple(notes))
 
 
 def _counts(layouts: dict[str, int]) -> str:

@@ -43,9 +43,9 @@ class Studio:
         """The given model, and the checkpoints of its run, the newest first."""
         given = self.config.model_path
         inner = [path for name in ("checkpoint-*", "best-*") for path in given.glob(name)] if given.is_dir() else []
-        adapters = [path for path in inner if (path / "adapter_config.json").is_file()]
-        newest = sorted(adapters, key=lambda path: int(path.name.rpartition("-")[2]), reverse=True)
-        own = [given] if not adapters or (given / "adapter_config.json").is_file() else []
+        usable = [path for path in inner if _is_model(path)]
+        newest = sorted(usable, key=lambda path: int(path.name.rpartition("-")[2]), reverse=True)
+        own = [given] if not usable or _is_model(given) else []
         return [str(path) for path in (*own, *newest)]
 
     def load(self, model: str) -> SpeechEngine:
@@ -97,6 +97,11 @@ class Studio:
             raise Reject("nothing_said", "the model ended before it said anything; try another seed")
         wave_S = np.clip(engine.sound(task.codes), -1, 1)
         return engine.sample_rate_hz, np.round(wave_S * 32767).astype(np.int16)
+
+
+def _is_model(folder: Path) -> bool:
+    """Whether a folder of a run holds an adapter or a whole model."""
+    return any((folder / name).is_file() for name in ("adapter_config.json", "config.json"))
 
 
 def build_page(studio: Studio) -> Any:

@@ -10,7 +10,8 @@ import importlib
 import math
 import sys
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -105,3 +106,12 @@ def save_boson(tokenizer: Any, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     torch.save(tokenizer.state_dict(), folder / "model.pth")
     (folder / "config.json").write_text(json.dumps(REAL_CONFIG))
+
+
+@contextmanager
+def serving_with(tokenizer: Any) -> Iterator[None]:
+    """Within the block Boson's serving engine can be imported; its codec is `tokenizer`, whatever folder is given."""
+    with mock.patch.dict(sys.modules, _stand_ins(naive_resample)):
+        engine = importlib.import_module("boson_multimodal.serve.serve_engine")
+        with mock.patch.object(engine, "load_higgs_audio_tokenizer", return_value=tokenizer):
+            yield

@@ -72,12 +72,20 @@ def save_trainable(folder: Path, parameters: dict[str, nn.Parameter]) -> None:
 
 
 def adapter_tensors(run_model: nn.Module, parameters: dict[str, nn.Parameter]) -> dict[str, torch.Tensor]:
-    """Host copies of the adapter under PEFT's names; without PEFT, of every parameter that trains.
+    """Host copies of the adapter under PEFT's names; without PEFT, of every weight, frozen ones in the base's dtype.
 
     All ranks call this together if the weights are sharded.
     """
-    tensors = adapter_state(run_model) if isinstance(run_model, PeftModel) else parameters
-    return {name: whole(value).detach().cpu().contiguous().clone() for name, value in tensors.items()}
+    tensors = adapter_state(run_model) if isinstance(run_model, PeftModel) else run_model.state_dict()
+    copies = {name: whole(value).detach().cpu().contiguous().clone() for name, value in tensors.items()}
+    if isinstance(run_model, HiggsAudioModel):
+        copies |= {name: v.to(stored_dtype(run_model)) for name, v in copies.items() if name not in parameters}
+    return copies
+
+
+def stored_dtype(model: HiggsAudioModel) -> torch.dtype:
+    """The dtype that a model's config names."""
+    return model.config.torch_dtype or torch.bfloat16
 
 
 def adapter_config_json(peft_model: PeftModel, folder: Path) -> bytes:
@@ -117,20 +125,29 @@ def whole_weights(model: HiggsAudioModel, dtype: torch.dtype) -> dict[str, torch
     return {name: whole(value).detach().to("cpu", dtype).contiguous() for name, value in model.state_dict().items()}
 
 
+def model_texts(config: PretrainedConfig, base: Path) -> dict[str, bytes]:
+    """The files beside a whole model's weights in Boson's layout, config.json last.
+
+    Args:
+        base: the checkpoint whose tokenizer files are copied.
+    """
+    begins = ("tokenizer", "special_tokens", "generation_config", "chat_template")
+    copied = {file.name: file.read_bytes() for file in sorted(base.iterdir()) if file.name.startswith(begins)}
+    return copied | {MODEL_CONFIG: config_json(config)}
+
+
 def write_model(folder: Path, config: PretrainedConfig, weights: dict[str, torch.Tensor], base: Path) -> None:
     """Write a checkpoint in Boson's layout, config.json last.
 
     Args:
         base: the checkpoint whose tokenizer files are copied.
     """
-    for file in base.iterdir():
-        if file.name.startswith(("tokenizer", "special_tokens", "generation_config", "chat_template")):
-            durable.write_bytes(folder / file.name, file.read_bytes())
     temp = folder / f"{durable.TEMP_PREFIX}{FULL}"
     save_file(weights, temp, metadata={"format": "pt"})
     durable.fsync_file(temp)
     temp.rename(folder / FULL)
-    durable.write_bytes(folder / MODEL_CONFIG, config_json(config))
+    for name, text in model_texts(config, base).items():
+        durable.write_bytes(folder / name, text)
 
 
 def config_json(config: PretrainedConfig) -> bytes:

@@ -26,6 +26,7 @@ from higgs_tune.train.checkpoint.output import (
     FULL,
     adapter_tensors,
     adapter_texts,
+    model_texts,
     versions,
 )
 from higgs_tune.train.config import TrainConfig
@@ -84,7 +85,10 @@ def snapshot(run: Run, stats: StepStats, written: dict[str, int]) -> Snapshot | 
 
 def texts_beside(run: Run, folder: Path) -> dict[str, bytes]:
     """The small files that stand beside a run's weights in a folder."""
-    texts = adapter_texts(run.peft_model, run.tower, folder) if isinstance(run.peft_model, PeftModel) else {}
+    if isinstance(run.peft_model, PeftModel):
+        texts = adapter_texts(run.peft_model, run.tower, folder)
+    else:
+        texts = model_texts(run.model.config, run.base)
     return texts | ({RECORD: run.record.to_bytes()} if run.record else {})
 
 
@@ -129,6 +133,8 @@ def _restore_weights(run: Run, folder: Path) -> None:
         set_peft_model_state_dict(run.peft_model, dict(read_tensors(folder / ADAPTER)))
     else:
         for name, value in read_tensors(folder / FULL):
+            if name not in run.parameters:  # frozen
+                continue
             with torch.no_grad():
                 run.parameters[name].copy_(spread_like(value, run.parameters[name]))
     if run.ema:
