@@ -59,9 +59,10 @@ class PreprocessConfig:
     row at full scale), antiphase (two channels cancel each other in the mix). Without it they are only counted and
     marked."""
 
-    prompt_layout: Literal["chat", "serve", "both"] = "chat"
-    """Manifests and datasets: chat (the user's turn holds the reference, the assistant says text and audio), serve (as
-    serving engines send it: audio alone is said), or both, two samples from the same codes. ChatML keeps its form."""
+    prompt_layout: Literal["chat", "serve", "both"] | None = None
+    """chat (the user's turn holds the reference, the assistant says text and audio), serve (as serving engines send
+    it: audio alone is said), or both, two samples from the same codes. By default rows of manifests and datasets become
+    chat, and conversations keep their form; a given layout converts conversations of the other one, too."""
     ref_drop: Annotated[float, FROM_0_TO_1] = 0.0
     """Manifests: share of samples that get no reference clip, 0 to 1; chosen by a hash, so it is stable."""
     ref_min_seconds: Annotated[float, AT_LEAST_0] = 1.0

@@ -23,7 +23,7 @@ from higgs_tune.inspect.web.pages import set_info
 from higgs_tune.preprocess.check import check_data
 from higgs_tune.preprocess.checkpoints.training_record import RECORD, TrainingRecord, read_record
 from higgs_tune.preprocess.config import PreprocessConfig
-from higgs_tune.preprocess.input.chatml import parse_entry, tokenize
+from higgs_tune.preprocess.input.chatml import key_of, parse_entry, tokenize
 from higgs_tune.preprocess.input.layout import (
     INSTRUCTION,
     SYSTEM,
@@ -32,6 +32,8 @@ from higgs_tune.preprocess.input.layout import (
     build_conversation,
     read_conversation,
 )
+from higgs_tune.preprocess.input.relayout import in_layout
+from higgs_tune.preprocess.reject import Reject
 from higgs_tune.shards.errors import UserError
 from higgs_tune.shards.layout import layout_of
 from higgs_tune.shards.reader import ShardSet
@@ -211,10 +213,63 @@ def test_both_layouts_of_a_manifest_share_codes_and_side(toy: Path, tmp_path: Pa
 def test_layouts_are_counted_before_and_after_a_build(toy: Path, tmp_path: Path) -> None:
     config = PreprocessConfig(data=manifest(tmp_path, 4), model_path=toy / "model", prompt_layout="both", check=True)
     assert check_data(config)["prompt_layouts"] == {"chat": 4, "serve": 4, "other": 0}
-    examples = replace(config, data=EXAMPLES, prompt_layout="chat")
-    assert check_data(examples)["prompt_layouts"]["chat"] == len(json.loads(EXAMPLES.read_text()))
-    with pytest.raises(UserError, match="--prompt_layout is for manifests"):
-        check_data(replace(examples, prompt_layout="serve"))
+    examples, count = replace(config, data=EXAMPLES, prompt_layout=None), len(json.loads(EXAMPLES.read_text()))
+    assert check_data(examples)["prompt_layouts"]["chat"] == count
+    assert check_data(replace(examples, prompt_layout="serve"))["prompt_layouts"]["serve"] == count
+
+
+def test_conversations_become_what_a_manifest_would(toy: Path, tmp_path: Path) -> None:
+    """The example's conversations in the other layout: the samples of a manifest with the same texts and clips."""
+    entries, rows = json.loads(EXAMPLES.read_text())[:4], []
+    for entry, name in zip(entries, "abcd", strict=True):
+        entry["id"] = name
+        read = read_conversation(entry["messages"])
+        assert read is not None
+        row = {"audio": read.audio["audio_url"], "text": read.text, "ref_audio": read.references[0].audio["audio_url"]}
+        rows.append(row | {"ref_text": read.references[0].text, "speaker": entry["speaker"], "id": name})
+    (tmp_path / "clips").symlink_to(EXAMPLES.parent / "clips")
+    for name, data in (("talks", entries), ("rows", rows)):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in data))
+        preprocess(toy, tmp_path / f"{name}.jsonl", tmp_path / name, prompt_layout="both", val_fraction=0.5)
+    talks, manifest_rows = ShardSet(tmp_path / "talks"), ShardSet(tmp_path / "rows")
+    assert talks.manifest["layouts"] == {"chat": 4, "serve": 4, "other": 0}
+    for row in range(8):
+        one, two = talks.read(row), manifest_rows.read(row)
+        assert (one.key, one.meta["messages"]) == (two.key, two.meta["messages"])
+        assert np.array_equal(one.tokens_2L, two.tokens_2L)
+        assert np.array_equal(one.codes_KT, two.codes_KT)
+    assert np.array_equal(talks.index["split"], manifest_rows.index["split"])
+
+
+@pytest.mark.fast
+def test_conversations_are_converted_there_and_back() -> None:
+    entries = [{"id": "a", "start_index": None, **build_conversation("chat", "Hello.", TARGET, r)}
+               for r in ((), (ONE,), (ONE, TWO), (UNTOLD,))]  # fmt: skip
+    served = list(in_layout(entries, "serve"))
+    assert [layout_of(entry["messages"]) for entry in served] == ["serve"] * 4
+    assert [entry["start_index"] for entry in served] == [len(entry["messages"]) - 1 for entry in served]
+    assert list(in_layout(served, "serve")) == served
+    assert [back["messages"] for back in in_layout(served, "chat")] == [entry["messages"] for entry in entries]
+    said = [
+        {"from": "human", "value": "<audio>one.wav</audio>Say: Hi"},
+        {"from": "gpt", "value": "Hi<audio>t.wav</audio>"},
+    ]
+    (other_tools,) = in_layout([{"conversations": said}], "serve")
+    assert layout_of(other_tools["messages"]) == "serve"
+    assert [message["role"] for message in other_tools["messages"]] == ["assistant", "user", "assistant"]
+
+
+@pytest.mark.fast
+def test_what_has_neither_layout_is_rejected_under_its_name() -> None:
+    chat = build_conversation("chat", "Hello.", TARGET, [ONE])["messages"]
+    backwards = [chat[0], {"role": "user", "content": chat[1]["content"][::-1]}, chat[2]]
+    twice = [*chat, {"role": "user", "content": "More."}, {"role": "assistant", "content": [TARGET]}]
+    for messages, reason in ((backwards, "other_layout"), (twice, "other_layout"), ([{"role": "user"}], None)):
+        (made,) = in_layout([{"id": "mine", "messages": messages}], "both")
+        assert key_of(made, 7) == "mine"
+        assert (made.reason if isinstance(made, Reject) else None) == reason
+    (unheard,) = in_layout([{"messages": chat, "start_index": 9}], "serve")
+    assert isinstance(unheard, Reject) and unheard.reason == "nothing_to_train"
 
 
 def test_stats_and_page_count_them(shards: ShardSet) -> None:

@@ -75,7 +75,7 @@ def layout_warning(layouts: dict[str, int], stage: str) -> str:
     return (
         "warning: no training sample has the prompt layout serve (reference audio in an assistant turn, audio alone as "
         "the answer), which Boson's engine, transformers and vllm-omni send: there the tuned model will not keep the "
-        "reference voice. higgs-preprocess --prompt_layout serve (or both) makes such samples from a manifest"
+        "reference voice. higgs-preprocess --prompt_layout serve (or both) makes such samples"
     )
 
 

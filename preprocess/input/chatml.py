@@ -73,7 +73,10 @@ def key_of(entry: Any, position: int) -> str:
     """The sample's key: its `id` (or misc.id), made fit for a file name; its position where it has none.
 
     An entry with `TWIN_KEY` speaks the text of the entry before it in another layout; its key is that one's and `TWIN`.
+    A reject may know the key of the sample that it stands for.
     """
+    if isinstance(entry, Reject) and entry.key:
+        return entry.key
     if isinstance(entry, dict) and entry.get(TWIN_KEY):
         return key_of({name: value for name, value in entry.items() if name != TWIN_KEY}, position) + TWIN
     misc = entry.get("misc") if isinstance(entry, dict) else None

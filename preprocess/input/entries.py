@@ -1,8 +1,8 @@
 """Reads the data, in whichever form, as conversations or as ChatML made from a manifest.
 
 In: a file (JSON, JSON lines, a table, Parquet) or a folder (folders). Out: raw entries, one for each row, in order; a
-row that cannot be read is a `Reject` in its place. Rows with `messages` or `conversations` stay as they are; rows that
-name audio are a manifest, which `manifest` turns into ChatML.
+row that cannot be read is a `Reject` in its place. Rows with `messages` or `conversations` stay as they are, unless
+--prompt_layout names a layout for them; rows that name audio are a manifest, which `manifest` turns into ChatML.
 Guarantees: every row gives one entry or one reject (tests/test_bad_input.py, tests/test_manifest.py).
 """
 
@@ -21,6 +21,7 @@ from higgs_tune.preprocess.input.conversations import is_conversation
 from higgs_tune.preprocess.input.folders import list_in, read_folder
 from higgs_tune.preprocess.input.json_rows import EXPECTED, read_json
 from higgs_tune.preprocess.input.manifest import to_chatml
+from higgs_tune.preprocess.input.relayout import in_layout
 from higgs_tune.preprocess.input.rows import find_clip, manifest_rows
 from higgs_tune.preprocess.input.tables import SUFFIXES, read_table, separator_of
 from higgs_tune.preprocess.input.text_file import NO_TEXT, open_text
@@ -44,11 +45,7 @@ def read_entries(job: Job) -> Iterator[Any]:
     objects = [row for row in first if isinstance(row, dict)]
     rows = itertools.chain(first, rows)
     if any(map(is_conversation, objects)) or not objects:
-        if objects and job.config.prompt_layout != "chat":
-            hint = "Write a manifest (audio, text, ref_audio, ref_text), or turns in that layout."
-            raise UserError("--prompt_layout is for manifests; conversations keep their form", where=job.data,
-                            expected="a manifest", got="conversations", hint=hint)  # fmt: skip
-        return rows
+        return in_layout(rows, job.config.prompt_layout) if job.config.prompt_layout else rows
     if job.data.is_dir() or job.data.suffix.lower() in SUFFIXES or any(map(_is_manifest, objects)):
         return to_chatml(manifest_rows(rows, job), job)
     got = f"objects with {few(sorted(map(str, objects[0])), 8)}"

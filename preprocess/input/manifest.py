@@ -22,9 +22,10 @@ import xxhash
 from higgs_tune.preprocess.audio.audio import clip_seconds, header_seconds
 from higgs_tune.preprocess.audio.clip import Clip
 from higgs_tune.preprocess.config import Job
-from higgs_tune.preprocess.input.chatml import SAFE_CHARS, TWIN_KEY, check_local, check_storable, key_of, usable_text
+from higgs_tune.preprocess.input.chatml import check_local, check_storable, key_of, usable_text
 from higgs_tune.preprocess.input.jsonable import plain
 from higgs_tune.preprocess.input.layout import PromptLayout, Reference, build_conversation
+from higgs_tune.preprocess.input.relayout import twins
 from higgs_tune.preprocess.reject import Reject
 from higgs_tune.preprocess.text_normalization import TextOptions
 
@@ -42,7 +43,7 @@ def to_chatml(rows: list[Any], job: Job) -> Iterator[Any]:
         try:
             if isinstance(row, Reject):
                 raise row
-            yield from _entries(row, references.of(row), job.config.prompt_layout, number)
+            yield from _entries(row, references.of(row), job.config.prompt_layout or "chat", number)
         except Reject as reject:
             yield reject
 
@@ -197,12 +198,9 @@ def _uniform(name: str) -> float:
 def _entries(
     row: Row, reference: tuple[Row, str | None] | None, layout: Literal["chat", "serve", "both"], number: int
 ) -> Iterator[dict[str, Any]]:
-    """The ChatML entries of one row; of `both`, the second's key is the first's with `-serve` after it."""
+    """The ChatML entries of one row."""
     if layout == "both":
-        key = key_of(row, number)
-        given = row | {"id": key if len(key) <= SAFE_CHARS else key[: SAFE_CHARS - 17] + key[-17:]}  # 17: its hash
-        yield _entry(given, reference, "chat")
-        yield _entry(given, reference, "serve") | {TWIN_KEY: True}
+        yield from twins(_entry(row, reference, "chat"), _entry(row, reference, "serve"), key_of(row, number))
     else:
         yield _entry(row, reference, layout)
 
