@@ -42,10 +42,10 @@ class JudgingOptions:
     asr_language: str = ""
     """The recogniser's own name of the language, where it is another (MMS: ara)."""
     speaker_model: str | None = None
-    """Speaker encoder, for the similarity to ref_audio: a WavLM x-vector checkpoint (a folder, or Hub name[@revision]),
-    or `resemblyzer`."""
+    """Speaker encoder, for the similarity to ref_audio: Seed-TTS-eval's file wavlm_large_finetune.pth, a WavLM x-vector
+    checkpoint (a folder, or Hub name[@revision]), or `resemblyzer`."""
     quality: str | None = None
-    """Quality model: `dnsmos`."""
+    """Quality model: `dnsmos` or `distillmos`."""
     normaliser: Literal["seedtts_en", "omnivoice", "habibi"] = "omnivoice"
     """How texts are made alike before errors are counted."""
     ceiling: bool = False

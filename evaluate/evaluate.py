@@ -70,8 +70,10 @@ def _evaluate(config: EvalConfig, make_judges: Callable[[EvalConfig], Judges], r
     about = {"judges": judges.describe(), "normaliser": {"name": chosen.name, "rules": chosen.rules}}
     leaks = _leaks(config, lines, chosen) if ranks.is_main else []
     work = _Work(config, lines, systems, models, judges)
-    if ranks.is_main:
-        work.merge().close()
+    if ranks.is_main:  # an unusable reference is named before hours of speaking
+        store = work.merge()
+        Judging(judges, store).embed_references(lines)
+        store.close()
     ranks.wait()
     work.speak_and_judge(ranks)
     ranks.wait()

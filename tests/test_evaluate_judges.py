@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 import threading
 from collections.abc import Iterator
+from fnmatch import fnmatch
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,6 +17,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+from helpers.wavlm_state import LARGE, Sizes, shapes, state_dict
 from higgs_tune.preprocess.judges import endpoint
 from higgs_tune.preprocess.judges.interface import cosine
 from higgs_tune.preprocess.judges.load import load_quality_model, load_recogniser, load_speaker_encoder
@@ -156,6 +159,56 @@ def test_xvector(tmp_path: Path) -> None:
     assert cosine(embedding_D, np.zeros(6)) is None and cosine(embedding_D, embedding_D * np.nan) is None
 
 
+@pytest.mark.fast
+def test_seed_tts_evals_speaker_encoder(tmp_path: Path) -> None:
+    """Embeddings of UniSpeech's own code over s3prl 0.4.18's WavLM, with the same weights (helpers/wavlm_state.py)."""
+    file = tmp_path / "wavlm_large_finetune.pth"
+    weights = state_dict(Sizes())
+    torch.save({"model": weights | {"loss_calculator.projection.weight": torch.zeros(3, 3)}}, file)
+    judge = load_speaker_encoder(str(file), "cpu")
+    published = (
+        (1.0, 0, (-1.3155, 1.79804, -1.61893, 0.31706, 3.36401, 4.12163, -1.01808, -1.31941)),
+        (3.7, 1, (-1.48718, 1.7025, -1.72624, 0.45679, 3.29342, 4.23049, -1.01131, -1.08604)),
+    )
+    for seconds, seed, expected in published:
+        np.testing.assert_allclose(judge.embed(noise(seconds, seed)), expected, atol=2e-4)
+    assert np.isfinite(judge.embed(noise(0.01))).all() and judge.revision.startswith("sha256 ")
+    np.testing.assert_array_equal(judge.embed(noise(70)), judge.embed(noise(70)[: 60 * RATE]))
+    assert shapes(LARGE)["layer2.Res2Conv1dReluBn.convs.6.weight"] == (64, 64, 3)
+
+
+@pytest.mark.fast
+def test_state_dicts_that_are_no_speaker_encoder(tmp_path: Path) -> None:
+    file = tmp_path / "model.pth"
+    weights = state_dict(Sizes())
+    for given, message in (
+        ({"model": {}}, "cannot load the speaker encoder: no tensor .*conv_layers.0"),
+        (weights | {"linear.bias": torch.zeros(3)}, r"cannot load the speaker encoder: .*size|shape"),
+        ({name: value for name, value in weights.items() if name != "bn.running_var"}, "no tensor 'bn.running_var'"),
+        ({name: value for name, value in weights.items() if "fc2" not in name}, "cannot load the speaker encoder: "),
+        ({"model": Path("a pickle")}, "cannot read the speaker encoder: it holds more than weights"),
+    ):
+        torch.save(given, file)
+        with pytest.raises(UserError, match=message):
+            load_speaker_encoder(str(file), "cpu")
+    file.write_bytes(b"no file of torch")
+    with pytest.raises(UserError, match="cannot read the speaker encoder: "):
+        load_speaker_encoder(str(file), "cpu")
+    with pytest.raises(UserError, match="no such weight file"):
+        load_speaker_encoder(str(tmp_path / "none.pth"), "cpu")
+
+
+@pytest.mark.fast
+def test_other_weights_have_another_revision(ctc: Path, tmp_path: Path) -> None:
+    """So a recogniser that was trained on is not taken for the one that judged before."""
+    folder = tmp_path / "asr"
+    shutil.copytree(ctc, folder)
+    before = load_recogniser(str(folder), "cpu").revision
+    assert before.startswith("sha256 ") and before == load_recogniser(str(ctc), "cpu").revision
+    (folder / "adapter.eng.safetensors").write_bytes((folder / "adapter.ara.safetensors").read_bytes())
+    assert load_recogniser(str(folder), "cpu").revision != before
+
+
 class Server(ThreadingHTTPServer):
     """Transcribes a clip as its length, language and model; the first requests fail as told."""
 
@@ -242,7 +295,7 @@ def test_mistakes_are_named(tmp_path: Path, ctc: Path) -> None:
         load_recogniser(str(tmp_path))
     with pytest.raises(UserError, match="no speaker encoder in this checkpoint"):
         load_speaker_encoder(str(ctc))
-    with pytest.raises(UserError, match="unknown quality model, expected dnsmos, got utmos"):
+    with pytest.raises(UserError, match="unknown quality model, expected dnsmos or distillmos, got utmos"):
         load_quality_model("utmos")
     (tmp_path / "config.json").write_text('{"model_type": "whisper"}')
     (tmp_path / "pytorch_model.bin").write_bytes(b"a pickle")
@@ -275,3 +328,35 @@ def test_a_download_is_named_with_its_size(
         load_recogniser("owner/name", "cpu")
     with pytest.raises(UserError, match="no checkpoint here"):
         load_recogniser("no/such/folder", "cpu")
+
+
+@pytest.mark.fast
+def test_of_many_files_only_the_needed_ones_are_fetched(
+    ctc: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The adapter of the language (MMS has a thousand), and one weight file by its path in a repository."""
+    snapshot, remote = tmp_path / "snapshots" / "c0ffee", tmp_path / "remote"
+    shutil.copytree(ctc, remote)
+    (remote / "sub").mkdir()
+    torch.save(state_dict(Sizes()), remote / "sub" / "voice.pth")
+    files = [path for path in remote.rglob("*") if path.is_file()]
+    siblings = [SimpleNamespace(rfilename=str(path.relative_to(remote)), size=1_000_000) for path in files]
+    info = SimpleNamespace(siblings=siblings, sha="c0ffee")
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", lambda *_given, **_named: info)
+
+    def download(*_given: Any, allow_patterns: list[str], **_named: Any) -> str:
+        for path in files:
+            name = path.relative_to(remote)
+            if any(fnmatch(str(name), pattern) for pattern in allow_patterns):
+                (snapshot / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy(path, snapshot / name)
+        return str(snapshot)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    judge = load_recogniser("owner/mms", "cpu")
+    assert judge.revision == "c0ffee" and not list(snapshot.rglob("adapter.*"))
+    assert judge.transcribe([noise(0.3)], "ara") == ["ب"]
+    assert [path.name for path in snapshot.rglob("adapter.*")] == ["adapter.ara.safetensors"]
+    assert "owner/mms@c0ffee: 1 MB, downloaded unless it is here" in capsys.readouterr().err
+    encoder = load_speaker_encoder("owner/mms/sub/voice.pth", "cpu")
+    assert encoder.revision == "c0ffee" and encoder.embed(noise(1.0)).shape == (8,)

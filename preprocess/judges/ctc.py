@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from higgs_tune.preprocess.judges.device import torch_device
+from higgs_tune.preprocess.judges.fetch import locate
 from higgs_tune.preprocess.judges.interface import SAMPLE_RATE_HZ
 from higgs_tune.shards.errors import UserError, first_line
 
@@ -26,6 +27,7 @@ class CtcRecogniser:
         from transformers import AutoModelForCTC, AutoProcessor
 
         self.name, self.revision, self.device, self._language = name, revision, torch_device(device), ""
+        self._folder = folder
         try:
             self._processor: Any = AutoProcessor.from_pretrained(folder, trust_remote_code=False)
             model: Any = AutoModelForCTC.from_pretrained(folder, use_safetensors=True, trust_remote_code=False)
@@ -63,6 +65,9 @@ class CtcRecogniser:
             return
         try:
             self._processor.tokenizer.set_target_lang(language)
+            adapter = f"adapter.{language}.safetensors"  # of thousands of languages; only this one is fetched
+            if not (self._folder / adapter).is_file() and not Path(self.name).exists():
+                locate(self.name, (adapter,))
             self._model.load_adapter(language, use_safetensors=True)
         except (OSError, ValueError) as error:
             hint = "Give --asr_language as the checkpoint's adapters are named, such as ara."

@@ -13,6 +13,8 @@ from typing import Protocol
 import numpy as np
 
 SAMPLE_RATE_HZ = 16_000
+SHORTEST_VOICE_S = 0.5  # shorter clips are repeated up to it: speaker encoders look at a wider context than they have
+LONGEST_VOICE_S = 60.0  # of a longer clip only the beginning is embedded: attention takes memory by its square
 
 
 class Judge(Protocol):
@@ -46,6 +48,12 @@ class QualityModel(Judge, Protocol):
     def score(self, wave_S: np.ndarray) -> dict[str, float]:
         """Scores by name; `overall` is one of them."""
         ...
+
+
+def voice_part(wave_S: np.ndarray) -> np.ndarray:
+    """The part of a clip that speaker encoders embed."""
+    times = -(-int(SHORTEST_VOICE_S * SAMPLE_RATE_HZ) // len(wave_S))
+    return np.tile(wave_S[: int(LONGEST_VOICE_S * SAMPLE_RATE_HZ)], times)
 
 
 def cosine(one_D: np.ndarray, two_D: np.ndarray) -> float | None:

@@ -8,10 +8,8 @@ from typing import Any
 import numpy as np
 import torch
 from higgs_tune.preprocess.judges.device import torch_device
-from higgs_tune.preprocess.judges.interface import SAMPLE_RATE_HZ
+from higgs_tune.preprocess.judges.interface import SAMPLE_RATE_HZ, voice_part
 from higgs_tune.shards.errors import UserError, first_line
-
-SHORTEST_S = 0.5  # shorter clips are repeated up to this length: the TDNN's context is wider than they are
 
 
 class XVectorEncoder:
@@ -30,7 +28,6 @@ class XVectorEncoder:
 
     def embed(self, wave_S: np.ndarray) -> np.ndarray:
         """float32 [D]."""
-        wave_S = np.tile(wave_S, -(-int(SHORTEST_S * SAMPLE_RATE_HZ) // len(wave_S)))
-        inputs = self._extractor(wave_S, sampling_rate=SAMPLE_RATE_HZ, return_tensors="pt").to(self.device)
+        inputs = self._extractor(voice_part(wave_S), sampling_rate=SAMPLE_RATE_HZ, return_tensors="pt").to(self.device)
         with torch.inference_mode():
             return self._model(**inputs).embeddings[0].float().cpu().numpy()

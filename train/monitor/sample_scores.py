@@ -6,7 +6,7 @@ figures of all. A sample without sound counts as wrong: all characters deleted, 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,7 @@ class SampleJudges:
     recogniser: Recogniser | None
     encoder: SpeakerEncoder | None
     language: str
+    _voices: dict[Path, np.ndarray] = field(default_factory=dict, repr=False)  # embeddings of reference clips
 
     @property
     def about(self) -> str:
@@ -56,11 +57,19 @@ class SampleJudges:
             apply = normaliser(NORMALISER).apply
             edits = count_edits(apply(text), apply(heard))
             scores |= {"heard": heard, "cer": edits.rate, "character_errors": edits.errors, "characters": edits.length}
-        reference_S = _load(voice) if self.encoder and voice else None
-        if self.encoder and reference_S is not None:
-            near = None if wave_S is None else cosine(self.encoder.embed(reference_S), self.encoder.embed(wave_S))
+        voice_D = self._embed_voice(voice) if voice else None
+        if self.encoder and voice_D is not None:
+            near = None if wave_S is None else cosine(voice_D, self.encoder.embed(wave_S))
             scores["similarity"] = 0.0 if near is None else near
         return scores
+
+    def _embed_voice(self, voice: Path) -> np.ndarray | None:
+        """The embedding of a recording that does not change during a run; None where it has no sound."""
+        if self.encoder and voice not in self._voices:
+            wave_S = _load(voice)
+            if wave_S is not None:
+                self._voices[voice] = self.encoder.embed(wave_S)
+        return self._voices.get(voice)
 
 
 def load_judges(options: ValidationArgs, device: torch.device) -> SampleJudges | None:
