@@ -9,8 +9,6 @@ Guarantees: text from the data is never read as markup (tests/test_page.py).
 
 from __future__ import annotations
 
-import base64
-import hashlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from importlib import resources
@@ -18,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
-from higgs_tune.shards.durable import to_json
+from higgs_tune.preprocess.html import for_html, policy
 
 PAGE = Path(__file__).parent / "page"
 PAGE_START = b"<!doctype html>"  # of page.html
@@ -33,12 +31,6 @@ class Blob:
     text: str
 
 
-def for_html(value: Any) -> str:
-    """JSON in which no HTML parser reads the end of a script or a comment."""
-    text = to_json(value).decode()
-    return text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")
-
-
 def plotly_script() -> str:
     """plotly.js, minified, from the Python package."""
     return (resources.files("plotly") / "package_data" / "plotly.min.js").read_text(encoding="utf-8")
@@ -47,22 +39,6 @@ def plotly_script() -> str:
 def page_script() -> str:
     """The page's own scripts, in order, as one."""
     return '"use strict";\n' + "\n".join((PAGE / f"{name}.js").read_text(encoding="utf-8") for name in SCRIPTS)
-
-
-def policy(scripts: Iterable[str], connect: str) -> str:
-    """A content security policy: only these scripts run, and data is loaded from `connect` only."""
-    hashes = " ".join(f"'sha256-{base64.b64encode(hashlib.sha256(s.encode()).digest()).decode()}'" for s in scripts)
-    rules = {
-        "default-src": "'none'",
-        "script-src": hashes,
-        "style-src": "'unsafe-inline'",
-        "img-src": "data: blob:",
-        "media-src": "data: blob:",
-        "connect-src": connect,
-        "base-uri": "'none'",
-        "form-action": "'none'",
-    }
-    return "; ".join(f"{name} {value}" for name, value in rules.items())
 
 
 def render(title: str, info: dict[str, Any], blobs: Iterable[Blob] = (), *, connect: str = "'none'") -> Iterator[str]:
