@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import yaml
-from helpers.browser import open_browser, wait
+from helpers.browser import open_browser, resize, wait
 from helpers.inspect_runs import write_run
 from higgs_tune.inspect import cli
 from higgs_tune.inspect.web.compare import comparison
@@ -20,7 +20,7 @@ LOOK = {
     "step": 500,
     "source": "validation on held_out",
     "key": "a",
-    "text": "السَّلَامُ عَلَيْكُمْ",
+    "text": "السَّلَامُ عَلَيْكُمْ<|eot_id|>",
     "predicted_text": "السلام <b>",
     "codes": {side: [[k, 2, 3, 4, 5] for k in range(8)] for side in ("first", "last")},
     "predicted_codes": {side: [[k, 9, 9, 9, 5] for k in range(8)] for side in ("first", "last")},
@@ -35,6 +35,7 @@ def two_runs(folder: Path, keys: list[str]) -> tuple[Path, Path]:
     one, two = write_run(folder / "one", keys), write_run(folder / "two", keys)
     for run, rate in ((one, 1e-4), (two, 2e-4)):
         options = {"seed": 42, "learning_rate": rate, "output_dir": str(run), "training_stage": "stage2"}
+        options["guard"] = ["english:loss:0.1", "old:loss:1"] if run == two else []
         (run / "config.yaml").write_text(yaml.safe_dump({"options": options, "resolved": {"total_steps": 1000}}))
         (run / "diagnostics.jsonl").write_text(json.dumps(LOOK, ensure_ascii=False) + "\n")
     lines = [json.loads(line) for line in (two / "metrics.jsonl").read_text().split("\n")[:-1]]
@@ -55,7 +56,7 @@ def test_curves_validation_samples_and_options_stand_side_by_side(tmp_path: Path
     for run, drawn in zip(runs, charts["compare-train--text_loss"], strict=True):
         assert drawn["y"] == [line["text_loss"] for line in run.lines if line["kind"] == "train"]
     assert [drawn["name"] for drawn in charts["compare-eval-english-text_loss"]] == ["two"]
-    assert page["options"] == [["learning_rate", "0.0001", "0.0002"]]
+    assert page["options"] == [["guard", "", "english:loss:0.1, old:loss:1"], ["learning_rate", "0.0001", "0.0002"]]
     rows = {row[0]: row[1:] for row in page["validation"]}
     assert rows["english: text loss"][0] == ""
     assert rows["held_out: text loss"][0].startswith("2.0000 → best 1.0067 (step 500)")
@@ -104,4 +105,9 @@ def test_the_page_shows_them(shards: ShardSet, tmp_path: Path) -> None:
             section = wait(lambda browser=browser: browser.find_elements(By.ID, "run"), "the runs")[0]
             for part in parts:
                 assert part in section.text
+            if name == "one":
+                (special,) = section.find_elements(By.CLASS_NAME, "special")
+                assert (special.text, special.get_attribute("dir")) == ("<|eot_id|>", "ltr")
+            resize(browser, 390)
+            assert browser.execute_script("return document.documentElement.scrollWidth <= innerWidth")
             assert not browser.get_log("browser")

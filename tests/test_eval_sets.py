@@ -83,6 +83,17 @@ def test_each_set_is_measured_under_its_name(made: Path, out: Path) -> None:
     assert [event.step for event in events.Scalars("eval/old/text_loss")] == [0, 2, 4, 6]
 
 
+def test_each_validation_shows_predictions_of_every_set(out: Path) -> None:
+    looks = [json.loads(line) for line in (out / "diagnostics.jsonl").read_text().splitlines()]
+    shown = [(look["step"], look["source"]) for look in looks]
+    of_base = ", base model"
+    assert shown == [
+        (step, f"validation on {name}{of_base if not step else ''}") for step in (0, 2, 4, 6) for name in ("old", "new")
+    ]
+    assert {look["key"].rstrip("0123") for look in looks if "old" in look["source"]} == {"old"}
+    assert all(look["predicted_text"] and look["predicted_eos"] for look in looks)
+
+
 def test_of_a_set_that_is_trained_on_the_held_out_samples_count(made: Path, tmp_path: Path) -> None:
     lines = train(made, tmp_path / "out", max_steps=1, val_fraction=0.5, eval_data_dir=(f"again={made / 'train'}",))
     for name in ("loss", "samples", "text_labels"):

@@ -16,6 +16,7 @@ import pytest
 import torch
 from helpers.samples import random_sample
 from helpers.tiny import ids_of, run_train, write_checkpoint, write_set
+from higgs_tune.train.monitor.diagnostics import isolated
 from higgs_tune.train.monitor.system import SystemMonitor, gpu_reader
 from higgs_tune.train.monitor.watch import CollapseWatch
 from transformers import PreTrainedTokenizerBase
@@ -119,7 +120,7 @@ def test_a_run_tells_all(trained: Trained, capsys: pytest.CaptureFixture[str]) -
     assert len({look["key"] for look in looks}) == 1, "the same sample each time"
     for look in looks:
         assert f"step {look['step']}, {look['source']}, sample {look['key']}" in said
-        assert f"\u2068{look['predicted_text']}\u2069" in said
+        assert isolated(look["predicted_text"]) in said
         assert [len(codes) for codes in look["codes"]["first"]] == [min(5, look["frames"])] * 8
     for step in (1, 2):
         assert f"saved {out / f'checkpoint-{step}'}: " in said
@@ -138,6 +139,15 @@ def test_the_disk_is_watched_before_each_save(
     said = capsys.readouterr().err
     assert "not enough free disk space" in said
     assert "got 0.00 MB" in said
+
+
+@pytest.mark.fast
+def test_right_to_left_texts_and_special_tokens_are_isolated() -> None:
+    """And marks that pile up on one letter, as an untrained model says them, do not cover the lines above."""
+    assert isolated("سَلَامٌ.<|eot_id|>") == "\u2068سَلَامٌ.\u2066<|eot_id|>\u2069\u2069"
+    assert isolated("شُكُّرًا") == "\u2068شُكُّرًا\u2069"
+    assert isolated("ي" + "\u064e" * 5) == "\u2068ي" + "\u064e" * 3 + "◌\u064e" * 2 + "\u2069"
+    assert isolated("1 <| 2 |> 3") == "\u20681 <| 2 |> 3\u2069"
 
 
 @pytest.mark.parametrize(

@@ -57,14 +57,14 @@ def validate_base(run: Run, run_io: RunIO) -> None:
 
 
 def report(run: Run, run_io: RunIO, results: Results, *, base: bool = False) -> None:
-    """Report every set's metrics, then predictions beside targets; all ranks together."""
+    """Report every set's metrics, then its predictions beside targets; all ranks together."""
     for metrics in results.values():
         run_io.report(metrics)
     probe = partial(compare_predictions, tokenizer=run_io.tokenizer, options=run.loss_options)
-    predictions = run_io.validation.look(run, probe, base=base)
-    if run_io.logger:
-        source = f"validation on {run_io.validation.names[0]}{', base model' if base else ''}"
-        run_io.logger.log_diagnostics({"source": source} | predictions, run.progress.step)
+    for name, predictions in run_io.validation.look(run, probe, base=base).items():
+        if run_io.logger:
+            source = f"validation on {name}{', base model' if base else ''}"
+            run_io.logger.log_diagnostics({"source": source} | predictions, run.progress.step)
 
 
 def validate(run: Run, run_io: RunIO) -> str:

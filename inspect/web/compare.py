@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from higgs_tune.inspect.web.charts import figure
-from higgs_tune.inspect.web.run import RunFolder, flat_options, generated_table, run_page, validation_values
+from higgs_tune.inspect.web.run import RunFolder, flat_options, generated_table, run_page, shown, validation_values
 from higgs_tune.inspect.web.run_charts import (
     curve,
     eval_sets,
@@ -82,7 +82,7 @@ def differing_options(runs: Sequence[RunFolder]) -> list[list[str]]:
     options = [dict(flat_options(run.config)) for run in runs]
     rows = []
     for name in dict.fromkeys(name for one in options for name in one):
-        values = ["" if one.get(name) is None else str(one[name]) for one in options]
+        values = [shown(one.get(name)) for one in options]
         if len(set(values)) > 1 and name.rpartition(".")[2] not in PATHS:
             rows.append([name.removeprefix("options."), *values])
     return rows

@@ -123,7 +123,7 @@ def run_page(run: RunFolder) -> dict[str, Any]:
     """The run's part of the page; fills `run.audio`."""
     return {
         "name": run.folder.resolve().name,
-        "config": [[name, _shown(value)] for name, value in flat_options(run.config)],
+        "config": [[name, shown(value)] for name, value in flat_options(run.config)],
         "charts": run_charts(run.lines),
         "every": thinning(run.lines),
         "validation": validation_table(run.lines),
@@ -145,7 +145,10 @@ def flat_options(config: dict[str, Any], prefix: str = "") -> Iterable[tuple[str
             yield prefix + str(name), value
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
+    """An option's value as text: nothing for none, items of a list apart by commas."""
+    if isinstance(value, list):
+        return ", ".join(map(shown, value))
     return "" if value is None else str(value)
 
 

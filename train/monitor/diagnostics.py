@@ -6,6 +6,7 @@ In: the model, a batch, the parameters. Out: one JSON object, and the same as te
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -21,6 +22,8 @@ from higgs_tune.train.model.loss import LossOptions
 from torch import nn
 
 EDGE_FRAMES = 5  # first and last frames that are shown
+MOST_MARKS = 3  # on one letter
+_SPECIAL = re.compile(r"<\|\w+\|>")
 _GROUPS = (
     ("text attention", re.compile(r"\.self_attn\.")),
     ("audio attention", re.compile(r"\.audio_attn|audio_post_audio_attn_layer_norm")),
@@ -121,8 +124,16 @@ def _argmax_per_group(
 
 
 def isolated(text: str) -> str:
-    """Text in Unicode isolates, so that right-to-left script does not reorder the text around it."""
-    return f"\u2068{text}\u2069"
+    """Text in Unicode isolates, so that right-to-left script does not reorder what stands around it.
+
+    Special tokens within it are isolated, too. Of marks that pile up on one letter, as an untrained model says them,
+    each from the fourth on gets a dotted circle.
+    """
+    marks, circled = 0, ""
+    for character in text:
+        marks = marks + 1 if unicodedata.combining(character) else 0
+        circled += f"\u25cc{character}" if marks > MOST_MARKS else character
+    return "\u2068" + _SPECIAL.sub("\u2066\\g<0>\u2069", circled) + "\u2069"
 
 
 def format_diagnostics(diagnostics: dict[str, Any], step: int) -> str:

@@ -114,11 +114,10 @@ class Validation:
             return {one.name: self._metrics(run, one) for one in self.sets}
 
     @torch.no_grad()
-    def look(self, run: Run, probe: Callable[..., dict[str, Any]], *, base: bool = False) -> dict[str, Any]:
-        """What `probe(model, batch)` says of the first set's first pack, the same pack at every validation."""
-        batch = self.sets[0].batch(0).to(run.context.device)
+    def look(self, run: Run, probe: Callable[..., dict[str, Any]], *, base: bool = False) -> Results:
+        """What `probe(model, batch)` says of each set's first pack, the same pack at every validation."""
         with run.eval_mode(base=base):
-            return run.probe(batch, probe)
+            return {one.name: run.probe(one.batch(0).to(run.context.device), probe) for one in self.sets}
 
     def _metrics(self, run: Run, one: EvalSet) -> dict[str, Any]:
         stats, began = run.new_stats(), time.perf_counter()

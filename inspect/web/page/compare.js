@@ -11,11 +11,11 @@ function comparedSamples(source, given) {
     return el("td", props, step, player(source, clip.clip, `${title} of ${row.key}`, loads.signal).box, clipFacts(clip));
   };
   const titles = ["Reference", "Target", "Base model", ...given.names];
-  return el("table", { class: "samples generated", role: "table" }, el("caption", { class: "hidden", text: "Samples of each run" }),
+  return el("div", { class: "scroll" }, el("table", { class: "samples generated", role: "table", style: `--clips: ${titles.length}` }, el("caption", { class: "hidden", text: "Samples of each run" }),
     el("thead", { role: "rowgroup" }, el("tr", { role: "row" }, ...["Key", "Text", ...titles].map((title) => el("th", { scope: "col", role: "columnheader" }, bdi(title))))),
     el("tbody", { role: "rowgroup" }, ...given.samples.map((row) => el("tr", { role: "row" },
       el("th", { scope: "row", role: "rowheader" }, bdi(row.key)), el("td", { role: "cell", "data-label": "Text" }, bdi(row.text, "p", "said")),
-      ...[row.reference, row.target, row.base, ...row.runs].map((value, at) => cell(row, titles[at], value))))));
+      ...[row.reference, row.target, row.base, ...row.runs].map((value, at) => cell(row, titles[at], value)))))));
 }
 
 function comparisonSection(source, given) {

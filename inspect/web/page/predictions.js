@@ -12,9 +12,16 @@ function predictionsBlock(looks) {
   return el("div", {}, el("label", { class: "field" }, "Step", shown), place);
 }
 
+/** A text of tokens: special tokens stand apart from the script around them, and marks that pile up get circles. */
+function tokenText(text) {
+  const pieces = String(text).split(/(<\|\w+\|>)/);
+  const circled = (words) => words.replace(/(\p{M}{3})(\p{M}+)/gu, (_, base, more) => base + [...more].map((mark) => `\u25cc${mark}`).join(""));
+  return el("bdi", { dir: "auto" }, ...pieces.map((piece, at) => at % 2 ? el("bdi", { dir: "ltr", class: "special", text: piece }) : circled(piece)));
+}
+
 function lookContent(look) {
-  const texts = [["Sample", look.key], ["Text", look.text], ["Predicted text", look.predicted_text]].filter(([, value]) => value !== undefined);
-  const parts = [pairs(texts)];
+  const texts = [["Text", look.text], ["Predicted text", look.predicted_text]].filter(([, value]) => value !== undefined);
+  const parts = [pairs([["Sample", look.key], ...texts.map(([name, text]) => [name, tokenText(text)])])];
   if (!look.codes) return parts;
   if (!Array.isArray(look.predicted_eos)) return [...parts, el("p", { class: "muted", text: "Codes in an earlier form are not shown." })];
   const row = (codes, other) => el("span", { class: "frames" }, ...codes.map((code, at) =>

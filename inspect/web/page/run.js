@@ -19,19 +19,21 @@ function generatedBlock(source, run) {
     loads.abort();
     loads = new AbortController();
     const all = shown.value ? [...columns, [shown.value, (row) => row.steps[shown.value]]] : columns;
+    samples.style.setProperty("--clips", all.length);
     head.replaceChildren(...["Key", "Text", ...all.map(([title]) => title)].map((title) => el("th", { scope: "col", role: "columnheader", text: title })));
     body.replaceChildren(...rows.map((row) => el("tr", { role: "row" },
       el("th", { scope: "row", role: "rowheader" }, bdi(row.key)), el("td", { role: "cell", "data-label": "Text" }, bdi(row.text, "p", "said")),
       ...all.map(([title, get]) => cell(row, title, get(row))))));
   };
   const head = el("tr", { role: "row" });
+  const samples = el("table", { class: "samples generated", role: "table" },
+    el("caption", { class: "hidden", text: "Generated samples" }), el("thead", { role: "rowgroup" }, head), body);
   shown.addEventListener("change", fill);
   if (later.length) shown.value = later.at(-1);
   fill();
   return el("div", {},
     later.length ? el("label", { class: "field" }, "Step", shown) : null,
-    el("table", { class: "samples generated", role: "table" }, el("caption", { class: "hidden", text: "Generated samples" }),
-      el("thead", { role: "rowgroup" }, head), body));
+    el("div", { class: "scroll" }, samples));
 }
 
 /** How a generated clip ended, its length, its silence; what judges heard in it. */
@@ -46,6 +48,9 @@ function clipFacts(clip) {
   return clip.heard ? el("div", {}, facts, el("p", { class: "muted", text: "heard:" }), bdi(clip.heard, "p", "said")) : facts;
 }
 
+/** A name that may break after its dots. */
+const dotted = (name) => el("span", {}, ...name.split(/(?<=\.)/).flatMap((part) => [part, el("wbr")]));
+
 function runSection(source, run) {
   const heads = ["Metric", "Base model", "Best", "Last"];
   const validation = run.validation.length
@@ -53,11 +58,12 @@ function runSection(source, run) {
     : el("p", { class: "muted", text: "No validation lines in metrics.jsonl." });
   const { rows, parameters } = run.trained;
   const trained = rows.length
-    ? table("Trained modules", ["Module", "Shape", "Tensors", "Parameters"], rows.map((row) => [row[0], row[1], number(row[2]), number(row[3])]))
+    ? table("Trained modules", ["Module", "Shape", "Tensors", "Parameters"], rows.map((row) => [dotted(row[0]), row[1], number(row[2]), number(row[3])]), "plain figures")
     : el("p", { class: "muted", text: "No trainable.json." });
   return section("run", "Training run",
     el("p", {}, bdi(run.name), run.every > 1 ? ` (one in ${number(run.every)} logged steps is drawn)` : null),
     charts(run.charts),
+    run.warnings.length ? el("h3", { text: "Warnings" }) : null,
     run.warnings.length ? table("Warnings", ["Step", "Warning"], run.warnings.map(([step, text]) => [step, bdi(text)])) : null,
     el("h3", { text: "Validation" }), validation,
     el("h3", { text: "Predictions" }), predictionsBlock(run.predictions),
