@@ -109,5 +109,6 @@ def test_the_page_shows_them(shards: ShardSet, tmp_path: Path) -> None:
                 (special,) = section.find_elements(By.CLASS_NAME, "special")
                 assert (special.text, special.get_attribute("dir")) == ("<|eot_id|>", "ltr")
             resize(browser, 390)
-            assert browser.execute_script("return document.documentElement.scrollWidth <= innerWidth")
+            fits = "return document.documentElement.scrollWidth <= innerWidth"
+            wait(lambda browser=browser, fits=fits: browser.execute_script(fits), "the page to fit a phone", 10)
             assert not browser.get_log("browser")
