@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers.samples import random_sample
+from helpers.samples import random_entry, random_sample, serve_entry
 from higgs_tune.preprocess.checkpoints.checkpoint import special_ids
 from higgs_tune.shards.format import Sample
 from higgs_tune.shards.sequence import Expanded, SpecialIds, expand, mel_positions
@@ -76,7 +76,8 @@ def make_case(
     ids = special_ids(config.to_dict(), Path())
     rng = np.random.default_rng(1)
     made: dict[str, Any] = {"mel_bins": MEL_BINS if tower else 0, "frames": (3, 16)}
-    samples = [random_sample(f"s{i}", rng, tokenizer, ids, turns=1 + i % 3, **made) for i in range(count - 1)]
+    entries = [serve_entry(rng) if i == 1 else random_entry(rng, turns=1 + i % 3) for i in range(count - 1)]
+    samples = [random_sample(f"s{i}", rng, tokenizer, ids, entry=entry, **made) for i, entry in enumerate(entries)]
     samples.append(random_sample("masked", rng, tokenizer, ids, turns=3 if count > 3 else 2, start_index=3, **made))
     return Case(model, samples, ids, "mel" if tower else "none")
 

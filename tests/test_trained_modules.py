@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers.samples import random_sample
+from helpers.samples import random_entry, random_sample, serve_entry
 from helpers.tiny import ids_of, run_on_one_sample, run_train, tiny_config, write_checkpoint, write_set
 from higgs_tune.shards.errors import UserError
 from higgs_tune.train.arguments import parse_arguments
@@ -210,10 +210,11 @@ def test_rates_and_decay(case: Case) -> None:
 
 
 def test_a_resumed_run_is_bit_equal(toy_tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
-    """With norms, embeddings and heads trained in full and LoRA on the heads' neighbours; options are not repeated."""
+    """With norms, embeddings and a head trained in full, on samples of both prompt layouts."""
     write_checkpoint(tmp_path / "model", toy_tokenizer)
     ids, rng = ids_of(tmp_path / "model"), np.random.default_rng(0)
-    samples = [random_sample(f"s{i}", rng, toy_tokenizer, ids) for i in range(6)]
+    entries = [serve_entry(rng) if i % 2 else random_entry(rng) for i in range(6)]
+    samples = [random_sample(f"s{i}", rng, toy_tokenizer, ids, entry=entry) for i, entry in enumerate(entries)]
     paths = tmp_path / "model", write_set(tmp_path / "data", samples, tmp_path / "model")
     options: dict[str, object] = {"max_steps": 4, "save_steps": 2, "tokens_per_pack": 256, "learning_rate": 1e-2}
     options |= {"train_norms": True, "train_text_embeddings": True, "train_audio_head": True, "lora_dropout": 0.1}

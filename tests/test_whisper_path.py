@@ -17,7 +17,7 @@ import torch
 from conftest import ROOT
 from helpers.ranks import ask
 from helpers.real_whisper import PARTS, join_parts, write_encoder
-from helpers.samples import random_sample
+from helpers.samples import random_entry, random_sample, serve_entry
 from helpers.tiny import ids_of, run_train, tiny_config, write_checkpoint, write_set
 from higgs_tune.preprocess.audio.whisper import Tower, log_mel, tower_sha256
 from higgs_tune.preprocess.workdir import Features
@@ -37,6 +37,7 @@ from higgs_tune.train.toy import make_model, tower_changes
 from peft import PeftModel
 from safetensors.torch import load_file
 from test_forward import Case, packed_logits
+from test_native import write_native
 from transformers import PreTrainedTokenizerBase, WhisperConfig, WhisperForConditionalGeneration
 
 CPU = torch.device("cpu")
@@ -58,7 +59,10 @@ def write_whisper(folder: Path, *, seed: int = 0, bins: int = BINS) -> Path:
 
 @dataclass(frozen=True)
 class Place:
-    """A base without a tower, a Whisper, and the same samples with log-mel and with encoder features."""
+    """A base without a tower, a Whisper, and the same samples with log-mel and with encoder features.
+
+    Two of the samples have the prompt layout serve, in which no audio has features.
+    """
 
     base: Path
     whisper: Path
@@ -77,7 +81,9 @@ def place(tmp_path_factory: pytest.TempPathFactory, toy_tokenizer: PreTrainedTok
     base, whisper = folder / "base", write_whisper(folder / "whisper")
     write_checkpoint(base, toy_tokenizer)
     ids = ids_of(base)
-    samples = [random_sample(f"s{i}", rng, toy_tokenizer, ids, mel_bins=BINS, frames=(3, 12)) for i in range(6)]
+    entries = [serve_entry(rng) if i in (2, 5) else random_entry(rng) for i in range(6)]
+    samples = [random_sample(f"s{i}", rng, toy_tokenizer, ids, mel_bins=BINS, frames=(3, 12), entry=entry)
+               for i, entry in enumerate(entries)]  # fmt: skip
     mel = write_set(folder / "mel", samples, base, features="mel")
     encoder = write_set(folder / "encoder", [encoded(s, Tower(whisper, "cpu")) for s in samples], base,
                         features="encoder")  # fmt: skip
@@ -326,6 +332,23 @@ def test_the_native_layout_is_refused_with_the_reason(stages: Path, tmp_path: Pa
     assert not (tmp_path / "merged").exists()
 
 
+def test_a_base_in_the_native_layout_takes_a_tower(place: Place, tmp_path: Path) -> None:
+    """As the same base in Boson's layout does; the result is exported into Boson's layout."""
+    native = write_native(tmp_path / "native", place.base)
+    options: dict[str, Any] = {"whisper_path": place.whisper, "max_steps": 3, **STEADY}
+    runs = [run_train("single", base, place.encoder, tmp_path / name, **options)
+            for name, base in (("a", place.base), ("b", native))]  # fmt: skip
+    assert [line["loss"] for line in runs[1]] == pytest.approx([line["loss"] for line in runs[0]], rel=1e-6)
+    one, two = (load_file(tmp_path / name / "adapter_model.safetensors") for name in "ab")
+    for name in PROJECTOR:
+        assert float(one[name].abs().max()) > 1e-3
+        torch.testing.assert_close(two[name], one[name], atol=1e-6, rtol=1e-5)
+    export(ExportConfig(adapter=tmp_path / "b", out=tmp_path / "merged", dtype="float32"))
+    assert not json.loads((tmp_path / "merged" / "config.json").read_text())["skip_audio_tower"]
+    with pytest.raises(UserError, match="--layout native has no place for a Whisper tower"):
+        export(ExportConfig(adapter=tmp_path / "b", out=tmp_path / "no", layout="native"))
+
+
 def test_training_in_full_writes_bosons_layout(place: Place, tmp_path: Path) -> None:
     run_train("single", *place.pair, tmp_path, whisper_path=place.whisper, full_finetune=True, max_steps=2, **STEADY)
     model: Any = HiggsAudioModel.from_pretrained(tmp_path)
@@ -430,6 +453,17 @@ def test_what_does_not_fit_is_refused(
     said = refused(capsys, "single", *place.pair, out, whisper_path=place.whisper, lora_extra="projector")
     assert "--lora_extra projector names modules that this run trains in full" in said
     assert not out.exists() or not list(out.glob("*.safetensors"))
+
+
+def test_a_set_that_the_tower_does_not_hear_is_told(
+    place: Place, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """All of its samples have the prompt layout serve."""
+    unheard = write_set(tmp_path / "set", [place.samples[2], place.samples[5]], place.base, features="mel")
+    run_train("single", place.base, unheard, tmp_path / "out", whisper_path=place.whisper)
+    assert "warning: no sample has Whisper features" in capsys.readouterr().err
+    run_train("single", place.base, place.mel, tmp_path / "heard", whisper_path=place.whisper)
+    assert "no sample has Whisper features" not in capsys.readouterr().err
 
 
 def test_encoder_features_are_refused_once_the_tower_has_trained(

@@ -36,6 +36,7 @@ from higgs_tune.train.presets import DEFAULT_PRESET
 from higgs_tune.train.set_checks import (
     require_one_codec,
     require_speakers,
+    say_no_features,
     say_unused_features,
 )
 from higgs_tune.train.whisper import resolve_features, resolve_tower, trains_projector
@@ -79,8 +80,8 @@ def resolve_inputs(config: TrainConfig, context: DistContext) -> Inputs:
         require_text(sets, base)
     require_one_codec(every_set)
     features = resolve_features(config, model_config, every_set, tower, base, adapter)
-    if features == "none" and context.is_main:
-        say_unused_features(sets)
+    if context.is_main:
+        (say_unused_features if features == "none" else say_no_features)(sets)
     if config.loss.contrastive_loss_weight and config.with_audio:
         require_speakers(sets)
     trainable_options(config, adapter, features, tower).full_modules(config.training_stage)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 
 from higgs_tune.shards.errors import UserError, few
@@ -66,6 +67,14 @@ def say_unused_features(sets: list[ShardSet]) -> None:
     if unused:
         print(f"not used: the Whisper features of {few(unused)}, since the checkpoint has no Whisper tower; "
               "--whisper_path attaches one", flush=True)  # fmt: skip
+
+
+def say_no_features(sets: list[ShardSet]) -> None:
+    """Warn where the model has a Whisper tower, and no sample has audio that it hears."""
+    if not any(shards.index["mel_tokens"].any() for shards in sets):
+        print("warning: no sample has Whisper features, so tower and projector do nothing: boson's classes give the "
+              "tower user audio alone, and in the prompt layout serve the reference is an assistant turn",
+              file=sys.stderr, flush=True)  # fmt: skip
 
 
 def layout_warning(layouts: dict[str, int], stage: str) -> str:

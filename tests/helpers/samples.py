@@ -30,6 +30,16 @@ def random_entry(rng: np.random.Generator, *, turns: int = 1, start_index: int |
     return {"messages": messages, "start_index": start_index, "speaker": "s"}
 
 
+def serve_entry(rng: np.random.Generator) -> dict[str, Any]:
+    """A ChatML entry as serving engines send it: the reference is an earlier answer, and the answer is audio alone."""
+    texts = [" ".join(rng.choice(["سَلَامٌ", "بَيْتٌ", "word", "نَهْر"], 4)) for _ in range(2)]
+    messages: list[dict[str, Any]] = [{"role": "system", "content": "Generate audio following instruction."}]
+    for text in texts:
+        audio = {"type": "audio", "audio_url": f"{rng.integers(1 << 40)}.wav"}
+        messages += [{"role": "user", "content": text}, {"role": "assistant", "content": [audio]}]
+    return {"messages": messages, "start_index": len(messages) - 1, "speaker": "s"}
+
+
 def random_sample(
     key: str,
     rng: np.random.Generator,

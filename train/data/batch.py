@@ -299,7 +299,8 @@ def _tower_rows(mel_frames: list[int]) -> np.ndarray:
 
 def _voices(expanded: Expanded, order: RowOrder, speakers: Sequence[int], weight: int) -> Voices:
     sample = np.repeat(np.arange(len(speakers)), np.diff(order.cu_audio))
-    owners = 2 * sample + np.repeat(expanded.segment_is_out, expanded.segment_width)
+    is_target = expanded.segment_is_out & expanded.segment_is_trained  # else a reference, of either prompt layout
+    owners = 2 * sample + np.repeat(is_target, expanded.segment_width)
     both = np.bincount(owners, minlength=2 * len(speakers)).reshape(-1, 2).all(1)
     return Voices(owners, np.array(speakers, np.int64), np.array([both.sum() * weight]))
 
