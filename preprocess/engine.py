@@ -17,10 +17,9 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from multiprocessing import active_children, connection, get_context, parent_process
 from types import FrameType, TracebackType
-from typing import Any
+from typing import Any, Protocol
 
 import torch
-from higgs_tune.preprocess.config import PreprocessConfig
 from higgs_tune.shards.errors import UserError
 
 Task = Callable[[int], Any]
@@ -29,6 +28,19 @@ TASKS_PER_PROCESS = 2  # with fewer, another process costs more to start than it
 CONNECT_TIMEOUT_S = 10.0
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 MAX_RETRIES = 10  # of a Ray task whose worker or node died
+
+
+class EngineOptions(Protocol):
+    """The options of where the work runs, of any command that has them."""
+
+    @property
+    def engine(self) -> str: ...
+    @property
+    def ray_address(self) -> str: ...
+    @property
+    def num_processes(self) -> int: ...
+    @property
+    def device(self) -> str: ...
 
 
 class Stopped(Exception):
@@ -70,7 +82,7 @@ class Stop:
             raise Stopped(self._requested)
 
 
-def run_tasks(task: Task, numbers: list[int], config: PreprocessConfig, stop: Stop) -> Iterator[Any]:
+def run_tasks(task: Task, numbers: list[int], config: EngineOptions, stop: Stop) -> Iterator[Any]:
     """Run tasks; results come in the order in which they finish.
 
     Raises:
@@ -178,7 +190,7 @@ def _check_reachable(address: str) -> None:
         raise UserError(f"cannot reach Ray: {error}", where=address) from error
 
 
-def _run_ray(task: Task, numbers: list[int], config: PreprocessConfig, stop: Stop) -> Iterator[Any]:
+def _run_ray(task: Task, numbers: list[int], config: EngineOptions, stop: Stop) -> Iterator[Any]:
     """Ray retries a task whose worker or node died; each GPU, or each core without GPUs, runs one task at a time."""
     try:
         import ray

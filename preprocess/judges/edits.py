@@ -32,7 +32,12 @@ class Edits:
         return self.errors / self.length if self.length else float(self.errors > 0)
 
 
-def _levenshtein() -> Any:
+def levenshtein() -> Any:
+    """rapidfuzz's module of edit distances.
+
+    Raises:
+        UserError: it is not installed.
+    """
     try:
         from rapidfuzz.distance import Levenshtein  # pyright: ignore[reportMissingImports]
     except ImportError as error:
@@ -43,7 +48,7 @@ def _levenshtein() -> Any:
 def count_edits(text: Sequence[str], heard: Sequence[str]) -> Edits:
     """The fewest edits between two sequences of words, or two strings (then the units are characters)."""
     counts = {"replace": 0, "delete": 0, "insert": 0}
-    for edit in _levenshtein().editops(text, heard):
+    for edit in levenshtein().editops(text, heard):
         counts[edit.tag] += 1
     return Edits(counts["replace"], counts["delete"], counts["insert"], len(text))
 
@@ -52,5 +57,5 @@ def differences(text: Sequence[str], heard: Sequence[str]) -> list[tuple[str, st
     """The alignment as runs of words: (equal|replace|delete|insert, words of the text, words heard)."""
     return [
         (run.tag, " ".join(text[run.src_start : run.src_end]), " ".join(heard[run.dest_start : run.dest_end]))
-        for run in _levenshtein().opcodes(text, heard)
+        for run in levenshtein().opcodes(text, heard)
     ]

@@ -8,7 +8,7 @@ Shapes: S samples, D embedding dimensions.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 
@@ -31,6 +31,15 @@ class Recogniser(Judge, Protocol):
 
     def transcribe(self, waves_S: Sequence[np.ndarray], language: str) -> list[str]:
         """One transcript a clip, in order; empty where nothing is heard. `language`: a code, or empty to detect."""
+        ...
+
+
+@runtime_checkable
+class LanguageDetector(Protocol):
+    """A recogniser that tells which language is spoken."""
+
+    def detect_language(self, waves_S: Sequence[np.ndarray]) -> list[tuple[str, float]]:
+        """The likeliest language of each clip, and its probability."""
         ...
 
 

@@ -166,7 +166,12 @@ def read_segments(folder: Path) -> list[Segment]:
     Raises:
         UserError: there is no such file, or a line has another form.
     """
-    return list(_read(folder / SEGMENTS, Segment))
+    return read_segments_file(folder / SEGMENTS)
+
+
+def read_segments_file(file: Path) -> list[Segment]:
+    """The segments of a file of one a line; raises as `read_segments`."""
+    return list(_read(file, Segment))
 
 
 def read_recordings(folder: Path) -> list[Recording]:

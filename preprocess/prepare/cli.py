@@ -1,0 +1,73 @@
+"""higgs-prepare: from long recordings to a manifest for higgs-preprocess.
+
+higgs-prepare RECORDINGS… --out DIR --language ar --asr openai/whisper-large-v3
+higgs-prepare --from DIR --min_quality 2.8
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import fields, replace
+from typing import Any
+
+import tyro
+from higgs_tune.preprocess.prepare.config import MACHINE_ONLY, PrepareConfig, Thresholds
+from higgs_tune.shards.errors import UserError, few, run_command
+
+
+def main() -> None:
+    run_command(_main)
+
+
+def _main() -> None:
+    config = tyro.cli(PrepareConfig, prog="higgs-prepare")
+    if config.from_ is not None:
+        _print_summary(_decide_again(config))
+        return
+    from higgs_tune.preprocess.engine import Stopped  # torch takes seconds to import; flags are parsed before
+    from higgs_tune.preprocess.prepare.pipeline import prepare
+
+    try:
+        _print_summary(prepare(config))
+    except Stopped as stopped:
+        print(f"stopped on {stopped}: start the same command again to continue", file=sys.stderr)
+        sys.exit(128 + stopped.number)
+
+
+def _decide_again(given: PrepareConfig) -> dict[str, Any]:
+    """The saved options with the thresholds that are given now.
+
+    Raises:
+        UserError: another option is given.
+    """
+    from higgs_tune.preprocess.prepare.pipeline import decide_again, saved_config
+
+    assert given.from_ is not None
+    saved = saved_config(given.from_)
+    config = tyro.cli(PrepareConfig, prog="higgs-prepare", default=replace(saved, from_=given.from_))
+    free = {item.name for item in fields(Thresholds)} | set(MACHINE_ONLY)
+    changed = [name for name in PrepareConfig.__dataclass_fields__
+               if name not in free and getattr(config, name) != getattr(saved, name)]  # fmt: skip
+    if changed:
+        hint = "Run without --from to measure anew; what is measured already is not measured again."
+        raise UserError("--from takes thresholds alone", got=few([f"--{name}" for name in changed]), hint=hint)
+    return decide_again(config)
+
+
+def _print_summary(summary: dict[str, Any]) -> None:
+    made, counts = summary["accounting"], summary["segments"]
+    print(f"input      {_hours(made['input_ms'])}")
+    for fate, length in made["fates_ms"].items():
+        count = f"{counts[fate]} segments" if fate in counts else ""
+        print(f"  {fate:<16}{_hours(length):>12}  {count}".rstrip())
+    for one in summary["errors"]:
+        print(f"not used   {one.path!r}: {one.error}")
+    if not counts.get("kept"):
+        print("nothing is kept: rejects.jsonl names the reason of each segment", file=sys.stderr)
+    print(f"written    {summary['out']}")
+    print(f"next       higgs-preprocess --data {summary['out']}/manifest.jsonl --val_by split …")
+
+
+def _hours(milliseconds: int) -> str:
+    seconds = milliseconds / 1000
+    return f"{seconds / 3600:.2f} h" if seconds >= 3600 else f"{seconds:.1f} s"

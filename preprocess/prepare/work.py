@@ -1,0 +1,196 @@
+"""The stages of one recording, each stored by content: listen, cut, hear, align, measure.
+
+In: a recording's number. Out: what is known of it (`Facts`), and the stored results of its stages, from which
+`measured.py` makes its segments without audio or models.
+
+Shapes: S samples.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from higgs_tune.preprocess.judges.interface import LanguageDetector, QualityModel, Recogniser, SpeakerEncoder
+from higgs_tune.preprocess.prepare.fingerprint import fingerprint
+from higgs_tune.preprocess.prepare.job import VERSION, Facts, PrepareJob, depends_on
+from higgs_tune.preprocess.prepare.listen import Listened, listen
+from higgs_tune.preprocess.prepare.measure import clipping, signal_to_noise_of
+from higgs_tune.preprocess.prepare.reading import Form, read_cut, read_form, usable_file
+from higgs_tune.preprocess.prepare.segment import Span, cut_recording, find_speech
+from higgs_tune.preprocess.prepare.spoken import spoken_texts
+from higgs_tune.preprocess.prepare.stages import Result, Stages
+from higgs_tune.preprocess.prepare.transcripts import (
+    BadTranscript,
+    Transcript,
+    boundaries,
+    find_transcript,
+    read_transcript,
+)
+from higgs_tune.preprocess.reject import Reject
+from higgs_tune.shards.writer import file_sha256
+
+ASR_BATCH = 16
+NO_SPEECH = "no_speech: nobody speaks in it"
+
+
+def prepare_recording(job: PrepareJob, number: int) -> Facts:
+    """Task: all stages of one recording; what is stored already is not computed again."""
+    path, stages = Path(job.recordings[number]), Stages(job.out)
+    facts = Facts(number)
+    try:
+        job.recordings[number].encode()
+        sha256 = _hashed(stages, path)
+        facts = Facts(number, sha256)
+        file = usable_file(path, job.out, sha256)
+        form = read_form(file)
+        facts = Facts(number, sha256, round(form.frames * 1000 / form.rate), form.rate, form.channels)
+        heard = _listen(job, stages, sha256, file, form)
+    except UnicodeEncodeError:
+        return Facts(number, error="unusable_name: the name is not UTF-8; rename the file")
+    except Reject as reject:
+        return Facts(number, facts.sha256, facts.total_ms, facts.rate, facts.channels, str(reject))
+    except OSError as error:
+        return Facts(number, error=f"unreadable_audio: {error.strerror}")
+    transcript, bad = read_given(job, path)
+    facts = replace(facts, bad_transcript=bad)
+    cut = cut_of(job, stages, facts, transcript, heard)
+    spans = [Span(*span) for span in cut.meta["segments"]]
+    if not any(cut.meta[name] for name in ("segments", "too_short", "no_pause")):
+        return replace(facts, error=NO_SPEECH)
+    if spans:
+        _Measuring(job, stages, file, cut.key, spans).run()
+        spoken_texts(job, stages, cut, transcript, bad)
+    return facts
+
+
+def _hashed(stages: Stages, path: Path) -> str:
+    """The SHA-256 of a file, which is not read again while its size and time stay as they are."""
+    if not path.is_file():
+        raise Reject("missing_audio", "no such file" if not path.exists() else "no regular file", str(path))
+    status = path.stat()
+    depends = {"path": str(path.absolute()), "size": status.st_size, "mtime_ns": status.st_mtime_ns}
+    stored = stages.read("file", depends) or stages.write("file", depends, {"sha256": file_sha256(path)})
+    return stored.meta["sha256"]
+
+
+def _listen(job: PrepareJob, stages: Stages, sha256: str, file: Path, form: Form) -> Listened:
+    depends = {"sha256": sha256, "vad": job.vad, "revision": job.vad_revision, "version": VERSION}
+    stored = stages.read("listen", depends)
+    if stored is None:
+        stored = stages.write("listen", depends, {}, vars(listen(file, form, job.vad)))
+    return Listened(**stored.arrays)
+
+
+def read_given(job: PrepareJob, path: Path) -> tuple[Transcript | None, str | None]:
+    """The recording's transcript, or why it cannot be used."""
+    file = find_transcript(path, job.config.transcripts)
+    try:
+        return (read_transcript(file) if file else None), None
+    except BadTranscript as bad:
+        return None, f"{file}: {bad}"
+
+
+def cut_of(
+    job: PrepareJob, stages: Stages, facts: Facts, transcript: Transcript | None, heard: Listened | None = None
+) -> Result:
+    """Segments, with what the first pass tells of them: stored, or made from what was heard in it."""
+    depends = {"sha256": facts.sha256, "vad": job.vad, "revision": job.vad_revision, "cutting": vars(job.cutting)}
+    places = boundaries(transcript) if transcript else None
+    depends |= {"boundaries": places, "text": bool(transcript and transcript.kind == "text"), "version": VERSION}
+    stored = stages.read("cut", depends)
+    if stored is None:
+        assert heard is not None, "listened before"
+        stored = stages.write("cut", depends, _cut(job, facts, heard, places, text=depends["text"]))
+    return stored
+
+
+def _cut(job: PrepareJob, facts: Facts, heard: Listened, places: list[int] | None, *, text: bool) -> dict[str, Any]:
+    speech = find_speech(heard, facts.total_ms, job.cutting.vad_threshold)
+    whole = text and bool(speech) and speech[-1].end - speech[0].start <= job.cutting.max_ms
+    cuts = cut_recording(heard, facts.total_ms, job.cutting, [] if whole else places)
+    meta: dict[str, Any] = {name: [list(span) for span in spans] for name, spans in vars(cuts).items()}
+    meta |= {"snr": signal_to_noise_of(heard, cuts.segments, speech), "whole": whole}
+    return meta | {"clipping": [clipping(heard, span) for span in cuts.segments]}
+
+
+class _Measuring:
+    """All that needs the samples of the segments: recognisers, quality, voice, fingerprint; one stage each."""
+
+    def __init__(self, job: PrepareJob, stages: Stages, file: Path, cut_key: str, spans: list[Span]) -> None:
+        self.job, self.stages, self.file, self.cut_key, self.spans = job, stages, file, cut_key, spans
+
+    def run(self) -> None:
+        for name in ("asr", "second_asr"):
+            if self.job.judges.get(name):
+                self._transcribe(name)
+        wanted = {name: made for name, made in self._measures().items() if self._missing(name)}
+        if not wanted:
+            return
+        columns: dict[str, list[Any]] = {name: [] for name in wanted}
+        for wave_S in self._waves(self.spans):
+            for name, measure in wanted.items():
+                columns[name].append(measure(wave_S))
+        for name, values in columns.items():
+            depends = depends_on(self.job, self.cut_key, name)
+            if name == "speaker_model":
+                self.stages.write(name, depends, {}, {"embeddings": np.stack(values)})
+            else:
+                self.stages.write(name, depends, {"values": values})
+
+    def _waves(self, spans: list[Span]) -> Iterator[np.ndarray]:
+        for span in spans:
+            yield read_cut(self.file, span.start, span.end)
+
+    def _missing(self, name: str) -> bool:
+        return self.stages.read(name, depends_on(self.job, self.cut_key, name)) is None
+
+    def _measures(self) -> dict[str, Callable[[np.ndarray], Any]]:
+        """The measures that give one value a segment; models load when the first is needed."""
+        made: dict[str, Callable[[np.ndarray], Any]] = {"fingerprint": fingerprint}
+        device, model = self.job.config.device, self.job.config.speaker_model
+        if self.job.judges.get("quality"):
+            made["quality"] = lambda wave_S: round(_quality("dnsmos").score(wave_S)["overall"], 4)
+        if self.job.judges.get("speaker_model"):
+            made["speaker_model"] = lambda wave_S: _encoder(model, device).embed(wave_S).astype(np.float16)
+        return made
+
+    def _transcribe(self, name: str) -> None:
+        if not self._missing(name):
+            return
+        config = self.job.config
+        recogniser = _recogniser(getattr(config, name), config.device)
+        detector = recogniser if isinstance(recogniser, LanguageDetector) and config.language else None
+        texts: list[str] = []
+        languages: list[tuple[str, float]] = []
+        for begin in range(0, len(self.spans), ASR_BATCH):
+            waves = list(self._waves(self.spans[begin : begin + ASR_BATCH]))
+            texts += recogniser.transcribe(waves, config.spoken)
+            languages += detector.detect_language(waves) if detector and name == "asr" else []
+        meta = {"texts": texts, "languages": [(code, round(share, 4)) for code, share in languages]}
+        self.stages.write(name, depends_on(self.job, self.cut_key, name), meta)
+
+
+@lru_cache(maxsize=2)
+def _recogniser(given: str, device: str) -> Recogniser:
+    from higgs_tune.preprocess.judges.load import load_recogniser
+
+    return load_recogniser(given, device)
+
+
+@lru_cache(maxsize=1)
+def _encoder(given: str, device: str) -> SpeakerEncoder:
+    from higgs_tune.preprocess.judges.load import load_speaker_encoder
+
+    return load_speaker_encoder(given, device)
+
+
+@lru_cache(maxsize=1)
+def _quality(given: str) -> QualityModel:
+    from higgs_tune.preprocess.judges.load import load_quality_model
+
+    return load_quality_model(given)
