@@ -43,7 +43,7 @@ from higgs_tune.preprocess.workdir import Encoded, Features, WorkFolder
 from higgs_tune.shards.format import FRAME_RATE_HZ, Sample, encode_sample
 from higgs_tune.shards.layout import LAYOUTS, layout_of
 from higgs_tune.shards.sequence import mel_positions, packed_length
-from higgs_tune.shards.split import split_sides
+from higgs_tune.shards.split import VAL, named_side, split_sides
 from transformers import PreTrainedTokenizerBase
 
 DURATION_BINS_S = (0, 1, 2, 3, 5, 10, 15, 20, 30, 60)
@@ -68,6 +68,7 @@ class SampleFacts:
         self_reference: a reference has the target's content.
         spoken: texts of its messages, but for the system's.
         layout: its prompt layout.
+        side: of the validation split, as it names it.
     """
 
     reject: dict[str, Any] | None
@@ -81,6 +82,7 @@ class SampleFacts:
     self_reference: bool = False
     spoken: list[str] = field(default_factory=list)
     layout: str = "other"
+    side: str | None = None
 
 
 def check_data(config: PreprocessConfig) -> dict[str, Any]:
@@ -202,6 +204,7 @@ def _facts(
             if part["type"] == "text" and message["role"] != "system"
         ],
         layout_of(meta["messages"]),
+        named_side(meta["misc"]),
     )
 
 
@@ -286,11 +289,14 @@ def _speakers(good: list[SampleFacts]) -> dict[str, Any]:
 
 def _sides(good: list[SampleFacts], job: Job) -> dict[str, int]:
     """The sides of the validation split that a build makes."""
+    speakers = [sample.speaker for sample in good]
+    if job.config.val_by == "split":
+        return split_sides(np.array([sample.side == VAL for sample in good], np.bool_), speakers)
     by_speaker = job.config.val_by == "speaker"
     names = [sample.speaker or str(None) if by_speaker else sample.key for sample in good]
     distinct = sorted(set(names))
     held_out = dict(zip(distinct, set_writer(job).split.held_out(distinct).tolist(), strict=True))
-    return split_sides(np.array([held_out[name] for name in names], np.bool_), [sample.speaker for sample in good])
+    return split_sides(np.array([held_out[name] for name in names], np.bool_), speakers)
 
 
 def _predicted(good: list[SampleFacts], distinct_s: float, clips: int, job: Job) -> dict[str, Any]:

@@ -82,8 +82,9 @@ class PreprocessConfig:
     val_fraction: Annotated[float, FROM_0_TO_1] = 0.05
     """Share of samples held out for validation, 0 to 1; chosen by a hash, so it is stable. Of two or more at least one
     is held out, and never all."""
-    val_by: Literal["sample", "speaker"] = "sample"
-    """Hold out single samples, or whole speakers."""
+    val_by: Literal["sample", "speaker", "split"] = "sample"
+    """Hold out single samples, whole speakers, or those whose column split (in ChatML: misc) says val, not train; then
+    --val_fraction does not count."""
     samples_per_shard: Annotated[int, AT_LEAST_1] = 4096
     """Input samples a shard file."""
     clips_per_unit: Annotated[int, AT_LEAST_1] = 16

@@ -26,6 +26,7 @@ from higgs_tune.preprocess.input.manifest import DISTINCT
 from higgs_tune.preprocess.reject import Reject
 from higgs_tune.preprocess.workdir import WorkFolder, batches
 from higgs_tune.shards.errors import UserError
+from higgs_tune.shards.split import named_side
 
 PAIR = 2
 
@@ -67,11 +68,11 @@ class Seen:
     Attributes:
         keys: hashes of their keys.
         audio_targets: number of audios that are trained on.
-        speakers: their names.
+        speakers: their names. sides: of the validation split, as they name them.
     """
 
     def __init__(self) -> None:
-        self.keys, self.speakers = set[bytes](), set[str]()
+        self.keys, self.speakers, self.sides = set[bytes](), set[str](), set[str | None]()
         self.audio_targets = 0
 
     def add(self, key: str, sample: ChatSample) -> None:
@@ -87,12 +88,13 @@ class Seen:
         self.audio_targets += audio_targets(sample)
         if sample.chat.speaker:
             self.speakers.add(sample.chat.speaker)
+        self.sides.add(named_side(sample.chat.misc))
 
     def require(self, job: Job) -> None:
         """Refuse data that cannot be used as a whole.
 
         Raises:
-            UserError: nothing to speak, or not enough speakers for `--val_by speaker`.
+            UserError: nothing to speak, too few speakers for `--val_by speaker`, or no sides for `--val_by split`.
         """
         if not self.audio_targets and not job.config.allow_text_only:
             hint = "An audio is a target in an assistant message. --allow_text_only builds a set of text alone."
@@ -102,6 +104,9 @@ class Seen:
             hint = "Name the speaker of each sample, or hold out single samples: --val_by sample."
             raise UserError("--val_by speaker cannot hold out a speaker", where=job.data,
                             expected="2 speakers or more", got=len(self.speakers), hint=hint)  # fmt: skip
+        if job.config.val_by == "split" and self.sides == {None}:
+            raise UserError("--val_by split: no sample names its side", where=job.data,
+                            expected="a column split of train and val")  # fmt: skip
 
 
 def list_work(job: Job, work: WorkFolder, go_on: Callable[[], None]) -> dict[str, int]:

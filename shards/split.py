@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import xxhash
@@ -12,20 +12,25 @@ from higgs_tune.shards.format import Sample
 from higgs_tune.shards.index import SPLIT_TRAIN, SPLIT_VAL
 from higgs_tune.shards.layout import TWIN
 
+TRAIN, VAL = "train", "val"  # the names of the sides in a manifest
+
 
 @dataclass(frozen=True)
 class ValidationSplit:
-    """Hold out the samples whose hashed key (or speaker) falls below the fraction.
+    """Hold out the samples whose hashed key (or speaker) falls below the fraction, or those that say so themselves.
 
     The choice for a sample depends on nothing else, so it survives adding, removing and reordering samples. Two samples
-    of one row in both layouts (`TWIN`) are on the same side.
+    of one row in both layouts (`TWIN`) are on the same side. By `split` the fraction does not count: a sample's `misc`
+    names its side, and nothing is settled.
     """
 
     fraction: float = 0.0
-    by: Literal["sample", "speaker"] = "sample"
+    by: Literal["sample", "speaker", "split"] = "sample"
 
     def of(self, sample: Sample) -> int:
         """`SPLIT_VAL` or `SPLIT_TRAIN`."""
+        if self.by == "split":
+            return SPLIT_VAL if named_side(sample.meta.get("misc")) == VAL else SPLIT_TRAIN
         name = str(sample.meta.get("speaker")) if self.by == "speaker" else sample.key.removesuffix(TWIN)
         return SPLIT_VAL if _digest(name) < self.fraction * 2**64 else SPLIT_TRAIN
 
@@ -47,12 +52,18 @@ class ValidationSplit:
             index: all rows of the set, each with its own split; changed in place where none or all are held out.
             speakers: their names by number.
         """
-        if not self.fraction or len(np.unique(index["split"])) != 1:
+        if self.by == "split" or not self.fraction or len(np.unique(index["split"])) != 1:
             return
         if self.by == "speaker":
             index["split"] = self.held_out([name or str(None) for name in speakers])[index["speaker"]]
         else:
             index["split"] = self.held_out([key.decode() for key in index["key"].tolist()])
+
+
+def named_side(misc: Any) -> str | None:
+    """The side that a sample's `misc` names as its `split`: `train` or `val`; None for anything else."""
+    side = misc.get("split") if isinstance(misc, dict) else None
+    return side if side in (TRAIN, VAL) else None
 
 
 def split_sides(held_out_N: np.ndarray, speakers: Sequence[str]) -> dict[str, int]:

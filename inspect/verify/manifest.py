@@ -73,7 +73,7 @@ class Manifest:
         """
         totals = self.content["totals"]
         settled = 0 < totals["validation_samples"] < totals["samples"]  # older writers held out none, or all
-        if not self.split or not settled or len(np.unique(index["split"])) != 1:
+        if not self.split or self.split.by == "split" or not settled or len(np.unique(index["split"])) != 1:
             return index["split"]
         if self.split.by == "speaker":
             names = sorted({*speakers, *map(str, self.content["speakers"])})

@@ -1,7 +1,8 @@
 """Turns a manifest into ChatML: each row becomes "speak this text in the voice of that clip".
 
 In: rows with `audio`, `text`, `speaker` and, optionally, `ref_audio`, `ref_text`, `id`, and `offset` and `duration`,
-which cut the row's piece out of its file; other columns go to `misc`. Out: one ChatML entry for each row, in order.
+which cut the row's piece out of its file, as `ref_offset` and `ref_duration` cut the reference; other columns go to
+`misc`. Out: one ChatML entry for each row, in order.
 
 Reference policy: a row's own `ref_audio` is its reference. Without one, the reference is another row's clip of the
 same speaker: a different file or piece, at least `--ref_min_seconds` long, chosen by a hash of `--seed` and the row's
@@ -30,6 +31,7 @@ from higgs_tune.preprocess.reject import Reject
 from higgs_tune.preprocess.text_normalization import TextOptions
 
 COLUMNS = ("audio", "text", "speaker", "ref_audio", "ref_text", "id", "offset")
+REF_CUT = {"ref_offset": "offset", "ref_duration": "duration"}
 HEADER_THREADS = 8
 DISTINCT = "distinct_audio"  # marks an entry whose audios must differ in content, too
 Row = dict[str, Any]
@@ -79,6 +81,8 @@ def _usable(row: Any, texts: TextOptions) -> Row:
             raise Reject("malformed_manifest", f"{name}: expected a string, got {value!r:.60}")
     if row.get("offset") is not None:
         row |= {name: _seconds(row.get(name), name) for name in ("offset", "duration")}
+    if row.get("ref_offset") is not None:
+        row |= {name: _seconds(row.get(name), name) for name in REF_CUT}
     return row | {"text": usable_text(row["text"], "row", texts)}
 
 
@@ -89,7 +93,7 @@ def _seconds(value: Any, name: str) -> float | None:
         seconds = float(value)
     except (TypeError, ValueError):
         seconds = math.nan
-    if not 0 <= seconds < math.inf or (name == "duration" and not seconds):
+    if not 0 <= seconds < math.inf or (name.endswith("duration") and not seconds):
         raise Reject("malformed_manifest", f"{name}: expected seconds, got {value!r:.60}")
     return seconds
 
@@ -98,6 +102,12 @@ def _cut(row: Row) -> dict[str, float]:
     """`offset` and `duration` of a row that is a piece of its file."""
     names = ("offset", "duration") if row.get("offset") is not None else ()
     return {name: row[name] for name in names if row.get(name) is not None}
+
+
+def _own_reference(row: Row) -> Row:
+    """The reference that a row names, as a row: its file, and its cut where it is a piece."""
+    names = REF_CUT if row.get("ref_offset") is not None else {}
+    return {"audio": row["ref_audio"]} | {name: row.get(theirs) for theirs, name in names.items()}
 
 
 def _piece(row: Row) -> str:
@@ -152,10 +162,11 @@ class References:
         if _uniform(f"drop {self.config.seed} {_piece(row)}") < self.config.ref_drop:
             return None
         if row.get("ref_audio") is not None:
-            if self.paths.same_file(row["ref_audio"], row["audio"]):
+            own = _own_reference(row)
+            if self._overlap(row, own):
                 raise Reject("self_reference", "ref_audio is the row's own audio", row["audio"])
             text = row.get("ref_text")
-            return {"audio": row["ref_audio"]}, text and usable_text(text, "ref_text", self.job.texts)
+            return own, text and usable_text(text, "ref_text", self.job.texts)
         clips = self.candidates.get(str(row.get("speaker")), [])
         start = int(_uniform(f"reference {self.config.seed} {_piece(row)}") * len(clips))
         for step in range(len(clips)):
@@ -208,7 +219,7 @@ def _entries(
 def _entry(row: Row, reference: tuple[Row, str | None] | None, layout: PromptLayout) -> dict[str, Any]:
     references = [Reference(_audio(reference[0]), reference[1])] if reference else []
     made = build_conversation(layout, row["text"], _audio(row), references)
-    taken = {*COLUMNS, *_cut(row)}
+    taken = {*COLUMNS, *_cut(row), *(REF_CUT if row.get("ref_offset") is not None else ())}
     misc = {name: plain(value) for name, value in row.items() if name not in taken and value is not None}
     entry = {"id": row.get("id"), **made, "speaker": row.get("speaker"), "misc": misc or None}
     return entry | {DISTINCT: True}

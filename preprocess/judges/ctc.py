@@ -41,6 +41,34 @@ class CtcRecogniser:
         Raises:
             UserError: there is no adapter for the language.
         """
+        rows = self._logits(waves_S, language)
+        return [self._processor.decode(row_TV.argmax(-1)) for row_TV in rows]
+
+    def log_probs(self, waves_S: Sequence[np.ndarray], language: str) -> list[np.ndarray]:
+        """float32 [T, V]: log probabilities of the symbols of each clip's frames.
+
+        Raises:
+            UserError: there is no adapter for the language.
+        """
+        return [row_TV.float().log_softmax(-1).numpy() for row_TV in self._logits(waves_S, language)]
+
+    def symbols(self, word: str) -> list[int]:
+        """Numbers of a word's symbols, without those that the recogniser does not know."""
+        tokenizer = self._processor.tokenizer
+        return [int(number) for number in tokenizer(word).input_ids if number != tokenizer.unk_token_id]
+
+    @property
+    def blank(self) -> int:
+        """Number of the blank symbol."""
+        return int(self._processor.tokenizer.pad_token_id)
+
+    @property
+    def between(self) -> int | None:
+        """Number of the symbol between words; None where there is none."""
+        return getattr(self._processor.tokenizer, "word_delimiter_token_id", None)
+
+    def _logits(self, waves_S: Sequence[np.ndarray], language: str) -> list[torch.Tensor]:
+        """[T, V] of each clip, on the CPU."""
         self._take_adapter(language)
         least = self._shortest()
         waves_S = [np.pad(wave_S, (0, max(0, least - len(wave_S)))) for wave_S in waves_S]
@@ -50,8 +78,7 @@ class CtcRecogniser:
         with torch.inference_mode():
             logits = self._model(**inputs).logits
         frames = self._model._get_feat_extract_output_lengths(inputs["attention_mask"].sum(1)).tolist()
-        best = logits.argmax(-1).cpu()
-        return [self._processor.decode(row[:count]) for row, count in zip(best, frames, strict=True)]
+        return [row_TV[:count] for row_TV, count in zip(logits.cpu(), frames, strict=True)]
 
     def _shortest(self) -> int:
         """Samples that give one frame."""

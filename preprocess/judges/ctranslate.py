@@ -55,3 +55,7 @@ class FasterWhisperRecogniser:
             return "".join(part.text for part in parts).strip()
         except ValueError as error:
             raise UserError(f"Whisper refuses: {first_line(error)}", where=self.name, got=language) from error
+
+    def detect_language(self, waves_S: Sequence[np.ndarray]) -> list[tuple[str, float]]:
+        """The likeliest language of the first 30 s of each clip, and its probability."""
+        return [(str(said[0]), float(said[1])) for said in map(self._model.detect_language, waves_S)]

@@ -43,6 +43,18 @@ class LanguageDetector(Protocol):
         ...
 
 
+@runtime_checkable
+class CtcAligner(Protocol):
+    """A recogniser that tells the probability of each symbol at each time (T frames, V symbols)."""
+
+    @property
+    def blank(self) -> int: ...
+    @property
+    def between(self) -> int | None: ...
+    def symbols(self, word: str) -> list[int]: ...
+    def log_probs(self, waves_S: Sequence[np.ndarray], language: str) -> list[np.ndarray]: ...
+
+
 class SpeakerEncoder(Judge, Protocol):
     """Speech to a voice."""
 

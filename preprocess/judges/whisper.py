@@ -70,3 +70,21 @@ class WhisperRecogniser:
         except ValueError as error:
             raise UserError(f"Whisper refuses: {first_line(error)}", where=self.name, got=language) from error
         return self._processor.batch_decode(tokens, skip_special_tokens=True)
+
+    def detect_language(self, waves_S: Sequence[np.ndarray]) -> list[tuple[str, float]]:
+        """The likeliest language of the first 30 s of each clip, and its probability; none of an English model."""
+        tokens: dict[str, int] = getattr(self._model.generation_config, "lang_to_id", None) or {}
+        if not tokens:
+            return []
+        first = [wave_S[: WINDOW_SECONDS * SAMPLE_RATE_HZ] for wave_S in waves_S]
+        inputs = self._processor.feature_extractor(first, sampling_rate=SAMPLE_RATE_HZ, return_tensors="pt")
+        features = inputs["input_features"].to(self.device, self._model.dtype)
+        start = torch.full((len(first), 1), self._model.generation_config.decoder_start_token_id, device=self.device)
+        with torch.inference_mode():
+            logits = self._model(input_features=features, decoder_input_ids=start).logits[:, -1]
+        names, ids = list(tokens), list(tokens.values())
+        best = logits[:, ids].float().softmax(-1).max(-1)
+        return [
+            (names[at].strip("<|>"), share)
+            for share, at in zip(best.values.tolist(), best.indices.tolist(), strict=True)
+        ]

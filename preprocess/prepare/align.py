@@ -1,8 +1,8 @@
 """Which words of a long transcript are said in which segment.
 
-Two ways: by what a recogniser heard in each segment (edit distance of characters, `divide_text`), and by a CTC
-recogniser's probabilities (Viterbi, `forced_alignment`; A. Graves et al., Connectionist Temporal Classification, ICML
-2006; the best path instead of the sum over paths).
+Two ways: by what a recogniser heard in each segment (edit distance of characters, `divide_text`); then, with a CTC
+recogniser, by its probabilities (Viterbi, `forced_alignment`; A. Graves et al., Connectionist Temporal Classification,
+ICML 2006; the best path instead of the sum over paths), in windows of a few segments that the first way found.
 
 Shapes: T frames, V symbols, N tokens of the text.
 """
@@ -10,13 +10,16 @@ Shapes: T frames, V symbols, N tokens of the text.
 from __future__ import annotations
 
 import re
+from bisect import bisect_right
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
 from higgs_tune.preprocess.judges.edits import levenshtein
 
 SENTENCE_END = re.compile(r"[.!?؟。！？…]['\"”»)]*$")
+WINDOW_FRAMES = 3000  # of 20 ms: about a minute
 UNSPOKEN_WORDS = 3  # a sentence of so many words, none of which was heard, is taken to be unspoken
 
 
@@ -113,3 +116,64 @@ def forced_alignment(log_probs_TV: np.ndarray, tokens_N: Sequence[int], blank: i
             span[0], span[1] = min(span[0], frame), max(span[1], frame + 1)
         at -= int(steps_TL[frame, at])
     return [(begin, end) for begin, end in spans]
+
+
+@dataclass(frozen=True)
+class Symbols:
+    """A CTC recogniser's symbols: those of each word (perhaps none), blank, and the one between words or None."""
+
+    of_word: Sequence[Sequence[int]]
+    blank: int
+    between: int | None
+
+
+def realign(
+    divided: Sequence[Sequence[int]], log_probs: Callable[[int], np.ndarray], symbols: Symbols
+) -> list[list[int]]:
+    """Words by segment, moved to where a CTC recogniser places them.
+
+    Args:
+        divided: numbers of the words of each segment, by `divide_text`; words that are in none stay out.
+        log_probs: of a segment, float [T, V]; each is asked for in order, some twice.
+    """
+    order = [word for part in divided for word in part]
+    ends = np.cumsum([len(part) for part in divided]).tolist()
+    made: list[list[int]] = [[] for _ in divided]
+    start = taken = 0
+    while start < len(divided):
+        rows, end = [log_probs(start)], start + 1
+        while end < len(divided) and (len(rows) < 2 or sum(map(len, rows)) < WINDOW_FRAMES):
+            rows.append(log_probs(end))
+            end += 1
+        words = order[taken : ends[end - 1]]
+        owners = _owners(words, rows, symbols)
+        if owners is None:  # the window keeps its division
+            owners = [max(0, bisect_right(ends, taken + number) - start) for number in range(len(words))]
+        last = end - start - (end < len(divided))  # the last segment is aligned with those after it
+        for word, owner in zip(words, owners, strict=True):
+            if owner < last:
+                made[start + owner].append(word)
+                taken += 1
+        start = end if end == len(divided) else end - 1
+    return made
+
+
+def _owners(words: Sequence[int], rows: Sequence[np.ndarray], symbols: Symbols) -> list[int] | None:
+    """The segment of a window that each word is said in, in order; None where they do not fit."""
+    tokens, spans_of = list[int](), list[tuple[int, int]]()
+    for word in words:
+        if tokens and symbols.between is not None and symbols.of_word[word]:
+            tokens.append(symbols.between)
+        spans_of.append((len(tokens), len(tokens) + len(symbols.of_word[word])))
+        tokens += symbols.of_word[word]
+    frames = forced_alignment(np.concatenate(rows), tokens, symbols.blank)
+    if frames is None:
+        return None
+    edges = np.cumsum([len(row) for row in rows])
+    owners, owner = [], 0
+    for begin, end in spans_of:
+        if end > begin:
+            middle = (frames[begin][0] + frames[end - 1][1]) / 2
+            owner = max(owner, min(int(np.searchsorted(edges, middle, side="right")), len(rows) - 1))
+        owners.append(owner)
+    return owners

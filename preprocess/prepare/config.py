@@ -22,14 +22,15 @@ from higgs_tune.shards.bounds import (
 )
 from higgs_tune.shards.errors import UserError
 
-FROM_1_TO_5 = Bound("0 to 5", at_least=0, at_most=5)
+QUALITIES = ("auto", "dnsmos", "distillmos", "none")
+FROM_0_TO_5 = Bound("0 to 5", at_least=0, at_most=5)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Thresholds:
     """Bounds that decide over segments; they may change with --from. 0 switches a minimum off."""
 
-    min_quality: Annotated[float, FROM_1_TO_5] = 3.0
+    min_quality: Annotated[float, FROM_0_TO_5] = 3.0
     """Lowest DNSMOS P.835 (overall, 1 to 5) that is kept; only where it was measured."""
     min_snr: float = 10.0
     """Lowest signal-to-noise ratio that is kept, in dB: speech against the pauses around it."""
@@ -101,7 +102,7 @@ class PrepareConfig(Thresholds):
     normaliser: str = "omnivoice"
     """How texts are made alike before errors are counted: seedtts_en, omnivoice, habibi."""
     quality: str = "auto"
-    """Quality model: dnsmos, none, or auto (dnsmos where it is installed)."""
+    """Quality model: dnsmos, distillmos, none, or auto (dnsmos where it is installed)."""
     speaker_model: str = ""
     """Speaker encoder whose embeddings are clustered: resemblyzer, or a WavLM x-vector checkpoint."""
     speaker: str = ""
@@ -130,7 +131,7 @@ class PrepareConfig(Thresholds):
              self.device),
             ("ray_address", not self.ray_address or self.engine == "ray", "--engine ray with it", self.ray_address),
             ("second_asr", not self.second_asr or bool(self.asr), "--asr with it", self.second_asr),
-            ("quality", self.quality in ("auto", "dnsmos", "none"), "dnsmos, none or auto", self.quality),
+            ("quality", self.quality in QUALITIES, ", ".join(QUALITIES), self.quality),
         ]  # fmt: skip
         for name, good, expected, got in checks:
             if not good:

@@ -20,10 +20,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from higgs_tune.preprocess.judges.edits import levenshtein
 from higgs_tune.preprocess.judges.normalisers import normaliser
 from higgs_tune.preprocess.prepare.config import PrepareConfig, from_saved, to_saved
 from higgs_tune.preprocess.prepare.decide import counts_by_step, decide
 from higgs_tune.preprocess.prepare.outputs import write_outputs
+from higgs_tune.preprocess.prepare.reading import AUDIO
 from higgs_tune.preprocess.prepare.records import (
     CONFIG,
     RECORDINGS,
@@ -152,6 +154,7 @@ def _make_job(config: PrepareConfig, out: Path) -> Any:
     from higgs_tune.preprocess.prepare.listen import choose_vad, vad_revision
 
     normaliser(config.normaliser)
+    levenshtein()
     if config.transcripts and not config.transcripts.is_dir():
         raise UserError("--transcripts is no folder", where=config.transcripts)
     recordings = tuple(list_recordings(config.recordings, out))
@@ -159,7 +162,7 @@ def _make_job(config: PrepareConfig, out: Path) -> Any:
     named = {"asr": config.asr, "second_asr": config.second_asr, "speaker_model": config.speaker_model}
     named["quality"] = _quality(config.quality)
     judges = {name: judge_identity(given) for name, given in named.items() if given}
-    for folder in (out / WORK).glob("*/"):
+    for folder in (out, out / AUDIO, out / WORK, *(out / WORK).glob("*/")):
         durable.remove_leftovers(folder)
     return PrepareJob(config, out, recordings, vad, vad_revision(vad), judges)
 

@@ -6,14 +6,17 @@ In: segments, the recording's transcript, what recognisers heard. Out: a text a 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from higgs_tune.preprocess.judges.normalisers import normaliser
 from higgs_tune.preprocess.prepare.align import divide_text
-from higgs_tune.preprocess.prepare.job import PrepareJob, stored_texts
+from higgs_tune.preprocess.prepare.job import VERSION, PrepareJob, depends_on, stored_texts
 from higgs_tune.preprocess.prepare.records import TextSource
 from higgs_tune.preprocess.prepare.stages import Result, Stages
 from higgs_tune.preprocess.prepare.transcripts import Transcript, text_between
+
+Realign = Callable[[list[str], list[list[int]]], list[list[int]]]
 
 
 @dataclass(frozen=True)
@@ -27,9 +30,18 @@ class Spoken:
 
 
 def spoken_texts(
-    job: PrepareJob, stages: Stages, cut: Result, transcript: Transcript | None, bad_transcript: str | None = None
+    job: PrepareJob,
+    stages: Stages,
+    cut: Result,
+    transcript: Transcript | None,
+    bad_transcript: str | None = None,
+    realign: Realign | None = None,
 ) -> list[Spoken]:
-    """What is said in each segment of a recording. The division of a long text is stored."""
+    """What is said in each segment of a recording. The division of a long text is stored.
+
+    Args:
+        realign: moves words by a CTC recogniser; asked only where one is used and the division is not stored yet.
+    """
     spans: list[list[int]] = cut.meta["segments"]
     heard = stored_texts(job, stages, cut.key, "asr")
     missing = "unreadable_transcript" if bad_transcript else "no_transcript" if not (transcript or heard) else ""
@@ -43,25 +55,35 @@ def spoken_texts(
         return [_spoken(transcript.pieces[0].text, "", "given")]
     if heard is None:
         return [Spoken(missing="unaligned_transcript")] * len(spans)
-    return [_spoken(text, "", "aligned") for text in _divided(job, stages, cut, transcript.pieces[0].text, heard)]
+    texts = _divided(job, stages, cut, transcript.pieces[0].text, heard, realign)
+    return [_spoken(text, "", "aligned") for text in texts]
 
 
 def _spoken(text: str, speaker: str, source: TextSource) -> Spoken:
     return Spoken(text, source, speaker) if text.strip() else Spoken(speaker=speaker, missing="not_in_transcript")
 
 
-def _divided(job: PrepareJob, stages: Stages, cut: Result, text: str, heard: list[str]) -> list[str]:
+def _divided(
+    job: PrepareJob, stages: Stages, cut: Result, text: str, heard: list[str], realign: Realign | None
+) -> list[str]:
     """The piece of a long text that is said in each segment."""
+    recognised = stages.read("asr", depends_on(job, cut.key, "asr"))
+    ctc = bool(recognised and recognised.meta["ctc"])
     depends = {
         "cut": cut.key,
         "text": hashlib.sha256(text.encode()).hexdigest(),
         "heard": hashlib.sha256("\n".join(heard).encode()).hexdigest(),
         "normaliser": job.config.normaliser,
+        "ctc": job.judges["asr"] if ctc else "",
+        "version": VERSION,
     }
     stored = stages.read("align", depends)
     if stored is None:
         words = text.split()
         numbers = divide_text(words, heard, normaliser(job.config.normaliser).apply)
+        if ctc:
+            assert realign is not None, "a stage of the recording's task"
+            numbers = realign(words, numbers)
         texts = [" ".join(words[number] for number in part) for part in numbers]
         stored = stages.write("align", depends, {"texts": texts})
     return stored.meta["texts"]

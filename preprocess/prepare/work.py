@@ -15,14 +15,21 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from higgs_tune.preprocess.judges.interface import LanguageDetector, QualityModel, Recogniser, SpeakerEncoder
+from higgs_tune.preprocess.judges.interface import (
+    CtcAligner,
+    LanguageDetector,
+    QualityModel,
+    Recogniser,
+    SpeakerEncoder,
+)
+from higgs_tune.preprocess.prepare.align import Symbols, realign
 from higgs_tune.preprocess.prepare.fingerprint import fingerprint
 from higgs_tune.preprocess.prepare.job import VERSION, Facts, PrepareJob, depends_on
 from higgs_tune.preprocess.prepare.listen import Listened, listen
 from higgs_tune.preprocess.prepare.measure import clipping, signal_to_noise_of
 from higgs_tune.preprocess.prepare.reading import Form, read_cut, read_form, usable_file
 from higgs_tune.preprocess.prepare.segment import Span, cut_recording, find_speech
-from higgs_tune.preprocess.prepare.spoken import spoken_texts
+from higgs_tune.preprocess.prepare.spoken import Realign, spoken_texts
 from higgs_tune.preprocess.prepare.stages import Result, Stages
 from higgs_tune.preprocess.prepare.transcripts import (
     BadTranscript,
@@ -64,8 +71,24 @@ def prepare_recording(job: PrepareJob, number: int) -> Facts:
         return replace(facts, error=NO_SPEECH)
     if spans:
         _Measuring(job, stages, file, cut.key, spans).run()
-        spoken_texts(job, stages, cut, transcript, bad)
+        spoken_texts(job, stages, cut, transcript, bad, _aligner(job, file, spans))
     return facts
+
+
+def _aligner(job: PrepareJob, file: Path, spans: list[Span]) -> Realign:
+    """Moves words between segments by the recogniser's probabilities."""
+
+    def move(words: list[str], divided: list[list[int]]) -> list[list[int]]:
+        recogniser = _recogniser(job.config.asr, job.config.device)
+        assert isinstance(recogniser, CtcAligner)
+        symbols = Symbols([recogniser.symbols(word) for word in words], recogniser.blank, recogniser.between)
+
+        def log_probs(at: int) -> np.ndarray:
+            return recogniser.log_probs([read_cut(file, *spans[at])], job.config.spoken)[0]
+
+        return realign(divided, log_probs, symbols)
+
+    return move
 
 
 def _hashed(stages: Stages, path: Path) -> str:
@@ -154,7 +177,8 @@ class _Measuring:
         made: dict[str, Callable[[np.ndarray], Any]] = {"fingerprint": fingerprint}
         device, model = self.job.config.device, self.job.config.speaker_model
         if self.job.judges.get("quality"):
-            made["quality"] = lambda wave_S: round(_quality("dnsmos").score(wave_S)["overall"], 4)
+            name = self.job.judges["quality"].split()[0]
+            made["quality"] = lambda wave_S: round(_quality(name, device).score(wave_S)["overall"], 4)
         if self.job.judges.get("speaker_model"):
             made["speaker_model"] = lambda wave_S: _encoder(model, device).embed(wave_S).astype(np.float16)
         return made
@@ -171,7 +195,8 @@ class _Measuring:
             waves = list(self._waves(self.spans[begin : begin + ASR_BATCH]))
             texts += recogniser.transcribe(waves, config.spoken)
             languages += detector.detect_language(waves) if detector and name == "asr" else []
-        meta = {"texts": texts, "languages": [(code, round(share, 4)) for code, share in languages]}
+        meta: dict[str, Any] = {"texts": texts, "ctc": isinstance(recogniser, CtcAligner)}
+        meta["languages"] = [(code, round(share, 4)) for code, share in languages]
         self.stages.write(name, depends_on(self.job, self.cut_key, name), meta)
 
 
@@ -190,7 +215,7 @@ def _encoder(given: str, device: str) -> SpeakerEncoder:
 
 
 @lru_cache(maxsize=1)
-def _quality(given: str) -> QualityModel:
+def _quality(given: str, device: str) -> QualityModel:
     from higgs_tune.preprocess.judges.load import load_quality_model
 
-    return load_quality_model(given)
+    return load_quality_model(given, device)

@@ -1,0 +1,166 @@
+"""Speed and memory of higgs-prepare on recordings of any length, and kills at random moments.
+
+    python bench/prepare.py --hours 10                     one file of ten hours: speed, and memory against one hour
+    python bench/prepare.py --hours 0.5 --files 4 --processes 2 [--quality dnsmos] [--speaker_model resemblyzer]
+    python bench/prepare.py --hours 0.1 --files 4 --kills 20     kill -9 at 20 moments, then compare every byte
+
+The recordings are speech of flite where it is installed, else bursts of noise; neither a recogniser nor a text is used.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import soundfile
+
+RATE_HZ = 16_000
+SENTENCES = (
+    "The weather was warm and the children played in the garden until evening.",
+    "Please send the letter to my brother before the end of the week.",
+    "Nobody had seen the old captain since the storm took his boat away.",
+    "They will build a new school beside the library next summer.",
+)
+COMMAND = [sys.executable, "-c", "from higgs_tune.preprocess.prepare.cli import main; main()"]
+
+
+def sentences(folder: Path) -> list[np.ndarray]:
+    """float32 waves at 16 kHz."""
+    if not shutil.which("flite"):
+        rng = np.random.default_rng(0)
+        return [(0.1 * rng.normal(size=int(RATE_HZ * s))).astype(np.float32) for s in (3.5, 4, 5, 6)]
+    waves = []
+    for number, text in enumerate(SENTENCES):
+        file = folder / f"sentence-{number}.wav"
+        subprocess.run(["flite", "-voice", "slt", "-t", text, "-o", str(file)], check=True, timeout=60)
+        waves.append(soundfile.read(file, dtype="float32")[0])
+    return waves
+
+
+def make_recording(path: Path, seconds: float, waves: list[np.ndarray], seed: int) -> None:
+    """Sentences with pauses, over quiet noise."""
+    rng, written = np.random.default_rng(seed), 0
+    with soundfile.SoundFile(path, "w", RATE_HZ, 1, "PCM_16") as file:
+        while written < seconds * RATE_HZ:
+            wave = waves[int(rng.integers(len(waves)))]
+            pause = np.zeros(int(rng.uniform(0.3, 2.0) * RATE_HZ), np.float32)
+            block = np.concatenate([wave * rng.uniform(0.5, 1.0), pause])
+            file.write(block + rng.normal(0, 3e-4, len(block)).astype(np.float32))
+            written += len(block)
+
+
+def command(recordings: Path, out: Path, given: argparse.Namespace) -> list[str]:
+    options = ["--quality", given.quality, "--vad", given.vad, "--num_processes", str(given.processes)]
+    if given.speaker_model:
+        options += ["--speaker_model", given.speaker_model]
+    return [*COMMAND, str(recordings), "--out", str(out), *options]
+
+
+def children(pid: int) -> list[int]:
+    try:
+        return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    except OSError:
+        return []
+
+
+def resident_mb(pid: int) -> float:
+    """Peak resident memory of a process, in megabytes (`VmHWM`)."""
+    try:
+        for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+            if line.startswith("VmHWM"):
+                return int(line.split()[1]) / 1024
+    except OSError:
+        pass
+    return 0.0
+
+
+def run(recordings: Path, out: Path, given: argparse.Namespace) -> tuple[float, float]:
+    """Seconds, and the largest resident memory of one process in megabytes."""
+    began, most = time.monotonic(), 0.0
+    process = subprocess.Popen(command(recordings, out, given), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    while process.poll() is None:
+        most = max([most, *map(resident_mb, (process.pid, *children(process.pid)))])
+        time.sleep(0.1)
+    if process.returncode:
+        assert process.stderr
+        sys.exit(process.stderr.read().decode())
+    return time.monotonic() - began, most
+
+
+def digest(folder: Path) -> dict[str, str]:
+    files = (path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != "lock")
+    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def kill_runs(recordings: Path, folder: Path, given: argparse.Namespace) -> None:
+    """Kill a run's process group at random moments, run it to the end, compare."""
+    took, _ = run(recordings, folder / "whole", given)
+    wanted, rng = digest(folder / "whole"), random.Random(0)
+    for number in range(given.kills):
+        out, after = folder / f"killed-{number}", rng.uniform(0.1, 1.0) * took
+        process = subprocess.Popen(
+            command(recordings, out, given),
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+        time.sleep(after)
+        hit = process.poll() is None
+        if hit:
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        left = len(digest(out)) if out.exists() else 0
+        run(recordings, out, given)
+        same = digest(out) == wanted
+        print(
+            json.dumps({"kill": number, "after_s": round(after, 2), "hit": hit, "files": left, "same": same}),
+            flush=True,
+        )
+        if not same:
+            sys.exit("the result is another one")
+        shutil.rmtree(out)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--hours", type=float, default=1.0, help="length of each file")
+    parser.add_argument("--files", type=int, default=1)
+    parser.add_argument("--processes", type=int, default=1)
+    parser.add_argument("--vad", default="auto")
+    parser.add_argument("--quality", default="none")
+    parser.add_argument("--speaker_model", default="")
+    parser.add_argument("--kills", type=int, default=0)
+    parser.add_argument("--folder", type=Path, help="where files are made; by default a temporary folder")
+    given = parser.parse_args()
+    with tempfile.TemporaryDirectory(dir=given.folder) as name:
+        folder = Path(name)
+        (folder / "in").mkdir()
+        (folder / "short").mkdir()
+        waves = sentences(folder)
+        for number in range(given.files):
+            make_recording(folder / "in" / f"{number}.wav", given.hours * 3600, waves, number)
+        if given.kills:
+            kill_runs(folder / "in", folder, given)
+            return
+        make_recording(folder / "short" / "0.wav", min(360.0, given.hours * 3600), waves, 0)
+        short_s, short_mb = run(folder / "short", folder / "out-short", given)
+        long_s, long_mb = run(folder / "in", folder / "out", given)
+        seconds = given.hours * 3600 * given.files
+        made = {"audio_s": round(seconds), "wall_s": round(long_s, 1), "times_real_time": round(seconds / long_s, 1)}
+        made |= {"memory_mb": round(long_mb), "wall_s_of_6_minutes": round(short_s, 1)}
+        print(json.dumps(made | {"memory_mb_of_6_minutes": round(short_mb)}))
+
+
+if __name__ == "__main__":
+    main()
