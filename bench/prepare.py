@@ -9,7 +9,6 @@ The recordings are speech of flite where it is installed, else bursts of noise; 
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 import os
@@ -20,10 +19,12 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import soundfile
+import tyro
 
 RATE_HZ = 16_000
 SENTENCES = (
@@ -33,6 +34,28 @@ SENTENCES = (
     "They will build a new school beside the library next summer.",
 )
 COMMAND = [sys.executable, "-c", "from higgs_tune.preprocess.prepare.cli import main; main()"]
+
+
+@dataclass(frozen=True)
+class Options:
+    """Speed and memory of higgs-prepare, or kills at random moments."""
+
+    hours: float = 1.0
+    """Length of each file."""
+    files: int = 1
+    """Number of files."""
+    processes: int = 1
+    """Worker processes."""
+    vad: str = "auto"
+    """As of higgs-prepare."""
+    quality: str = "none"
+    """As of higgs-prepare."""
+    speaker_model: str = ""
+    """As of higgs-prepare."""
+    kills: int = 0
+    """Kills at random moments, in place of the measurement."""
+    folder: Path | None = None
+    """Where files are made; by default a temporary folder."""
 
 
 def sentences(folder: Path) -> list[np.ndarray]:
@@ -60,7 +83,7 @@ def make_recording(path: Path, seconds: float, waves: list[np.ndarray], seed: in
             written += len(block)
 
 
-def command(recordings: Path, out: Path, given: argparse.Namespace) -> list[str]:
+def command(recordings: Path, out: Path, given: Options) -> list[str]:
     options = ["--quality", given.quality, "--vad", given.vad, "--num_processes", str(given.processes)]
     if given.speaker_model:
         options += ["--speaker_model", given.speaker_model]
@@ -85,7 +108,7 @@ def resident_mb(pid: int) -> float:
     return 0.0
 
 
-def run(recordings: Path, out: Path, given: argparse.Namespace) -> tuple[float, float]:
+def run(recordings: Path, out: Path, given: Options) -> tuple[float, float]:
     """Seconds, and the largest resident memory of one process in megabytes."""
     began, most = time.monotonic(), 0.0
     process = subprocess.Popen(command(recordings, out, given), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
@@ -103,7 +126,7 @@ def digest(folder: Path) -> dict[str, str]:
     return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
-def kill_runs(recordings: Path, folder: Path, given: argparse.Namespace) -> None:
+def kill_runs(recordings: Path, folder: Path, given: Options) -> None:
     """Kill a run's process group at random moments, run it to the end, compare."""
     took, _ = run(recordings, folder / "whole", given)
     wanted, rng = digest(folder / "whole"), random.Random(0)
@@ -133,16 +156,7 @@ def kill_runs(recordings: Path, folder: Path, given: argparse.Namespace) -> None
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--hours", type=float, default=1.0, help="length of each file")
-    parser.add_argument("--files", type=int, default=1)
-    parser.add_argument("--processes", type=int, default=1)
-    parser.add_argument("--vad", default="auto")
-    parser.add_argument("--quality", default="none")
-    parser.add_argument("--speaker_model", default="")
-    parser.add_argument("--kills", type=int, default=0)
-    parser.add_argument("--folder", type=Path, help="where files are made; by default a temporary folder")
-    given = parser.parse_args()
+    given = tyro.cli(Options)
     with tempfile.TemporaryDirectory(dir=given.folder) as name:
         folder = Path(name)
         (folder / "in").mkdir()

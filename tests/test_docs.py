@@ -20,6 +20,7 @@ OPTIONS = re.compile(r"^    (\w+): .*", re.MULTILINE)  # the fields of dataclass
 OTHERS_FILES = {"__init__.py", "run_wer.py"}
 OTHERS_FLAGS = {
     "help",
+    "from",
     "omni",
     "deploy_config",
     "trust_remote_code",
