@@ -40,7 +40,8 @@ def recordings(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def config(recordings: Path, out: Path, **options: Any) -> PrepareConfig:
-    return PrepareConfig(recordings=(recordings,), out=out, **(LIMITS | {"speaker_by": "folder"} | options))
+    given: dict[str, Any] = {"speaker_by": "folder"} | LIMITS | options
+    return PrepareConfig(recordings=(recordings,), out=out, **given)
 
 
 @pytest.fixture(scope="module")
@@ -79,12 +80,12 @@ def test_the_manifest_builds_a_set_with_its_split_and_references(prepared: Path,
     assert summary["samples"] == 16 and not summary["rejects"]
     shards, segments = ShardSet(tmp_path / "shards"), {one.id: one for one in read_segments(prepared)}
     for row in range(16):
-        sample = shards.sample(row)
+        sample = shards.read(row)
         segment = segments[sample.key]
         reference, target = sample.meta["segments"]
         assert target["seconds"] == pytest.approx(segment.end - segment.start, abs=1e-3)
         assert segment.ref and reference["sha256"] == segments[segment.ref].sha256
-        assert (shards.index["split"][row] == SPLIT_VAL) is (segment.split == "val")
+        assert bool(shards.index["split"][row] == SPLIT_VAL) == (segment.split == "val")
     with pytest.raises(UserError, match="no sample names its side"):
         rows = [json.loads(line) for line in (prepared / "manifest.jsonl").read_bytes().splitlines()]
         write_lines(tmp_path / "plain.jsonl", [{k: v for k, v in row.items() if k != "split"} for row in rows])

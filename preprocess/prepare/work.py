@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from higgs_tune.preprocess.encode import one_thread
 from higgs_tune.preprocess.judges.interface import (
     CtcAligner,
     LanguageDetector,
@@ -70,8 +71,9 @@ def prepare_recording(job: PrepareJob, number: int) -> Facts:
     if not any(cut.meta[name] for name in ("segments", "too_short", "no_pause")):
         return replace(facts, error=NO_SPEECH)
     if spans:
-        _Measuring(job, stages, file, cut.key, spans).run()
-        spoken_texts(job, stages, cut, transcript, bad, _aligner(job, file, spans))
+        with one_thread():  # the number of threads changes the last bits of a sum
+            _Measuring(job, stages, file, cut.key, spans).run()
+            spoken_texts(job, stages, cut, transcript, bad, _aligner(job, file, spans))
     return facts
 
 
