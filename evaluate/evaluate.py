@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from higgs_tune.evaluate.bootstrap import LEVEL, RESAMPLES, SEED
 from higgs_tune.evaluate.config import EvalConfig
 from higgs_tune.evaluate.figures import Systems, changes, compare, compare_groups, find_swaps, shuffled
@@ -181,14 +182,16 @@ def _judge_all(
             judged[name] = [spoken[name].amend(*pair) for pair in zip(lines, judged[name], strict=True)]
     targets = [given.seconds for given in judged[CEILING]] if config.ceiling else [None] * len(lines)
 
-    def utterances(judgements: list[Judgement], path_of: Callable[[Line], str]) -> list[Utterance]:
+    def utterances(
+        judgements: list[Judgement], path_of: Callable[[Line], str], voices: dict[str, np.ndarray] = references
+    ) -> list[Utterance]:
         return [
             measure(
                 line,
                 given,
                 chosen,
                 wav=path_of(line),
-                reference_D=references.get(line.ref_audio),
+                reference_D=voices.get(line.ref_audio),
                 rates_quality=judging.judges.quality is not None,
                 target_seconds=target,
             )
@@ -200,15 +203,16 @@ def _judge_all(
         _warn_of_swaps(name, systems[name])
     if len(lines) > 1:
         source = next(iter(paths))
-        other = shuffled([utterance.text for utterance in systems[source]])
-        floor = [_floor(judged[source][at]) for at in other]
-        systems[FLOOR] = utterances(floor, lambda line: "")
+        voices = [line.speaker or line.ref_audio for line in lines]
+        floor = _floor(judged[source], [utterance.text for utterance in systems[source]], voices)
+        systems[FLOOR] = utterances(floor, lambda line: "", references if len(set(voices)) > 1 else {})
     return {name: systems[name] for name in (*spoken, *(name for name in (CEILING, FLOOR) if name in systems))}
 
 
-def _floor(given: Judgement) -> Judgement:
-    """A judgement as another line's: transcript and voice alone."""
-    return Judgement(given.heard, embedding_D=given.embedding_D)
+def _floor(judged: list[Judgement], texts: list[str], voices: list[str]) -> list[Judgement]:
+    """For each line the transcript of another text and the voice of another speaker."""
+    pairs = zip(shuffled(texts), shuffled(voices), strict=True)
+    return [Judgement(judged[text].heard, embedding_D=judged[voice].embedding_D) for text, voice in pairs]
 
 
 def _progress(name: str, total: int) -> Callable[[int], None]:

@@ -25,6 +25,12 @@ COLUMNS = {
     "duration_ratio": ("duration / target", False),
 }  # fmt: skip
 
+COUNTED = {
+    "utterances": "lines", "problems": "with a problem", "words": "words", "word_substitutions": "substituted",
+    "word_deletions": "deleted", "word_insertions": "inserted", "characters": "characters",
+    "character_substitutions": "substituted", "character_deletions": "deleted", "character_insertions": "inserted",
+}  # fmt: skip
+
 
 def shown_figure(figure: dict[str, float] | None, percent: bool, *, signed: bool = False) -> str:
     """A figure with its interval as text."""
@@ -40,7 +46,7 @@ def write_page(out: Path, systems: Systems, result: dict[str, Any]) -> None:
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=jinja2.StrictUndefined
     )
-    environment.globals.update(shown=shown_figure, columns=COLUMNS, verdict=verdict)
+    environment.globals.update(shown=shown_figure, columns=COLUMNS, counted=COUNTED, verdict=verdict)
     spoken = {name: said for name, said in systems.items() if name != "floor"}
     rows = sorted(zip(*spoken.values(), strict=True), key=_badness, reverse=True)
     stream = environment.get_template("page.html").stream(

@@ -63,6 +63,8 @@ def test_known_answers(setting: Path) -> None:
     assert good["chars_per_second"]["mean"] == pytest.approx(letters / 6)
     assert result["ceiling"]["sim"]["mean"] == pytest.approx(np.cos(0.01), abs=1e-5)
     assert result["floor"]["wer"]["mean"] > 0.8
+    other_voices = (np.cos(0.11) + np.cos(0.09)) / 2  # the other speaker's real clip against each reference
+    assert result["floor"]["sim"]["mean"] == pytest.approx(other_voices, abs=1e-5)
     assert result["paired"]["base"] == "good"
     difference = result["paired"]["minus_base"]["poor"]["sim"]
     assert difference["high"] == pytest.approx(np.cos(0.5) - np.cos(0.02), abs=1e-4)

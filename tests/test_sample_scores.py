@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from higgs_tune.inspect.web.run import read_run, run_page
 from higgs_tune.preprocess.judges.edits import count_edits
 from higgs_tune.preprocess.judges.normalisers import normaliser
 from higgs_tune.shards.errors import UserError
@@ -29,7 +30,7 @@ class Listener:
     name, revision = "listener", "1"
 
     def __init__(self) -> None:
-        self.asked = 0
+        self.asked = self.embedded = 0
 
     def transcribe(self, waves_S: Sequence[np.ndarray], language: str) -> list[str]:
         self.asked += len(waves_S)
@@ -37,6 +38,7 @@ class Listener:
         return ["قال" * (len(wave_S) // 3200) for wave_S in waves_S]
 
     def embed(self, wave_S: np.ndarray) -> np.ndarray:
+        self.embedded += 1
         return np.array([np.abs(wave_S).mean(), 0.01], np.float32)
 
 
@@ -71,6 +73,7 @@ def test_figures_stand_beside_base_and_targets(options: dict[str, Any], listener
     lines = run(options, out, **judged)
     assert [line["step"] for line in lines] == [2, 4]
     assert listener.asked <= 3 * 4  # targets, base, two rounds
+    assert listener.embedded <= 3 * 4 + 3  # each reference voice once
     entries = {path.parent.name: json.loads(path.read_bytes()) for path in (out / "samples").glob("*/samples.json")}
     apply = normaliser("omnivoice").apply
     for line, name in zip(lines, ("step-000002", "step-000004"), strict=True):
@@ -81,9 +84,38 @@ def test_figures_stand_beside_base_and_targets(options: dict[str, Any], listener
         assert line["judges"] == "listener 1; listener 1; language ar; normaliser omnivoice"
     board = EventAccumulator(str(out / "tensorboard")).Reload()
     assert {"samples/cer", "samples/target_similarity"} <= set(board.Tags()["scalars"])
+    page = run_page(read_run(out))
+    for name in ("cer", "similarity"):
+        (chart,) = (chart for chart in page["charts"] if chart["id"] == f"run-{name}")
+        curves = {curve["name"]: curve for curve in chart["data"]}
+        assert len(curves) == 3  # beside base and target
+        for curve, key in zip(curves.values(), (name, f"base_{name}", f"target_{name}"), strict=True):
+            assert (curve["x"], curve["y"]) == ([2, 4], [line[key] for line in lines])
+    steps = page["generated"]["rows"][0]["steps"]
+    assert {"base", "step-000002", "step-000004"} == set(steps) and all("cer" in facts for facts in steps.values())
     best = min(lines, key=lambda line: line["cer"])
     (folder,) = out.glob("best-*")
     assert folder.name == f"best-{best['step']}"
+
+
+def test_a_judge_that_joins_on_resume_scores_the_base_too(
+    options: dict[str, Any], listener: Listener, tmp_path: Path
+) -> None:
+    """Its figures stand beside the same base and targets as if it had been there from the start."""
+    judged = {"sample_asr": "x", "sample_speaker_model": "x"}
+    whole = run(options, tmp_path / "whole", **judged)
+    first = {"max_steps": 2, "save_steps": 2, "lr_scheduler_type": "constant"}
+    (begun,) = run(options, tmp_path / "out", **first)
+    assert "cer" not in begun
+    lines = run(options, tmp_path / "out", **judged, save_steps=2, resume_from_checkpoint="auto")
+    added = {key: value for key, value in lines[-1].items() if key.startswith(("base_", "target_")) or key == "judges"}
+    assert added and added == {key: whole[-1][key] for key in added}
+    assert lines[-1]["step"] == 4 and {"cer", "similarity"} <= lines[-1].keys()
+    base = json.loads((tmp_path / "out" / "samples" / "base" / "samples.json").read_bytes())
+    assert all(entry["judges"] == lines[-1]["judges"] for entry in base)
+    asked = listener.asked
+    run(options, tmp_path / "out", **judged, max_steps=6, save_steps=2, resume_from_checkpoint="auto")
+    assert listener.asked - asked <= 3 + 3  # targets and one round: the base is not judged again
 
 
 def test_samples_and_training_are_the_same_with_judges_and_without(
