@@ -36,7 +36,7 @@ from higgs_tune.preprocess.prepare.records import (
     read_segments_file,
     write_lines,
 )
-from higgs_tune.preprocess.prepare.stages import WORK
+from higgs_tune.preprocess.prepare.stages import PARTS, WORK
 from higgs_tune.shards import durable
 from higgs_tune.shards.errors import UserError
 from higgs_tune.shards.lock import locked
@@ -73,6 +73,7 @@ def prepare(config: PrepareConfig) -> dict[str, Any]:
         recordings = _recordings(job.recordings, facts)
         segments, embeddings_ND = _measured(job, [fact for fact, one in zip(facts, recordings, strict=True)
                                                   if one.error is None])  # fmt: skip
+        durable.remove(out / WORK / PARTS)
         write_lines(out / WORK / MEASURED, segments)
         _write_embeddings(out, embeddings_ND)
         return _decide_and_write(config, out, segments, embeddings_ND, recordings)

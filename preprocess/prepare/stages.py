@@ -18,6 +18,7 @@ import numpy as np
 from higgs_tune.shards import durable
 
 WORK = "work"
+PARTS = "parts"  # of results that are not whole yet; they are removed when a run ends
 _META = "meta"
 
 

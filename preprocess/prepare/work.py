@@ -8,7 +8,6 @@ Shapes: S samples.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
@@ -31,7 +30,7 @@ from higgs_tune.preprocess.prepare.measure import clipping, signal_to_noise_of
 from higgs_tune.preprocess.prepare.reading import Form, read_cut, read_form, usable_file
 from higgs_tune.preprocess.prepare.segment import Span, cut_recording, find_speech
 from higgs_tune.preprocess.prepare.spoken import Realign, spoken_texts
-from higgs_tune.preprocess.prepare.stages import Result, Stages
+from higgs_tune.preprocess.prepare.stages import PARTS, Result, Stages
 from higgs_tune.preprocess.prepare.transcripts import (
     BadTranscript,
     Transcript,
@@ -42,7 +41,8 @@ from higgs_tune.preprocess.prepare.transcripts import (
 from higgs_tune.preprocess.reject import Reject
 from higgs_tune.shards.writer import file_sha256
 
-ASR_BATCH = 16
+PART = 16
+JUDGED = ("asr", "second_asr", "quality", "speaker_model")
 NO_SPEECH = "no_speech: nobody speaks in it"
 
 
@@ -144,62 +144,55 @@ def _cut(job: PrepareJob, facts: Facts, heard: Listened, places: list[int] | Non
 
 
 class _Measuring:
-    """All that needs the samples of the segments: recognisers, quality, voice, fingerprint; one stage each."""
+    """All that needs the samples of the segments: recognisers, quality, voice, fingerprint; one stage each.
+
+    Each stage is made in parts of `PART` segments, so that a kill loses little of a long recording.
+    """
 
     def __init__(self, job: PrepareJob, stages: Stages, file: Path, cut_key: str, spans: list[Span]) -> None:
         self.job, self.stages, self.file, self.cut_key, self.spans = job, stages, file, cut_key, spans
 
     def run(self) -> None:
-        for name in ("asr", "second_asr"):
-            if self.job.judges.get(name):
-                self._transcribe(name)
-        wanted = {name: made for name, made in self._measures().items() if self._missing(name)}
-        if not wanted:
-            return
-        columns: dict[str, list[Any]] = {name: [] for name in wanted}
-        for wave_S in self._waves(self.spans):
-            for name, measure in wanted.items():
-                columns[name].append(measure(wave_S))
-        for name, values in columns.items():
-            depends = depends_on(self.job, self.cut_key, name)
-            if name == "speaker_model":
-                self.stages.write(name, depends, {}, {"embeddings": np.stack(values)})
-            else:
-                self.stages.write(name, depends, {"values": values})
+        names = [name for name in JUDGED if self.job.judges.get(name)] + ["fingerprint"]
+        names = [name for name in names if self.stages.read(name, self._depends(name)) is None]
+        places = range(0, len(self.spans), PART)
+        parts = [self._part(names, at) for at in places] if names else []
+        for name in names:
+            made = [part[name] for part in parts]
+            meta = made[0].meta | {key: [one for part in made for one in part.meta[key]]
+                                   for key, value in made[0].meta.items() if isinstance(value, list)}  # fmt: skip
+            arrays = {key: np.concatenate([part.arrays[key] for part in made]) for key in made[0].arrays}
+            self.stages.write(name, self._depends(name), meta, arrays)
 
-    def _waves(self, spans: list[Span]) -> Iterator[np.ndarray]:
-        for span in spans:
-            yield read_cut(self.file, span.start, span.end)
+    def _depends(self, name: str) -> dict[str, Any]:
+        return depends_on(self.job, self.cut_key, name)
 
-    def _missing(self, name: str) -> bool:
-        return self.stages.read(name, depends_on(self.job, self.cut_key, name)) is None
+    def _part(self, names: list[str], begin: int) -> dict[str, Result]:
+        """The results of the segments from number `begin` on; audio is read if one is missing."""
+        depends = {name: {"stage": name, "of": self._depends(name), "begin": begin} for name in names}
+        found = {name: self.stages.read(PARTS, depends[name]) for name in names}
+        missing = [name for name in names if found[name] is None]
+        waves = [read_cut(self.file, *span) for span in self.spans[begin : begin + PART]] if missing else []
+        for name in missing:
+            found[name] = self.stages.write(PARTS, depends[name], *self._measure(name, waves))
+        return {name: result for name, result in found.items() if result is not None}
 
-    def _measures(self) -> dict[str, Callable[[np.ndarray], Any]]:
-        """The measures that give one value a segment; models load when the first is needed."""
-        made: dict[str, Callable[[np.ndarray], Any]] = {"fingerprint": fingerprint}
-        device, model = self.job.config.device, self.job.config.speaker_model
-        if self.job.judges.get("quality"):
-            name = self.job.judges["quality"].split()[0]
-            made["quality"] = lambda wave_S: round(_quality(name, device).score(wave_S)["overall"], 4)
-        if self.job.judges.get("speaker_model"):
-            made["speaker_model"] = lambda wave_S: _encoder(model, device).embed(wave_S).astype(np.float16)
-        return made
-
-    def _transcribe(self, name: str) -> None:
-        if not self._missing(name):
-            return
-        config = self.job.config
-        recogniser = _recogniser(getattr(config, name), config.device)
-        detector = recogniser if isinstance(recogniser, LanguageDetector) and config.language else None
-        texts: list[str] = []
-        languages: list[tuple[str, float]] = []
-        for begin in range(0, len(self.spans), ASR_BATCH):
-            waves = list(self._waves(self.spans[begin : begin + ASR_BATCH]))
-            texts += recogniser.transcribe(waves, config.spoken)
-            languages += detector.detect_language(waves) if detector and name == "asr" else []
-        meta: dict[str, Any] = {"texts": texts, "ctc": isinstance(recogniser, CtcAligner)}
-        meta["languages"] = [(code, round(share, 4)) for code, share in languages]
-        self.stages.write(name, depends_on(self.job, self.cut_key, name), meta)
+    def _measure(self, name: str, waves: list[np.ndarray]) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+        """Values and arrays of one stage; its model is loaded when it is first needed."""
+        device, judge = self.job.config.device, self.job.judges.get(name, "")
+        if name == "fingerprint":
+            return {"values": [fingerprint(wave_S) for wave_S in waves]}, {}
+        if name == "quality":
+            model = _quality(judge.split()[0], device)
+            return {"values": [round(model.score(wave_S)["overall"], 4) for wave_S in waves]}, {}
+        if name == "speaker_model":
+            encoder = _encoder(self.job.config.speaker_model, device)
+            return {}, {"embeddings": np.stack([encoder.embed(wave_S) for wave_S in waves]).astype(np.float16)}
+        recogniser = _recogniser(getattr(self.job.config, name), device)
+        texts, languages = recogniser.transcribe(waves, self.job.config.spoken), list[tuple[str, float]]()
+        if name == "asr" and self.job.config.language and isinstance(recogniser, LanguageDetector):
+            languages = [(code, round(share, 4)) for code, share in recogniser.detect_language(waves)]
+        return {"texts": texts, "languages": languages, "ctc": isinstance(recogniser, CtcAligner)}, {}
 
 
 @lru_cache(maxsize=2)
