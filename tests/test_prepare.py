@@ -20,7 +20,7 @@ from higgs_tune.preprocess.prepare.reading import read_blocks, read_form
 from higgs_tune.preprocess.prepare.records import Decision, RejectReason, Segment, segment_id
 from higgs_tune.preprocess.prepare.segment import Cutting, cut_recording, find_speech
 from higgs_tune.preprocess.prepare.speakers import cluster_voices
-from higgs_tune.preprocess.prepare.transcripts import BadTranscript, boundaries, read_transcript, text_between
+from higgs_tune.preprocess.prepare.transcripts import BadTranscript, boundaries, read_transcript, text_between, turns
 
 CUTTING = Cutting(min_ms=2880, max_ms=14880, min_pause_ms=200, max_pause_ms=1000, pad_ms=60, vad_threshold=0.5)
 
@@ -91,6 +91,17 @@ def test_cuts_never_lie_in_speech(seed: int) -> None:
         assert sum(one.start <= span.start and span.end <= one.end for one in spans) == 1
 
 
+@pytest.mark.fast
+def test_no_segment_holds_two_named_speakers() -> None:
+    levels_L = np.concatenate([np.full(250, 40, np.uint8), np.full(40, 140, np.uint8)] * 6)
+    heard = Listened(np.zeros(0, np.uint8), levels_L, np.zeros(len(levels_L), np.uint8))
+    total_ms, turn = len(levels_L) * 10, 3 * 2900
+    (whole, *_) = cut_recording(heard, total_ms, CUTTING, None, []).segments
+    assert whole.start < turn < whole.end - 200
+    cuts = cut_recording(heard, total_ms, CUTTING, None, [turn])
+    assert len(cuts.segments) == 2 and not any(one.start + 200 < turn < one.end - 200 for one in cuts.segments)
+
+
 # transcripts
 
 
@@ -116,7 +127,8 @@ def test_every_form_of_transcript_says_the_same(tmp_path: Path, name: str) -> No
         text_between(transcript, 500, 2800)[0] == "Hello there" and text_between(transcript, 2800, 9000)[0] == "again"
     )
     assert (boundaries(transcript) == [1000, 2500, 3000, 4000]) is (transcript.kind == "cues")
-    assert text_between(transcript, 500, 2800)[1] == ("Ann" if name in ("a.vtt", "b.json") else "")
+    assert text_between(transcript, 500, 2800)[1] == {"Ann" if name in ("a.vtt", "b.json") else ""}
+    assert turns(transcript) == ([3000] if name == "a.vtt" else [])
 
 
 @pytest.mark.fast

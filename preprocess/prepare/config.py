@@ -85,7 +85,7 @@ class PrepareConfig(Thresholds):
     """Longest segment, in seconds."""
     min_pause: Annotated[float, MORE_THAN_0] = 0.2
     """Shortest pause that a recording is cut in, in seconds."""
-    max_pause: Annotated[float, MORE_THAN_0] = 1.0
+    max_pause: Annotated[float, MORE_THAN_0] = 1.5
     """Longest pause within a segment, in seconds."""
     pad_seconds: Annotated[float, AT_LEAST_0] = 0.06
     """Silence that a segment keeps before and after its speech, in seconds."""

@@ -60,16 +60,23 @@ class Cuts:
     no_pause: list[Span]
 
 
-def cut_recording(heard: Listened, total_ms: int, cutting: Cutting, boundaries_ms: Sequence[int] | None = None) -> Cuts:
+def cut_recording(
+    heard: Listened,
+    total_ms: int,
+    cutting: Cutting,
+    boundaries_ms: Sequence[int] | None = None,
+    turns_ms: Sequence[int] = (),
+) -> Cuts:
     """The segments of a recording.
 
     Args:
         boundaries_ms: where the transcript may be divided, in order; None: anywhere.
+        turns_ms: where another speaker begins, in order; pauses there are in no segment.
     """
     spans = find_speech(heard, total_ms, cutting.vad_threshold)
     pieces = _pieces(spans, cutting, boundaries_ms)
     segments, too_short, no_pause = [], [], []
-    for group in _group(pieces, cutting):
+    for group in _group(pieces, cutting, turns_ms):
         length = group.end - group.start
         kind = no_pause if length > cutting.max_ms else too_short if length < cutting.min_ms else segments
         kind.append(group)
@@ -196,7 +203,7 @@ def _divide(piece: list[Span], max_ms: int, boundaries_ms: Sequence[int] | None)
     return done
 
 
-def _group(pieces: list[Span], cutting: Cutting) -> list[Span]:
+def _group(pieces: list[Span], cutting: Cutting, turns_ms: Sequence[int]) -> list[Span]:
     """Neighbouring pieces as segments, by a shortest path from the first piece to the end."""
     best, choice = [0.0] * (len(pieces) + 1), [0] * (len(pieces) + 1)
     for end in range(1, len(pieces) + 1):
@@ -204,9 +211,10 @@ def _group(pieces: list[Span], cutting: Cutting) -> list[Span]:
         inside = 0.0
         for begin in range(end - 1, -1, -1):
             if begin < end - 1:
-                gap = pieces[begin + 1].start - pieces[begin].end
-                inside += LONG_GAP * gap / 1000
-                if gap > cutting.max_pause_ms or pieces[end - 1].end - pieces[begin].start > cutting.max_ms:
+                gap = Span(pieces[begin].end, pieces[begin + 1].start)
+                inside += LONG_GAP * (gap.end - gap.start) / 1000
+                too_long = pieces[end - 1].end - pieces[begin].start > cutting.max_ms
+                if too_long or gap.end - gap.start > cutting.max_pause_ms or (turns_ms and _divides(gap, turns_ms)):
                     break
             before = pieces[begin].start - pieces[begin - 1].end if begin else None
             cost = best[begin] + inside + _cost(Span(pieces[begin].start, pieces[end - 1].end), before, cutting)

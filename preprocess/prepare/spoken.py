@@ -50,13 +50,20 @@ def spoken_texts(
     if transcript is None:
         return [Spoken(text, "asr") if text.strip() else Spoken(missing="nothing_heard") for text in heard or ()]
     if transcript.kind != "text":
-        return [_spoken(*text_between(transcript, start, end), "given") for start, end in spans]
+        return [_said_between(transcript, start, end) for start, end in spans]
     if cut.meta["whole"] and len(spans) == 1:
         return [_spoken(transcript.pieces[0].text, "", "given")]
     if heard is None:
         return [Spoken(missing="unaligned_transcript")] * len(spans)
     texts = _divided(job, stages, cut, transcript.pieces[0].text, heard, realign)
     return [_spoken(text, "", "aligned") for text in texts]
+
+
+def _said_between(transcript: Transcript, start: int, end: int) -> Spoken:
+    text, speakers = text_between(transcript, start, end)
+    if len(speakers) > 1:
+        return Spoken(missing="several_speakers")
+    return _spoken(text, "".join(speakers), "given")
 
 
 def _spoken(text: str, speaker: str, source: TextSource) -> Spoken:

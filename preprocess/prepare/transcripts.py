@@ -12,6 +12,7 @@ import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
@@ -181,11 +182,12 @@ def boundaries(transcript: Transcript) -> list[int] | None:
     return sorted({at for piece in transcript.pieces for at in (piece.start, piece.end)})
 
 
-def text_between(transcript: Transcript, start: int, end: int) -> tuple[str, str]:
-    """Text and speaker of the pieces whose middle lies in a stretch of the recording (milliseconds).
+def turns(transcript: Transcript) -> list[int]:
+    """Where one named speaker follows another, in milliseconds and in order."""
+    return [two.start for one, two in pairwise(transcript.pieces) if one.speaker != two.speaker]
 
-    The speaker is empty where pieces name several, or none.
-    """
+
+def text_between(transcript: Transcript, start: int, end: int) -> tuple[str, set[str]]:
+    """Text and speakers (names, or empty) of the pieces whose middle lies in a stretch of milliseconds."""
     inside = [piece for piece in transcript.pieces if start <= (piece.start + piece.end) / 2 < end]
-    speakers = {piece.speaker for piece in inside}
-    return " ".join(piece.text for piece in inside), speakers.pop() if len(speakers) == 1 else ""
+    return " ".join(piece.text for piece in inside), {piece.speaker for piece in inside}

@@ -37,6 +37,7 @@ from higgs_tune.preprocess.prepare.transcripts import (
     boundaries,
     find_transcript,
     read_transcript,
+    turns,
 )
 from higgs_tune.preprocess.reject import Reject
 from higgs_tune.shards.writer import file_sha256
@@ -126,18 +127,26 @@ def cut_of(
     """Segments, with what the first pass tells of them: stored, or made from what was heard in it."""
     depends = {"sha256": facts.sha256, "vad": job.vad, "revision": job.vad_revision, "cutting": vars(job.cutting)}
     places = boundaries(transcript) if transcript else None
-    depends |= {"boundaries": places, "text": bool(transcript and transcript.kind == "text"), "version": VERSION}
+    changes = turns(transcript) if transcript else []
+    depends |= {
+        "boundaries": places,
+        "turns": changes,
+        "text": bool(transcript and transcript.kind == "text"),
+        "version": VERSION,
+    }
     stored = stages.read("cut", depends)
     if stored is None:
         assert heard is not None, "listened before"
-        stored = stages.write("cut", depends, _cut(job, facts, heard, places, text=depends["text"]))
+        stored = stages.write("cut", depends, _cut(job, facts, heard, places, changes, depends["text"]))
     return stored
 
 
-def _cut(job: PrepareJob, facts: Facts, heard: Listened, places: list[int] | None, *, text: bool) -> dict[str, Any]:
+def _cut(
+    job: PrepareJob, facts: Facts, heard: Listened, places: list[int] | None, changes: list[int], text: bool
+) -> dict[str, Any]:
     speech = find_speech(heard, facts.total_ms, job.cutting.vad_threshold)
     whole = text and bool(speech) and speech[-1].end - speech[0].start <= job.cutting.max_ms
-    cuts = cut_recording(heard, facts.total_ms, job.cutting, [] if whole else places)
+    cuts = cut_recording(heard, facts.total_ms, job.cutting, [] if whole else places, changes)
     meta: dict[str, Any] = {name: [list(span) for span in spans] for name, spans in vars(cuts).items()}
     meta |= {"snr": signal_to_noise_of(heard, cuts.segments, speech), "whole": whole}
     return meta | {"clipping": [clipping(heard, span) for span in cuts.segments]}
