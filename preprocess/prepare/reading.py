@@ -9,6 +9,7 @@ Shapes: S samples, C channels.
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import tempfile
@@ -29,6 +30,8 @@ RATE_HZ = 16_000
 BLOCK_S = 20
 AUDIO = "audio"
 FFMPEG = "ffmpeg"
+_ADDRESS = re.compile(r" @ 0x[0-9a-f]+")  # in ffmpeg's messages; they differ from run to run
+_DURATION = re.compile(r"Duration: (\d+):(\d+):([\d.]+)")
 _ANY_LENGTH = AudioOptions(min_seconds=0.0, max_seconds=1e9)
 
 
@@ -124,21 +127,44 @@ def _may_be_media(path: Path) -> bool:
 
 
 def _convert(path: Path, converted: Path) -> None:
-    """Decode the first audio stream to FLAC, at its own rate, mixed down to at most two channels."""
+    """Decode the first audio stream to FLAC, at its own rate, mixed to mono; a decoding error fails."""
     converted.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=converted.parent, prefix=durable.TEMP_PREFIX) as folder:
         made = Path(folder) / "audio.flac"
-        command = [FFMPEG, "-nostdin", "-v", "error", "-i", f"file:{path.absolute()}", "-map", "0:a:0", "-vn", "-sn"]
+        command = [
+            FFMPEG,
+            "-nostdin",
+            "-hide_banner",
+            "-nostats",
+            "-xerror",
+            "-i",
+            f"file:{path.absolute()}",
+            "-map",
+            "0:a:0",
+            "-vn",
+            "-sn",
+        ]
         command += ["-ac", "1", "-map_metadata", "-1", "-fflags", "+bitexact", "-flags", "+bitexact", str(made)]
         done = subprocess.run(command, capture_output=True, check=False)
+        said = _ADDRESS.sub("", done.stderr.decode("utf-8", "replace")).strip().splitlines() or ["no message"]
         if done.returncode or not made.is_file():
-            said = done.stderr.decode("utf-8", "replace").strip().splitlines() or ["no message"]
             missing = any("matches no streams" in line for line in said)
             detail = "a video without audio" if missing else f"ffmpeg cannot decode it: {said[-1]:.200}"
             raise Reject("no_audio_stream" if missing else "unreadable_audio", detail, str(path))
+        _refuse_shorter(made, "\n".join(said), str(path))
         durable.fsync_file(made)
         made.replace(converted)
         durable.fsync_folder(converted.parent)
+
+
+def _refuse_shorter(made: Path, said: str, name: str) -> None:
+    """Refuse a recording of which ffmpeg decoded less than the container's header states."""
+    form, stated = read_form(made), _DURATION.search(said)
+    if stated:
+        seconds = int(stated[1]) * 3600 + int(stated[2]) * 60 + float(stated[3])
+        if form.frames / form.rate < seconds - max(1.0, 0.02 * seconds):
+            detail = f"the header states {seconds:.1f} s, ffmpeg decodes {form.frames / form.rate:.1f} s"
+            raise Reject("truncated_audio", detail, name)
 
 
 def _regular(path: Path) -> Path:
