@@ -108,9 +108,9 @@ def resident_mb(pid: int) -> float:
     return 0.0
 
 
-def run(recordings: Path, out: Path, given: Options) -> tuple[float, float]:
-    """Seconds, and the largest resident memory of one process in megabytes."""
-    began, most = time.monotonic(), 0.0
+def run(recordings: Path, out: Path, given: Options) -> tuple[float, float, float]:
+    """Seconds of wall and of processor time, and the largest resident memory of one process in megabytes."""
+    began, most, before = time.monotonic(), 0.0, os.times()
     process = subprocess.Popen(command(recordings, out, given), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     while process.poll() is None:
         most = max([most, *map(resident_mb, (process.pid, *children(process.pid)))])
@@ -118,7 +118,9 @@ def run(recordings: Path, out: Path, given: Options) -> tuple[float, float]:
     if process.returncode:
         assert process.stderr
         sys.exit(process.stderr.read().decode())
-    return time.monotonic() - began, most
+    after = os.times()
+    used = after.children_user + after.children_system - before.children_user - before.children_system
+    return time.monotonic() - began, used, most
 
 
 def digest(folder: Path) -> dict[str, str]:
@@ -128,7 +130,7 @@ def digest(folder: Path) -> dict[str, str]:
 
 def kill_runs(recordings: Path, folder: Path, given: Options) -> None:
     """Kill a run's process group at random moments, run it to the end, compare."""
-    took, _ = run(recordings, folder / "whole", given)
+    took, _, _ = run(recordings, folder / "whole", given)
     wanted, rng = digest(folder / "whole"), random.Random(0)
     for number in range(given.kills):
         out, after = folder / f"killed-{number}", rng.uniform(0.1, 1.0) * took
@@ -168,10 +170,11 @@ def main() -> None:
             kill_runs(folder / "in", folder, given)
             return
         make_recording(folder / "short" / "0.wav", min(360.0, given.hours * 3600), waves, 0)
-        short_s, short_mb = run(folder / "short", folder / "out-short", given)
-        long_s, long_mb = run(folder / "in", folder / "out", given)
+        short_s, _, short_mb = run(folder / "short", folder / "out-short", given)
+        long_s, long_cpu_s, long_mb = run(folder / "in", folder / "out", given)
         seconds = given.hours * 3600 * given.files
         made = {"audio_s": round(seconds), "wall_s": round(long_s, 1), "times_real_time": round(seconds / long_s, 1)}
+        made |= {"cpu_s": round(long_cpu_s, 1), "times_real_time_a_core": round(seconds / long_cpu_s, 1)}
         made |= {"memory_mb": round(long_mb), "wall_s_of_6_minutes": round(short_s, 1)}
         print(json.dumps(made | {"memory_mb_of_6_minutes": round(short_mb)}))
 

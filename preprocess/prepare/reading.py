@@ -131,30 +131,24 @@ def _convert(path: Path, converted: Path) -> None:
     converted.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=converted.parent, prefix=durable.TEMP_PREFIX) as folder:
         made = Path(folder) / "audio.flac"
-        command = [
-            FFMPEG,
-            "-nostdin",
-            "-hide_banner",
-            "-nostats",
-            "-xerror",
-            "-i",
-            f"file:{path.absolute()}",
-            "-map",
-            "0:a:0",
-            "-vn",
-            "-sn",
-        ]
-        command += ["-ac", "1", "-map_metadata", "-1", "-fflags", "+bitexact", "-flags", "+bitexact", str(made)]
+        command = [FFMPEG, "-nostdin", "-hide_banner", "-nostats", "-xerror", "-i", f"file:{path.absolute()}"]
+        command += ["-map", "0:a:0", "-vn", "-sn", "-ac", "1", "-map_metadata", "-1"]
+        command += ["-fflags", "+bitexact", "-flags", "+bitexact", str(made)]
         done = subprocess.run(command, capture_output=True, check=False)
         said = _ADDRESS.sub("", done.stderr.decode("utf-8", "replace")).strip().splitlines() or ["no message"]
         if done.returncode or not made.is_file():
             missing = any("matches no streams" in line for line in said)
-            detail = "a video without audio" if missing else f"ffmpeg cannot decode it: {said[-1]:.200}"
+            detail = "a video without audio" if missing else f"ffmpeg cannot decode it: {_error(said):.200}"
             raise Reject("no_audio_stream" if missing else "unreadable_audio", detail, str(path))
         _refuse_shorter(made, "\n".join(said), str(path))
         durable.fsync_file(made)
         made.replace(converted)
         durable.fsync_folder(converted.parent)
+
+
+def _error(said: list[str]) -> str:
+    """The last line that names an error, or the last."""
+    return next((line for line in reversed(said) if re.search("error|invalid", line, re.IGNORECASE)), said[-1])
 
 
 def _refuse_shorter(made: Path, said: str, name: str) -> None:
