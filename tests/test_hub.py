@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import fnmatch
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import huggingface_hub
 import pytest
 from conftest import EXAMPLES, preprocess
+from helpers.hub_server import hub_server
 from helpers.tiny import run_train
 from higgs_tune.inspect.checkpoints import Checkpoints
 from higgs_tune.preprocess.checkpoints.hub import CONFIG_FILES, PINNED, local_checkpoint, name_of
@@ -175,3 +179,33 @@ def test_a_repositorys_folder_in_the_cache_stands_for_its_snapshot(tmp_path: Pat
         local_checkpoint(cached(tmp_path, "me/many", two, None))
     with pytest.raises(UserError, match=r"this is the cache of the Hub .*got models--"):
         local_checkpoint(tmp_path)
+
+
+def test_offline_use_and_tokens(tmp_path: Path) -> None:
+    """As docs/released_checkpoints.md says, by the Hub's own client and a server that asks for a token."""
+    code = (
+        "import sys; from pathlib import Path; from higgs_tune.preprocess.checkpoints.hub import local_checkpoint as f;"
+    )
+    code += "print(f(Path(sys.argv[1])))"
+
+    def ask(name: str, **environment: str) -> subprocess.CompletedProcess[str]:
+        plain = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
+        plain |= {"HF_HOME": str(tmp_path / "home"), "HF_ENDPOINT": url, **environment}
+        words = [sys.executable, "-c", code, name]
+        return subprocess.run(words, check=False, env=plain, capture_output=True, text=True, timeout=120)
+
+    with hub_server() as hub:
+        url = hub.url
+        hub.repositories.add("me/voice")
+        hub.files |= {("me/voice", "config.json"): b"{}", ("me/voice", "model.safetensors"): b"weights"}
+        refused = ask("me/voice")
+        assert refused.returncode == 1 and "no such folder, and as a Hub repository" in refused.stderr
+        fetched = ask("me/voice", HF_TOKEN=hub.token)
+        assert fetched.returncode == 0, fetched.stderr
+        folder = Path(fetched.stdout.strip())
+        assert (folder / "model.safetensors").read_bytes() == b"weights"
+    again = ask("me/voice", HF_HUB_OFFLINE="1")  # the server is gone
+    assert Path(again.stdout.strip()) == folder, again.stderr
+    assert ask(str(folder), HF_HUB_OFFLINE="1").stdout.strip() == str(folder)
+    missing = ask("me/other", HF_HUB_OFFLINE="1")
+    assert missing.returncode == 1 and "UserError: no such folder, and as a Hub repository" in missing.stderr

@@ -23,7 +23,7 @@ from higgs_tune.train.checkpoint.folder import (
 from higgs_tune.train.config import TrainConfig
 from higgs_tune.train.dist.context import DistContext
 from higgs_tune.train.loop import train
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 STEPS = 9
 LOSSES = ("loss", "text_loss", "audio_loss", "audio_loss_per_codebook", "eos_loss", "grad_norm", "learning_rate")
@@ -170,6 +170,23 @@ def damage(path: Path, how: str) -> None:
 
 
 @pytest.mark.parametrize("how", ["cut", "flip", "gone"])
+def test_losses_that_an_earlier_version_counted_are_not_dropped_silently(
+    options: Options, undisturbed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A checkpoint within a logging interval, with fewer sums than now: the next line counts from the resume on."""
+    out = tmp_path / "out"
+    shutil.copytree(undisturbed / "checkpoint-6", out / "checkpoint-6")
+    file, sums = out / "checkpoint-6" / "ranks.safetensors", out / "checkpoint-6" / "checksums.json"
+    ranks = load_file(file)
+    save_file(ranks | {"window": ranks["window"][:, :-2].contiguous()}, file)
+    sums.write_text(json.dumps(json.loads(sums.read_bytes()) | {file.name: checkpoint._checksum(file)}))
+    run(options, out, resume_from_checkpoint="auto", max_steps=8, lr_scheduler_type="constant")
+    assert "warning: the checkpoint counts its losses as an earlier version did" in capsys.readouterr().err
+    (got,) = [line for line in lines(out) if line["step"] == 8]
+    whole = next(line for line in lines(undisturbed) if line["step"] == 8)
+    assert 0 < got["text_labels"] < whole["text_labels"]
+
+
 @pytest.mark.parametrize("name", ["optimizer.safetensors", "state.json", "checksums.json"])
 def test_a_damaged_newest_checkpoint_is_passed_over(undisturbed: Path, tmp_path: Path, name: str, how: str) -> None:
     for step in (7, 8):

@@ -6,11 +6,9 @@ import json
 import re
 import shlex
 import shutil
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import huggingface_hub.constants
 import numpy as np
@@ -18,6 +16,7 @@ import pytest
 import soundfile
 from conftest import EXAMPLES, ROOT
 from helpers.boson_codec import boson_tokenizer, save_boson, serving_with
+from helpers.doc_commands import commands, run_command
 from helpers.hub_server import hub_server
 from helpers.samples import random_sample
 from helpers.speaking import write_list
@@ -44,28 +43,6 @@ ELSEWHERE = {  # the beginnings of commands that are not run here, and where the
     "python -m mlx_audio.tts.generate": "fetches its own codec",
 }
 CLIP = EXAMPLES.parent / "clips" / "huda-01.flac"
-
-
-def blocks(page: str) -> str:
-    """The indented code of a page; Python code is fenced."""
-    text = re.sub(r"```.*?```", "", (ROOT / "docs" / page).read_text(), flags=re.DOTALL)
-    return "\n".join(re.findall(r"^ {4}(.*)$", text, re.MULTILINE))
-
-
-def commands(page: str) -> list[str]:
-    """The commands of a page, each whole: a line that ends within quotes or in a backslash goes on."""
-    found, held = [], ""
-    for line in blocks(page).splitlines():
-        held += line + "\n"
-        try:
-            words = shlex.split(held)
-        except ValueError:  # within quotes, or after a backslash
-            continue
-        if words and not line.endswith("\\"):
-            found.append(" ".join(held.replace("\\\n", " ").split()))
-            held = ""
-    assert not held.strip(), held
-    return found
 
 
 COMMANDS = [(page, command) for page in PAGES for command in commands(page)]
@@ -114,11 +91,7 @@ def run(command: str) -> None:
     words = shlex.split(command)
     if words[0] == "higgs-speak" and "--max_seconds" not in words:
         words += ["--max_seconds", "0.6"]
-    with mock.patch.object(sys, "argv", words):
-        try:
-            PROGRAMS[words[0]]()
-        except SystemExit as ended:
-            assert not ended.code, command
+    run_command(words, PROGRAMS)
 
 
 def test_the_pages_commands_run(

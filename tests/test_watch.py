@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import math
 import shutil
+import sys
 from collections import namedtuple
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,9 +18,11 @@ import pytest
 import torch
 from helpers.samples import random_sample
 from helpers.tiny import ids_of, run_train, write_checkpoint, write_set
+from higgs_tune.inspect.web.run import read_run, run_page
 from higgs_tune.train.monitor.diagnostics import isolated
 from higgs_tune.train.monitor.system import SystemMonitor, gpu_reader
 from higgs_tune.train.monitor.watch import CollapseWatch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import PreTrainedTokenizerBase
 
 VOCABULARY, CODES = 128256, 1026
@@ -84,9 +88,39 @@ def test_figures_of_the_machine_are_those_of_psutil(tmp_path: Path) -> None:
 
 
 def test_without_the_extra_a_gpu_has_no_figures(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
-    monkeypatch.setitem(__import__("sys").modules, "pynvml", None)
+    monkeypatch.setitem(sys.modules, "pynvml", None)
     assert gpu_reader(torch.device("cuda"))() == {}
     assert "pip install 'higgs-tune[gpu]'" in capsys.readouterr().out
+
+
+def test_figures_of_a_gpu_have_their_units(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a stand-in for NVIDIA's library, whose numbers are bytes, milliwatts, °C; what it refuses is left out."""
+    nvml = ModuleType("pynvml")
+    vars(nvml).update(
+        NVMLError=type("NVMLError", (Exception,), {}),
+        NVML_TEMPERATURE_GPU=0,
+        NVML_CLOCK_SM=1,
+        nvmlInit=lambda: None,
+        nvmlDeviceGetHandleByUUID=lambda uuid: {"GPU-1234": "handle"}[uuid],
+        nvmlDeviceGetMemoryInfo=lambda _: SimpleNamespace(used=30 * 10**9, free=50 * 10**9),
+        nvmlDeviceGetUtilizationRates=lambda _: SimpleNamespace(gpu=97),
+        nvmlDeviceGetPowerUsage=lambda _: 650_000,
+        nvmlDeviceGetTemperature=lambda _, kind: {0: 61}[kind],
+    )
+
+    def refused(_: object, kind: int) -> int:
+        raise vars(nvml)["NVMLError"]("not supported")
+
+    vars(nvml)["nvmlDeviceGetClockInfo"] = refused
+    monkeypatch.setitem(sys.modules, "pynvml", nvml)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(uuid="1234"))
+    assert gpu_reader(torch.device("cuda"))() == {
+        "gpu_percent": 97.0,
+        "gpu_memory_used_gb": 30.0,
+        "gpu_memory_free_gb": 50.0,
+        "gpu_power_w": 650.0,
+        "gpu_temperature_c": 61.0,
+    }
 
 
 Trained = Callable[..., tuple[list[dict[str, Any]], Path]]
@@ -114,6 +148,9 @@ def test_a_run_tells_all(trained: Trained, capsys: pytest.CaptureFixture[str]) -
     for name in ("cpu_percent", "host_memory_free_gb", "disk_free_gb", "loader_cpu_percent", "loader_memory_gb"):
         assert all(isinstance(line[name], float) for line in figures), name
     assert figures[-1]["loader_processes"] >= 1
+    events = EventAccumulator(str(out / "tensorboard")).Reload()
+    assert [event.step for event in events.Scalars("train/host_memory_free_gb")] == [1, 2]
+    assert {"run-machine", "run-memory"} <= {chart["id"] for chart in run_page(read_run(out))["charts"]}
     assert f"{figures[0]['text_labels']:,} text labels  {figures[0]['audio_labels']:,} audio labels" in said
     looks = [json.loads(text) for text in (out / "diagnostics.jsonl").read_text().splitlines()]
     assert [look["step"] for look in looks] == [0, 1, 2]

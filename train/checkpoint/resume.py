@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import random
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -120,12 +121,19 @@ def restore(run: Run, folder: Path, stats: StepStats) -> dict[str, Any]:
     if same_ranks:
         states = {name.removeprefix("rng."): v[rank] for name, v in ranks.items() if name.startswith("rng.")}
         restore_rng(states, run.context.device)
-    fits = ranks["window"].shape[-1] == len(stats.packed_sums)  # an earlier version counted less
-    if fits and (same_ranks or run.context.is_main):
-        stats.packed_sums += (ranks["window"][rank] if same_ranks else ranks["window"].sum(0)).to(
-            stats.packed_sums.device
-        )
+    _restore_sums(run, ranks["window"], stats, same_ranks=same_ranks)
     return state
+
+
+def _restore_sums(run: Run, window: torch.Tensor, stats: StepStats, *, same_ranks: bool) -> None:
+    """Add the sums of the unfinished logging interval, [ranks, sums]; say so where they are an earlier version's."""
+    if window.shape[-1] != len(stats.packed_sums):
+        if run.context.is_main and window.any():
+            print("warning: the checkpoint counts its losses as an earlier version did; the next line of metrics.jsonl "
+                  "has only the steps from here on", file=sys.stderr, flush=True)  # fmt: skip
+    elif same_ranks or run.context.is_main:
+        own = window[run.context.world.rank] if same_ranks else window.sum(0)
+        stats.packed_sums += own.to(stats.packed_sums.device)
 
 
 def _restore_weights(run: Run, folder: Path) -> None:
