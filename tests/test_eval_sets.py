@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +17,11 @@ from helpers.samples import random_sample
 from helpers.tiny import ids_of, metrics_of, run_train, write_checkpoint, write_set
 from higgs_tune.shards.errors import UserError
 from higgs_tune.shards.reader import ShardSet
+from higgs_tune.train.arguments import parse_arguments
 from higgs_tune.train.eval_sets import HELD_OUT, EvalMetric, Guard, parse_guard, parse_metric, parse_sets
 from higgs_tune.train.model.load import HiggsAudioModel
 from higgs_tune.train.model.reference import boson_inputs
+from higgs_tune.train.monitor.logger import MetricsLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import PreTrainedTokenizerBase
 
@@ -92,6 +96,25 @@ def test_each_validation_shows_predictions_of_every_set(out: Path) -> None:
     ]
     assert {look["key"].rstrip("0123") for look in looks if "old" in look["source"]} == {"old"}
     assert all(look["predicted_text"] and look["predicted_eos"] for look in looks)
+
+
+class Terminal(io.StringIO):
+    """What is written to a terminal."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.fast
+def test_the_live_display_shows_each_set_under_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stderr", terminal := Terminal())
+    rest = ["--training_stage", "single", "--model_path", "M", "--train_data_dir", "D", "--output_dir", str(tmp_path)]
+    logger = MetricsLogger(parse_arguments([*rest, "--report_to", "none"]), total_steps=10, step=0, written=None)
+    for name, loss in ((HELD_OUT, 4.25), ("english", 2.5)):
+        logger.log({"kind": "eval", "set": name, "step": 6, "text_loss": loss})
+    logger.close()
+    assert re.search(r"eval 6 .*text 4\.2500", terminal.getvalue())
+    assert re.search(r"eval english 6 .*text 2\.5000", terminal.getvalue())
 
 
 def test_of_a_set_that_is_trained_on_the_held_out_samples_count(made: Path, tmp_path: Path) -> None:
