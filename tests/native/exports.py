@@ -114,10 +114,10 @@ def check_omni(folder: Path, base: Path, python: Path, results: dict[str, torch.
     package = folder.parent / "vllm-omni"
     if not (package / OMNI_FOLDER).is_dir():
         subprocess.run([python, "-m", "pip", "install", "--quiet", "--no-deps", "--target", package, OMNI], check=True)
-    path = os.pathsep.join([str(Path(__file__).with_name("stand_ins")), os.environ.get("PYTHONPATH", "")])
-    (file,) = (package / OMNI_FOLDER).glob("*_tokenizer.py")
+    stand_ins = os.pathsep.join([str(Path(__file__).with_name("stand_ins")), os.environ.get("PYTHONPATH", "")])
+    (file,) = (path for path in (package / OMNI_FOLDER).iterdir() if path.stem.endswith("_tokenizer"))
     command = [python, Path(__file__).with_name("omni_prompt.py"), folder, file]
-    subprocess.run(command, check=True, env=os.environ | {"PYTHONPATH": path})
+    subprocess.run(command, check=True, env=os.environ | {"PYTHONPATH": stand_ins})
     omni = json.loads((folder / "omni.json").read_text())
     ids = special_ids(read_config(base), base)
     tokenizer: Any = load_tokenizer(folder / "merged", ids)
