@@ -81,6 +81,7 @@ def test_the_commands_run(
         assert not (runs / "tried").exists()
     elif page == "moving":
         assert metrics_of(runs / "moved")[-1]["contrastive_loss"] > 0
+        assert "no training sample has the prompt layout serve" in said.err
     elif page == "released_checkpoints":
         assert "of disk for 3 checkpoints" in said.out and not (runs / "needed").exists()
     else:

@@ -156,7 +156,8 @@ def describe_trainable(parameters: dict[str, nn.Parameter]) -> list[str]:
     for name, value in parameters.items():
         kind = re.sub(r"\.\d+\.", ".*.", name.removeprefix("base_model.model."))
         kinds.setdefault((kind, tuple(value.shape)), []).append(value.numel())
-    return [f"  {name:<60} {list(shape)!s:>16} x{len(n):<4} {sum(n):>13,}" for (name, shape), n in kinds.items()]
+    width = max((len(name) for name, _ in kinds), default=0)
+    return [f"  {name:<{width}} {list(shape)!s:>16} x{len(n):<4} {sum(n):>13,}" for (name, shape), n in kinds.items()]
 
 
 @contextmanager
