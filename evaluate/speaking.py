@@ -9,7 +9,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Iterable
 from dataclasses import fields, replace
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 from higgs_tune.evaluate.config import EvalConfig
 from higgs_tune.evaluate.judging import Judgement
@@ -57,7 +57,7 @@ class SpokenModel:
         """Speak those of the lines that are not spoken yet."""
         wanted = {line_name(line) for line in lines}
         spoken = SpokenFolder(self.folder, ranks.part)
-        failures = [failure for failure in self.refused if str(PurePosixPath(failure.id)) in wanted]
+        failures = [failure for failure in self.refused if line_name(failure) in wanted]
         mine = [utterance for utterance in self.utterances if utterance.id in wanted]
         rank = f" (rank {ranks.rank})" if ranks.size > 1 else ""
         speak_into(spoken, self.config, self.settings, mine, failures, f"{self.name}{rank}: ")
@@ -68,7 +68,7 @@ class SpokenModel:
         """Join what all ranks spoke; none of them may be at work."""
         self.folder.mkdir(parents=True, exist_ok=True)
         spoken, failures = merge_parts(self.folder)
-        self._reasons = {str(PurePosixPath(failure.id)): failure.reason for failure in failures}
+        self._reasons = {line_name(failure): failure.reason for failure in failures}
         self._cut_off = {utterance.id for utterance in self.utterances if spoken.is_cut_off(utterance.id)}
 
     def path(self, line: Line) -> str:

@@ -115,7 +115,7 @@ def plan(
     return utterances, failures
 
 
-def line_name(line: Line) -> str:
+def line_name(line: Line | Failure) -> str:
     """The name of a line's file, without its ending; `/` stands for folders."""
     return str(PurePosixPath(line.id))
 

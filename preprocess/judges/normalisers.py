@@ -16,6 +16,8 @@ from dataclasses import dataclass
 
 from higgs_tune.shards.errors import UserError
 
+Apply = Callable[[str], str]
+
 # zhon.hanzi.punctuation as ranges of code points, both ends included
 _ZHON = (
     (0xFF01, 0xFF0D), (0xFF0F, 0xFF0F), (0xFF1A, 0xFF20), (0xFF3B, 0xFF40), (0xFF5B, 0xFF64), (0x3000, 0x3003),
@@ -49,7 +51,7 @@ class Normaliser:
 
     name: str
     rules: str
-    apply: Callable[[str], str]
+    apply: Apply
 
     def words(self, text: str) -> list[str]:
         """The words of the normalised text."""
@@ -102,6 +104,11 @@ def normaliser(name: str) -> Normaliser:
     if name not in NORMALISERS:
         raise UserError("unknown normaliser", expected=", ".join(NORMALISERS), got=name)
     return NORMALISERS[name]
+
+
+def compact(text: str, apply: Apply) -> str:
+    """A text as its characters are compared: normalised, without spaces."""
+    return apply(text).replace(" ", "")
 
 
 def empty_after(texts: Iterable[tuple[str, str]], chosen: Normaliser) -> list[str]:

@@ -17,13 +17,14 @@ from itertools import pairwise
 
 import numpy as np
 from higgs_tune.preprocess.judges.edits import levenshtein
+from higgs_tune.preprocess.judges.normalisers import Apply, compact
 
 SENTENCE_END = re.compile(r"[.!?؟。！？…]['\"”»)]*$")
 WINDOW_FRAMES = 3000  # of 20 ms: about a minute
 UNSPOKEN_WORDS = 3  # a sentence of so many words, none of which was heard, is taken to be unspoken
 
 
-def divide_text(words: Sequence[str], heard: Sequence[str], normalise: Callable[[str], str]) -> list[list[int]]:
+def divide_text(words: Sequence[str], heard: Sequence[str], normalise: Apply) -> list[list[int]]:
     """The numbers of the words that are said in each segment.
 
     Words that were not heard stay with the words before them, but for whole sentences of `UNSPOKEN_WORDS` words or
@@ -35,10 +36,10 @@ def divide_text(words: Sequence[str], heard: Sequence[str], normalise: Callable[
     """
     text, owner_of = "", list[int]()
     for number, word in enumerate(words):
-        plain = normalise(word).replace(" ", "")
+        plain = compact(word, normalise)
         text += plain
         owner_of += [number] * len(plain)
-    said = [normalise(part).replace(" ", "") for part in heard]
+    said = [compact(part, normalise) for part in heard]
     starts = np.cumsum([0, *map(len, said)])
     places, matched = _places(text, "".join(said))
     by_word: list[list[int]] = [[] for _ in words]

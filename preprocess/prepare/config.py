@@ -68,7 +68,7 @@ class PrepareConfig(Thresholds):
     from_: Annotated[Path | None, tyro.conf.arg(name="from")] = None
     """A prepared folder: decide anew from its measurements, without audio or models; thresholds alone may change."""
     out: Path | None = None
-    """Folder that receives segments, manifest, rejects and report; an interrupted run continues. With --from: that
+    """Folder that receives segments, manifest and rejects; an interrupted run continues. With --from: that
     folder, unless another is given."""
     language: str = ""
     """Language that is spoken, as the recogniser names it (ar, en, …); empty: any."""

@@ -10,11 +10,12 @@ overrules every step but those that leave nothing to accept: no segment, no text
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
 from higgs_tune.preprocess.judges.edits import count_edits
+from higgs_tune.preprocess.judges.normalisers import Apply, compact
 from higgs_tune.preprocess.prepare.config import Thresholds
 from higgs_tune.preprocess.prepare.fingerprint import alike, unpack
 from higgs_tune.preprocess.prepare.records import Decision, RejectReason, Segment
@@ -23,7 +24,6 @@ from higgs_tune.preprocess.prepare.split import assign_references, assign_split
 
 FEWEST_FOR_FENCES = 8  # segments of a language; fewer have no quartiles to speak of
 FINAL = ("segment", "text")  # steps that nobody overrules
-Apply = Callable[[str], str]
 
 
 def decide(
@@ -51,11 +51,6 @@ def decide(
     decided = _without_same_texts(decided, thresholds, normalise)
     decided = [replace(segment, keep=segment.reject is None) for segment in decided]
     return assign_references(assign_split(decided, thresholds, normalise), thresholds)
-
-
-def compact(text: str | None, normalise: Apply) -> str:
-    """A text as its characters are compared: normalised, without spaces."""
-    return normalise(text or "").replace(" ", "")
 
 
 def error_rate(text: str, heard: str, normalise: Apply) -> float:
@@ -176,7 +171,7 @@ def _without_same_texts(segments: list[Segment], limits: Thresholds, normalise: 
     by_text: dict[tuple[str | None, str], list[int]] = {}
     for number, segment in enumerate(segments):
         if segment.reject is None:
-            by_text.setdefault((segment.speaker, compact(segment.text, normalise)), []).append(number)
+            by_text.setdefault((segment.speaker, compact(segment.text or "", normalise)), []).append(number)
     changed = list(segments)
     for same in by_text.values():
         best = sorted(same, key=lambda i: _rank(segments[i]))

@@ -7,17 +7,12 @@ import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from higgs_tune.preprocess.input.audio_paths import AUDIO_SUFFIXES
 from higgs_tune.preprocess.input.text_file import open_text
 from higgs_tune.shards.errors import UserError
 
-# what libsndfile reads, then what ffmpeg reads, too
-SUFFIXES = frozenset(
-    f".{name}"
-    for name in (
-        *("wav", "wave", "flac", "mp3", "ogg", "oga", "opus", "aif", "aiff", "aifc", "au", "snd", "caf", "w64", "rf64"),
-        *("m4a", "m4b", "aac", "mp4", "m4v", "webm", "mkv", "mka", "mov", "wma", "amr", "3gp", "avi", "mpg", "mpeg"),
-    )
-)
+_RARE = ("wave", "aifc", "snd", "caf", "m4b", "m4v", "mkv", "mka", "mov", "3gp", "avi", "mpg", "mpeg")
+SUFFIXES = frozenset(f".{name}" for name in (*AUDIO_SUFFIXES, *_RARE))  # of what libsndfile or ffmpeg reads
 LISTS = (".txt", ".list", ".jsonl")
 
 

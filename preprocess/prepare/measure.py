@@ -18,17 +18,7 @@ MOST_SNR_DB = 80.0
 QUIETEST_SHARE = 5  # percentile that stands for noise where there are no pauses
 
 
-def signal_to_noise(heard: Listened, span: Span, speech: Sequence[Span]) -> float:
-    """dB: power of the speech without the noise, against the median power of the pauses within and around a segment.
-
-    Args:
-        speech: all stretches of speech of the recording.
-    """
-    power_L = 10 ** (heard.levels_L.astype(np.float64) / -20)
-    return _signal_to_noise(power_L, is_speech(len(power_L), speech), span)
-
-
-def is_speech(windows: int, speech: Sequence[Span]) -> np.ndarray:
+def _is_speech(windows: int, speech: Sequence[Span]) -> np.ndarray:
     """bool [L]: where somebody speaks, with an edge."""
     speech_L = np.zeros(windows, np.bool_)
     for start, end in speech:
@@ -47,10 +37,15 @@ def _signal_to_noise(power_L: np.ndarray, speech_L: np.ndarray, span: Span) -> f
     return round(min(MOST_SNR_DB, 10 * float(np.log10(max(ratio, 1e-8)))), 2)
 
 
-def signal_to_noise_of(heard: Listened, spans: Sequence[Span], speech: Sequence[Span]) -> list[float]:
-    """`signal_to_noise` of many segments of one recording."""
+def signal_to_noise(heard: Listened, spans: Sequence[Span], speech: Sequence[Span]) -> list[float]:
+    """dB of each segment: power of the speech without the noise, against the median power of the pauses within and
+    around it.
+
+    Args:
+        speech: all stretches of speech of the recording.
+    """
     power_L = 10 ** (heard.levels_L.astype(np.float64) / -20)
-    speech_L = is_speech(len(power_L), speech)
+    speech_L = _is_speech(len(power_L), speech)
     return [_signal_to_noise(power_L, speech_L, span) for span in spans]
 
 

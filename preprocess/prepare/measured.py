@@ -5,7 +5,6 @@ Shapes: N segments, D embedding dimensions.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,8 +18,6 @@ from higgs_tune.preprocess.prepare.spoken import Spoken, spoken_texts
 from higgs_tune.preprocess.prepare.stages import Result, Stages
 from higgs_tune.preprocess.prepare.work import cut_of, read_given
 from higgs_tune.preprocess.text_normalization import normalize_text
-
-Apply = Callable[[str], str]
 
 
 def measured_segments(job: PrepareJob, facts: Facts) -> tuple[list[Segment], np.ndarray | None]:

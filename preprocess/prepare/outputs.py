@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from higgs_tune.preprocess.prepare.reading import AUDIO
+from higgs_tune.preprocess.prepare.reading import converted_file
 from higgs_tune.preprocess.prepare.records import (
     ACCOUNTING,
     MANIFEST,
@@ -41,7 +41,7 @@ def write_outputs(out: Path, segments: Sequence[Segment], recordings: Sequence[R
 
 def audio_path(out: Path, segment: Segment) -> str:
     """The file that holds a segment's samples: the recording, or its conversion."""
-    converted = out / AUDIO / f"{segment.sha256[:16]}.flac"
+    converted = converted_file(out, segment.sha256)
     return str(converted.absolute()) if converted.is_file() else str(Path(segment.recording).absolute())
 
 

@@ -28,7 +28,10 @@ from higgs_tune.preprocess.prepare.outputs import write_outputs
 from higgs_tune.preprocess.prepare.reading import AUDIO
 from higgs_tune.preprocess.prepare.records import (
     CONFIG,
+    MANIFEST,
     RECORDINGS,
+    REJECTS,
+    SEGMENTS,
     Recording,
     Segment,
     read_decisions,
@@ -49,7 +52,7 @@ def prepare(config: PrepareConfig) -> dict[str, Any]:
     """Prepare recordings, or continue.
 
     Returns:
-        `accounting`, `segments` (counts by step), `recordings` (those with errors), `already` (a list of notes).
+        `out`, `accounting`, `segments` (counts by step), `errors` (the recordings that cannot be used).
 
     Raises:
         UserError: bad paths or options, or no recordings.
@@ -135,8 +138,7 @@ def _own_folder(config: PrepareConfig) -> Path:
     if (out / CONFIG).exists():
         saved_config(out)
     else:
-        foreign = [name for name in ("segments.jsonl", "manifest.jsonl", "rejects.jsonl", RECORDINGS, WORK)
-                   if (out / name).exists() and name != WORK]  # fmt: skip
+        foreign = [name for name in (SEGMENTS, MANIFEST, REJECTS, RECORDINGS) if (out / name).exists()]
         if foreign:
             raise UserError("--out holds files of something else", where=out, got=", ".join(foreign),
                             hint="Choose another folder.")  # fmt: skip

@@ -8,7 +8,6 @@ Shapes: S samples, C channels.
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
 import subprocess
@@ -58,7 +57,7 @@ def read_form(path: Path) -> Form:
     Raises:
         Reject: no audio, damaged, or more than two channels.
     """
-    with open_audio(_regular(path), str(path)) as file:
+    with open_audio(path, str(path)) as file:
         if not 1 <= file.channels <= MAX_CHANNELS:
             raise Reject("too_many_channels", f"expected 1 to {MAX_CHANNELS} channels, got {file.channels}", str(path))
         if file.frames > UNKNOWN_LENGTH:
@@ -99,13 +98,18 @@ def read_cut(path: Path, start_ms: int, end_ms: int) -> np.ndarray:
     return load_clip(clip, RATE_HZ, _ANY_LENGTH).samples_S
 
 
+def converted_file(out: Path, sha256: str) -> Path:
+    """Where the conversion of a recording lies, if it needs one."""
+    return out / AUDIO / f"{sha256[:16]}.flac"
+
+
 def usable_file(path: Path, out: Path, sha256: str) -> Path:
     """The file to read: the recording's own, or its conversion by ffmpeg.
 
     Raises:
         Reject: neither libsndfile nor ffmpeg reads it, or ffmpeg would and is not installed.
     """
-    converted = out / AUDIO / f"{sha256[:16]}.flac"
+    converted = converted_file(out, sha256)
     if converted.is_file():
         return converted
     try:
@@ -159,12 +163,3 @@ def _refuse_shorter(made: Path, said: str, name: str) -> None:
         if form.frames / form.rate < seconds - max(1.0, 0.02 * seconds):
             detail = f"the header states {seconds:.1f} s, ffmpeg decodes {form.frames / form.rate:.1f} s"
             raise Reject("truncated_audio", detail, name)
-
-
-def _regular(path: Path) -> Path:
-    """The path of a regular file; a pipe or a device would block, or never end."""
-    if not path.is_file():
-        raise Reject(
-            "missing_audio" if not os.path.lexists(path) else "unreadable_audio", f"no file: {path}", str(path)
-        )
-    return path

@@ -25,8 +25,10 @@ def cluster_voices(embeddings_ND: np.ndarray, recordings: Sequence[str], distanc
     if len(unit_ND) <= MOST_AT_ONCE:
         return _renumbered(_linked(unit_ND, distance))
     first = np.zeros(len(unit_ND), np.int64)
-    for name in dict.fromkeys(recordings):
-        members = np.flatnonzero(np.array([other == name for other in recordings]))
+    of_recording: dict[str, list[int]] = {}
+    for at, name in enumerate(recordings):
+        of_recording.setdefault(name, []).append(at)
+    for members in of_recording.values():
         for begin in range(0, len(members), MOST_AT_ONCE):
             part = members[begin : begin + MOST_AT_ONCE]
             first[part] = first.max() + 1 + _linked(unit_ND[part], distance)

@@ -6,10 +6,11 @@ on the side of training alone. One speaker alone is split by recordings. The cho
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 import xxhash
+from higgs_tune.preprocess.judges.normalisers import Apply, compact
 from higgs_tune.preprocess.prepare.config import Thresholds
 from higgs_tune.preprocess.prepare.records import RejectReason, Segment
 
@@ -17,7 +18,7 @@ BEST = 8  # references that are chosen among, of a speaker and a target
 MOST_OVER = 2.0  # a group is not held out if that would hold out this many times what is wanted
 
 
-def assign_split(segments: list[Segment], limits: Thresholds, normalise: Callable[[str], str]) -> list[Segment]:
+def assign_split(segments: list[Segment], limits: Thresholds, normalise: Apply) -> list[Segment]:
     """The kept segments with their side; what would stand on both sides is rejected."""
     kept = [segment for segment in segments if segment.keep]
     held_out = _held_out(_groups(kept), limits)
@@ -25,16 +26,12 @@ def assign_split(segments: list[Segment], limits: Thresholds, normalise: Callabl
         replace(segment, split="val" if segment.id in held_out else "train") if segment.keep else segment
         for segment in segments
     ]
-    texts = {_plain(segment, normalise): segment.id for segment in sided if segment.split == "train"}
+    texts = {compact(segment.text or "", normalise): segment.id for segment in sided if segment.split == "train"}
     return [_refuse_text(segment, texts, normalise) if segment.split == "val" else segment for segment in sided]
 
 
-def _plain(segment: Segment, normalise: Callable[[str], str]) -> str:
-    return normalise(segment.text or "").replace(" ", "")
-
-
-def _refuse_text(segment: Segment, texts: dict[str, str], normalise: Callable[[str], str]) -> Segment:
-    other = texts.get(_plain(segment, normalise))
+def _refuse_text(segment: Segment, texts: dict[str, str], normalise: Apply) -> Segment:
+    other = texts.get(compact(segment.text or "", normalise))
     if other is None:
         return segment
     reject = RejectReason("duplicate", "text_on_both_sides", other)

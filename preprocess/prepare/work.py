@@ -26,7 +26,7 @@ from higgs_tune.preprocess.prepare.align import Symbols, realign
 from higgs_tune.preprocess.prepare.fingerprint import fingerprint
 from higgs_tune.preprocess.prepare.job import VERSION, Facts, PrepareJob, depends_on
 from higgs_tune.preprocess.prepare.listen import Listened, listen
-from higgs_tune.preprocess.prepare.measure import clipping, signal_to_noise_of
+from higgs_tune.preprocess.prepare.measure import clipping, signal_to_noise
 from higgs_tune.preprocess.prepare.reading import Form, read_cut, read_form, usable_file
 from higgs_tune.preprocess.prepare.segment import Span, cut_recording, find_speech
 from higgs_tune.preprocess.prepare.spoken import Realign, spoken_texts
@@ -148,7 +148,7 @@ def _cut(
     whole = text and bool(speech) and speech[-1].end - speech[0].start <= job.cutting.max_ms
     cuts = cut_recording(heard, facts.total_ms, job.cutting, [] if whole else places, changes)
     meta: dict[str, Any] = {name: [list(span) for span in spans] for name, spans in vars(cuts).items()}
-    meta |= {"snr": signal_to_noise_of(heard, cuts.segments, speech), "whole": whole}
+    meta |= {"snr": signal_to_noise(heard, cuts.segments, speech), "whole": whole}
     return meta | {"clipping": [clipping(heard, span) for span in cuts.segments]}
 
 
