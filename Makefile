@@ -77,6 +77,7 @@ test-fast: setup
 native: setup
 	$(BIN)/python tests/native/compare.py
 	$(BIN)/python tests/native/exports.py
+	$(BIN)/python tests/native/loaders.py
 
 lint: setup
 	$(BIN)/ruff check .

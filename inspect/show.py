@@ -28,7 +28,8 @@ ISOLATE, END_ISOLATE = "\u2068", "\u2069"  # first strong isolate: the text's ow
 STYLES = {"text": "", "whisper": "magenta", "audio_in": "cyan", "audio_out": "green"}
 NO_LABEL = "·"
 WHO_SENDS = {
-    "serve": "Boson's engine, transformers' processor and vllm-omni send it; mlx-audio without the system turn",
+    "serve": "Boson's engine and transformers' processor send it; vllm-omni 0.30 with <|audio_out_bos|> and "
+    "<|audio_eos|> of a reference twice; mlx-audio without the system turn",
     "chat": "higgs-speak sends it to models trained on it; no stock engine does",
     "other": "no engine sends it",
 }

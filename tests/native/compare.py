@@ -35,12 +35,12 @@ REQUIREMENTS = (f"torch=={torch.__version__.partition('+')[0]}", "transformers>=
 LIMIT = 1e-5
 
 
-def make_environment(folder: Path) -> Path:
-    """The Python of an environment with transformers 5.3 or later, made if it is not there."""
+def make_environment(folder: Path, requirements: tuple[str, ...] = REQUIREMENTS) -> Path:
+    """The Python of an environment with some packages, made if it is not there."""
     python = folder / "bin" / "python"
     if not (folder / "installed").exists():
         venv.create(folder, with_pip=True, clear=True)
-        subprocess.run([python, "-m", "pip", "install", "--quiet", *REQUIREMENTS], check=True)
+        subprocess.run([python, "-m", "pip", "install", "--quiet", *requirements], check=True)
         (folder / "installed").touch()
     return python
 

@@ -3,12 +3,14 @@
     python native_exports.py FOLDER ADAPTER…
 
 In: what exports.py wrote to FOLDER. Out: FOLDER/results.safetensors: logits of each export, the processor's prompt, the
-codes of greedy `generate`; FOLDER/trained, an adapter that PEFT trained on the native class.
+codes of greedy `generate`; FOLDER/trained, an adapter that PEFT trained on the native class; FOLDER/saved, the merged
+model as transformers saves it.
 """
 
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -17,22 +19,9 @@ import numpy as np
 import peft
 import torch
 import transformers
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 NATIVE: Any = transformers  # this environment's is 5.3 or later
-
-
-def write_codec(folder: Path) -> None:
-    """A random codec in the native layout."""
-    torch.manual_seed(0)
-    acoustic = {"encoder_hidden_size": 4, "downsampling_ratios": [8, 5, 4, 2, 3], "decoder_hidden_size": 64}
-    acoustic |= {"upsampling_ratios": [8, 5, 4, 2, 3], "hidden_size": 32}
-    semantic = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 1, "intermediate_size": 128}
-    config = NATIVE.HiggsAudioV2TokenizerConfig(
-        acoustic_model_config=acoustic, semantic_model_config=semantic | {"conv_dim": [32] * 7},
-        target_bandwidths=[0.5, 1, 1.5, 2], codebook_dim=8,
-    )  # fmt: skip
-    NATIVE.HiggsAudioV2TokenizerModel(config).save_pretrained(folder)
 
 
 def load(folder: Path) -> Any:
@@ -66,10 +55,26 @@ def speak(folder: Path, said: dict[str, Any]) -> dict[str, torch.Tensor]:
     inputs = processor(text=[text], audio=[wave], return_tensors="pt", add_special_tokens=False)
     generated = model.generate(**inputs, max_new_tokens=said["max_frames"] + 9, do_sample=False, ras_win_len=None)
     return {
+        "wave": torch.from_numpy(wave),
         "prompt_ids": inputs["input_ids"][0],
         "prompt_codes": inputs["audio_input_ids"][0].contiguous(),
         "generated": generated[0, inputs["audio_input_ids"].shape[1] :].contiguous(),
     }
+
+
+@torch.no_grad()
+def say_prompts(model: Any, prompts: dict[str, torch.Tensor], max_frames: int) -> dict[str, torch.Tensor]:
+    """Greedy codes for prompts as the class takes them, one at a time; without the prompt's."""
+    said: dict[str, torch.Tensor] = {}
+    for number in range(sum(name.endswith(".tokens") for name in prompts)):
+        tokens, codes = prompts[f"{number}.tokens"][None], prompts.get(f"{number}.codes")
+        inputs = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
+        if codes is not None:
+            mask = torch.ones(1, len(codes), dtype=torch.bool)
+            inputs |= {"audio_input_ids": codes[None], "audio_input_ids_mask": mask}
+        made = model.generate(**inputs, max_new_tokens=max_frames + 9, do_sample=False, ras_win_len=None)
+        said[f"said.{number}"] = made[0, 0 if codes is None else len(codes) :].contiguous()
+    return said
 
 
 def train(base: Path, folder: Path, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -92,10 +97,15 @@ def train(base: Path, folder: Path, inputs: dict[str, torch.Tensor]) -> torch.Te
 def main(folder: Path, adapters: list[str]) -> None:
     arrays = np.load(folder / "inputs.npz")
     inputs = {name: torch.from_numpy(arrays[name]) for name in arrays.files}
-    write_codec(folder / "codec")
-    results = speak(folder, json.loads((folder / "said.json").read_text()))
+    told = json.loads((folder / "said.json").read_text())
+    results = speak(folder, told)
+    merged = load(folder / "merged")
+    results |= say_prompts(merged, load_file(folder / "prompts.safetensors"), told["max_frames"])
+    merged.save_pretrained(folder / "saved")
+    for file in (folder / "merged").glob("tokenizer*"):
+        shutil.copy(file, folder / "saved")
     with torch.no_grad():
-        results["merged"] = logits_of(load(folder / "merged"), inputs)
+        results["merged"] = logits_of(merged, inputs)
         for name in adapters:
             model = peft.PeftModel.from_pretrained(load(folder / "base"), folder / f"{name}-native").eval()
             results[name] = logits_of(model, inputs)

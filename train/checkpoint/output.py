@@ -16,7 +16,7 @@ from higgs_tune.train.config import TrainConfig
 from higgs_tune.train.model.adapter import adapter_state
 from higgs_tune.train.model.base import base_reference
 from higgs_tune.train.model.fsdp import whole
-from higgs_tune.train.model.load import HiggsAudioModel
+from higgs_tune.train.model.load import HiggsAudioModel, without_marks
 from higgs_tune.train.model.whisper_tower import TOWER_FILE, WhisperTower
 from peft import PeftModel
 from safetensors.torch import save, save_file
@@ -153,10 +153,3 @@ def write_model(folder: Path, config: PretrainedConfig, weights: dict[str, torch
 def config_json(config: PretrainedConfig) -> bytes:
     """config.json of a model."""
     return durable.to_json(without_marks(json.loads(config.to_json_string())), indent=2)
-
-
-def without_marks(value: Any) -> Any:
-    """Without the mark that an attention was chosen: transformers would ignore `attn_implementation`."""
-    if not isinstance(value, dict):
-        return value
-    return {name: without_marks(x) for name, x in value.items() if name != "_attn_implementation_autoset"}

@@ -7,7 +7,8 @@ stands under the final name; a folder under it is whole, and each weight on disk
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -55,16 +56,21 @@ def write_files(folder: Path, files: Mapping[str, bytes]) -> None:
 
 
 def write_weights(folder: Path, weights: Mapping[str, Source], shard_bytes: int = SHARD_BYTES) -> None:
-    """Write the weights to one safetensors file, or to several and their index; then read them back.
+    """Write the weights to one safetensors file, or to several and their index; each is read back while the next one
+    is written.
 
     Raises:
         UserError: a weight is not finite, the disk is full, or what is read differs from what was written.
     """
     shards = _split(weights, shard_bytes)
     names = [SINGLE] if len(shards) == 1 else [_shard_name(i, len(shards)) for i in range(1, len(shards) + 1)]
-    for name, shard in zip(names, shards, strict=True):
-        part = {weight: weights[weight] for weight in shard}
-        verify_weights([folder / name], part, write_tensors(folder / name, part))  # while it is in the system's memory
+    with ThreadPoolExecutor(1) as reader:
+        checks: list[Future[None]] = []
+        for name, shard in zip(names, shards, strict=True):
+            part = {weight: weights[weight] for weight in shard}
+            checks.append(reader.submit(verify_weights, folder / name, part, write_tensors(folder / name, part)))
+        for check in checks:
+            check.result()
     if len(shards) > 1:
         file_of = {weight: name for name, shard in zip(names, shards, strict=True) for weight in shard}
         index = {"metadata": {"total_size": sum(map(byte_count, weights.values()))}, "weight_map": file_of}
@@ -72,21 +78,20 @@ def write_weights(folder: Path, weights: Mapping[str, Source], shard_bytes: int 
     weight_files(folder)  # index and files agree
 
 
-def verify_weights(files: Sequence[Path], weights: Mapping[str, Source], checksums: Mapping[str, str]) -> None:
-    """Read weights back, and compare them with those that were written.
+def verify_weights(file: Path, weights: Mapping[str, Source], checksums: Mapping[str, str]) -> None:
+    """Fsync a file of weights, read it back, and compare it with what was written.
 
     Raises:
-        UserError: they differ.
+        UserError: they differ, or the disk fails.
     """
-    found: dict[str, str] = {}
-    for file in files:
-        for name, stored in stored_tensors(file).items():
-            wanted = weights.get(name)
-            if wanted is None or (stored.shape, stored.dtype) != (wanted.shape, wanted.dtype):
-                raise UserError(f"verifying the export: {name} is not as it was written", where=file)
-        found |= checksums_of(file)
+    durable.fsync_file(file)
+    for name, stored in stored_tensors(file).items():
+        wanted = weights.get(name)
+        if wanted is None or (stored.shape, stored.dtype) != (wanted.shape, wanted.dtype):
+            raise UserError(f"verifying the export: {name} is not as it was written", where=file)
+    found = checksums_of(file)
     if wrong := sorted(name for name in {*found, *checksums} if found.get(name) != checksums.get(name)):
-        raise UserError("verifying the export: weights on disk differ from those that were written", where=files[0],
+        raise UserError("verifying the export: weights on disk differ from those that were written", where=file,
                         expected="the same bytes", got=", ".join(wrong[:3]), hint="Check the disk.")  # fmt: skip
 
 

@@ -4,10 +4,10 @@
     higgs-export OUT2 --out NATIVE --layout native
     higgs-export OUT2 --out ADAPTER --layout native --adapter_only
 
-In: a run's output folder, or a checkpoint whose layout is to change. Out: a folder, verified before it gets its name,
-with config, weights, tokenizer, licence files, training record and model card. Guarantees (test_export.py,
-test_handover.py, tests/native): the merged model has the adapted model's logits, in boson's class and in transformers'
-native one; host memory does not grow with the model.
+In: a run's output folder, a checkpoint whose layout is to change, or an audio tokenizer. Out: a folder, verified before
+it gets its name, with config, weights, tokenizer, licence files, training record and model card. Guarantees
+(test_export.py, test_handover.py, tests/native): the merged model has the adapted model's logits, in boson's class and
+in transformers' native one; host memory does not grow with the model.
 """
 
 from __future__ import annotations
@@ -34,7 +34,8 @@ class ExportConfig:
     """Merge an adapter into its base checkpoint, in either layout; or convert an adapter or a checkpoint."""
 
     adapter: tyro.conf.Positional[Path]
-    """Output folder of a training run; or a checkpoint, folder or Hub name[@revision], to convert."""
+    """Output folder of a training run; or a checkpoint, folder or Hub name[@revision], to convert; or the folder of an
+    audio tokenizer in Boson's layout, which becomes native."""
     out: Path
     """New folder for the result."""
     layout: Layout = "original"
@@ -104,6 +105,16 @@ def export(config: ExportConfig) -> None:
     """
     if config.out.exists():
         raise UserError("the output folder exists already", where=config.out)
+    import torch
+    from higgs_tune.train.export.codec import codec_layout, export_codec
+
+    if codec_layout(config.adapter):
+        if config.layout == "original" or config.adapter_only or config.push_to_hub:
+            raise UserError("an audio tokenizer is converted to the native layout, and nothing else",
+                            where=config.adapter, expected="--out and --layout native")  # fmt: skip
+        export_codec(config.adapter, config.out, getattr(torch, config.dtype) if config.dtype else None)
+        print(f"audio tokenizer in {config.out}", flush=True)
+        return
     from higgs_tune.train.export.card import CARD, CardFacts, model_card
     from higgs_tune.train.export.folder import copy_legal_files, new_folder, write_files
     from higgs_tune.train.export.hub import check_push, push
@@ -202,7 +213,7 @@ def _write_weights(folder: Path, parts: _Parts, start: Start) -> None:
     write_files(folder, parts.files)
     if parts.kind == "adapter":
         file = folder / ADAPTER_FILE
-        verify_weights([file], parts.weights, write_tensors(file, parts.weights))
+        verify_weights(file, parts.weights, write_tensors(file, parts.weights))
         adapter_on_meta(replace(start, adapter=folder))
     else:
         write_weights(folder, parts.weights)

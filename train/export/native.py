@@ -15,10 +15,11 @@ from typing import Any
 import torch
 from higgs_tune.preprocess.checkpoints.checkpoint import read_config
 from higgs_tune.preprocess.checkpoints.native import NATIVE_TOKENIZER, NATIVE_TYPE, is_native
+from higgs_tune.preprocess.codec.native_files import FEATURES
 from higgs_tune.shards import durable
 from higgs_tune.shards.errors import UserError
-from higgs_tune.train.checkpoint.output import without_marks
-from higgs_tune.train.model.load import HiggsAudioConfig
+from higgs_tune.train.export.codec import codec_layout
+from higgs_tune.train.model.load import HiggsAudioConfig, without_marks
 
 CODEC = "bosonai/higgs-audio-v2-tokenizer"
 PROCESSOR, CHAT_TEMPLATE = "processor_config.json", "chat_template.jinja"
@@ -121,6 +122,10 @@ class NativeFiles:
             or self._base_processor().get("audio_tokenizer", {}).get("audio_tokenizer_name_or_path")
         )
         self.codec = str(given or CODEC)
+        if codec_layout(Path(self.codec)) == "original":
+            hint = f"higgs-export {self.codec} --out FOLDER --layout native converts it."
+            raise UserError("--audio_tokenizer_path: transformers reads audio tokenizers in the native layout alone",
+                            where=self.codec, hint=hint)  # fmt: skip
         self.delay = self._delay_token()
 
     def _base_processor(self) -> dict[str, Any]:
@@ -192,17 +197,10 @@ class NativeFiles:
 
     def _processor(self) -> dict[str, Any]:
         codec = {"audio_tokenizer_class": "HiggsAudioV2TokenizerModel", "audio_tokenizer_name_or_path": self.codec}
-        features = {"feature_extractor_type": "DacFeatureExtractor", "feature_size": 1, "hop_length": 1}
-        features |= {
-            "padding_side": "right",
-            "padding_value": 0.0,
-            "return_attention_mask": True,
-            "sampling_rate": 24000,
-        }
         return {
             "processor_class": "HiggsAudioV2Processor",
             "audio_tokenizer": codec,
-            "feature_extractor": features,
+            "feature_extractor": FEATURES,
             "audio_token": "<|AUDIO_OUT|>",
             "audio_bos_token": "<|audio_out_bos|>",
             "audio_eos_token": "<|audio_eos|>",

@@ -19,7 +19,6 @@ from typing import Protocol
 
 import torch
 from higgs_tune.preprocess.checkpoints.weights import DOWNLOAD_AGAIN, all_finite, read_header
-from higgs_tune.shards import durable
 from higgs_tune.shards.errors import UserError
 from xxhash import xxh3_128
 
@@ -194,7 +193,7 @@ def _finite_chunks(name: str, source: Source, pool: ThreadPoolExecutor) -> Itera
 
 
 def write_tensors(file: Path, tensors: Mapping[str, Source]) -> dict[str, str]:
-    """Write a safetensors file and fsync it; gives the checksum of each tensor's bytes.
+    """Write a safetensors file, not yet fsynced; gives the checksum of each tensor's bytes.
 
     Raises:
         UserError: a tensor holds NaN or infinite values, or the disk is full.
@@ -214,7 +213,6 @@ def write_tensors(file: Path, tensors: Mapping[str, Source]) -> dict[str, str]:
             stream.write(len(text).to_bytes(8, "little") + text)
             for name in order:
                 checksums[name] = _write(stream, _finite_chunks(name, tensors[name], pool))
-        durable.fsync_file(file)
     except OSError as error:
         raise UserError(f"cannot write: {error.strerror or error}", where=file) from error
     return checksums

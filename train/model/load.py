@@ -13,6 +13,7 @@ import re
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed.tensor  # peft 0.21 uses it without importing it
@@ -188,3 +189,10 @@ def make_buffers(model: HiggsAudioModel, config: HiggsAudioConfig, device: torch
             if attention is not None:
                 attention.rotary_emb = rotary
     model.audio_codebook_weights = torch.ones(config.audio_num_codebooks, device=device) / config.audio_num_codebooks
+
+
+def without_marks(value: Any) -> Any:
+    """Without the mark that an attention was chosen: transformers would ignore `attn_implementation`."""
+    if not isinstance(value, dict):
+        return value
+    return {name: without_marks(x) for name, x in value.items() if name != "_attn_implementation_autoset"}
