@@ -16,6 +16,7 @@ Sources: BytedanceSpeech/seed-tts-eval, MiniMaxAI/TTS-Multilingual-Test-Set, SWi
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -23,9 +24,12 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from higgs_tune.preprocess.input.arrow import arrow_cell, read_rows
+from higgs_tune.preprocess.input.text_file import open_text
 from higgs_tune.preprocess.judges.normalisers import Normaliser, empty_after
 from higgs_tune.shards.errors import UserError, few
 
+NOT_UTF8 = "the line is not UTF-8"
+_UNDECODED = re.compile("[\udc80-\udcff]")
 SHOWN = 10  # bad lines that an error spells out
 MINIMAX_LANGUAGES = {
     "arabic": "ar", "cantonese": "yue", "chinese": "zh", "czech": "cs", "dutch": "nl", "english": "en", "finnish": "fi",
@@ -79,13 +83,27 @@ def read_list(path: Path) -> list[Line]:
 
 
 def list_lines(path: Path) -> Iterator[tuple[str, Line | BadLine]]:
-    """(place, line) of a list in any of the forms; ids and texts are not checked.
+    """(place, line) of a list in any of the forms; ids and texts are not checked. Bytes that are not UTF-8 make their
+    own line bad.
 
     Raises:
-        UserError: no such list.
+        UserError: no such list, or one in another encoding.
     """
     if not path.exists():
         raise UserError("no such list", where=path)
+    for place, line in _lines_of(path):
+        if isinstance(line, Line) and is_utf8(line.id + line.text + line.ref_text):
+            yield place, line
+        else:
+            yield place, line if is_utf8(str(line)) and isinstance(line, BadLine) else BadLine(NOT_UTF8)
+
+
+def is_utf8(text: str) -> bool:
+    """Whether a text has no bytes that could not be decoded (see `open_text`)."""
+    return not _UNDECODED.search(text)
+
+
+def _lines_of(path: Path) -> Iterator[tuple[str, Line | BadLine]]:
     if path.is_dir():
         return _minimax(path, sorted((path / "text").glob("*.txt"))) if (path / "text").is_dir() else _habibi(path)
     if path.suffix.lower() in (".jsonl", ".json"):
@@ -167,8 +185,9 @@ def _is_there(line: Line, name: str) -> bool:
 def _text_lines(path: Path) -> Iterator[tuple[str, str]]:
     """(place, line) of the lines that are not empty."""
     try:
-        text = path.read_bytes().decode("utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
+        with open_text(path) as file:
+            text = file.read()
+    except OSError as error:
         raise UserError(f"cannot read the list: {error}", where=path) from error
     for number, line in enumerate(text.split("\n"), 1):
         if line.strip():

@@ -111,6 +111,7 @@ def test_a_list_with_every_fault(spoken: tuple[Path, subprocess.CompletedProcess
         own = [failure["reason"] for failure in failures if failure["id"] == name]
         assert reason in (own[0] if own else told), name
     assert told.count("duplicate id") == len(TWICE)
+    assert told.count("the line is not UTF-8") == 1
     assert f"{len(failures)} of {len(failures) + len(GOOD)} lines failed" in done.stderr
 
 

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from higgs_tune.evaluate.lists import BadLine, Line, line_fault, list_lines
+from higgs_tune.evaluate.lists import NOT_UTF8, BadLine, Line, is_utf8, line_fault, list_lines
 from higgs_tune.evaluate.speak.config import SpeakConfig
 from higgs_tune.evaluate.speak.sentences import SPEAKER_TAG, split_text
 from higgs_tune.evaluate.speak.settings import Settings, digest
@@ -75,18 +75,20 @@ def _text_lines(path: Path, *, whole: bool) -> Iterator[tuple[str, Line | BadLin
     """A text file as one text, or as one text a line; a list of Seed-TTS-eval as that."""
     try:
         with open_text(path) as file:
-            text = file.read().encode("utf-8", "surrogateescape").decode("utf-8")
+            text = file.read()
     except OSError as error:
         raise UserError(f"cannot read the text: {error.strerror}", where=path) from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"the text is not UTF-8: {error}", where=path) from error
+    if whole and not is_utf8(text):
+        raise UserError("the text is not UTF-8", where=path)
     lines = [(number, line.strip()) for number, line in enumerate(text.splitlines(), 1) if line.strip()]
     if whole:
         yield "the text", Line(path.stem, text)
     elif lines and all(line.count("|") in (3, 4) for _, line in lines):
         yield from list_lines(path)
     else:
-        yield from ((f"line {number}", Line(f"{path.stem}-{number:04d}", line)) for number, line in lines)
+        for number, line in lines:
+            spoken = Line(f"{path.stem}-{number:04d}", line) if is_utf8(line) else BadLine(NOT_UTF8)
+            yield f"line {number}", spoken
 
 
 def plan(
