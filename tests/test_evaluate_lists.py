@@ -145,7 +145,7 @@ def test_bad_lines_are_all_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="holds no lines"):
         read_list(write(tmp_path / "empty.jsonl", ""))
     (tmp_path / "latin.jsonl").write_bytes(b'{"id": "a", "text": "caf\xe9"}\n{"id": "b", "text": "plain"}\n')
-    with pytest.raises(UserError, match="line 1: the line is not UTF-8|the data is not UTF-8"):
+    with pytest.raises(UserError, match="not UTF-8"):
         read_list(tmp_path / "latin.jsonl")
 
 
