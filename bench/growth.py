@@ -21,12 +21,13 @@ import tyro
 from higgs_tune.shards.format import Arrays
 from higgs_tune.shards.memory import keep_memory
 from higgs_tune.train.data.batch import Batch, collate
+from higgs_tune.train.metrics import PeakMemory
 from higgs_tune.train.model.forward import Checkpointing, ExecOptions, hidden_states, label_states
 from higgs_tune.train.model.fused_linear import stack_layer
 from higgs_tune.train.model.load import HiggsAudioModel
 from higgs_tune.train.model.loss import LossOptions, pack_loss
 from higgs_tune.train.model.memory import activation_bytes
-from machine import PeakMemory, describe_machine
+from machine import describe_machine
 from models.synthetic import IDS, SIZES, SizeName, config_of, make_model, position_count, synthetic_sample, with_lora
 
 LOSS = LossOptions()

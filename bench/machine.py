@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import platform
 from importlib.metadata import PackageNotFoundError, version
@@ -40,29 +39,3 @@ def _version(name: str) -> str:
 def usual_memory() -> None:
     """Undo `keep_memory`: what glibc's thresholds come to by themselves where large blocks are freed."""
     set_thresholds(mmap=32 << 20, trim=64 << 20)
-
-
-class PeakMemory:
-    """Peak memory that a block needs beyond what was there before it: of the GPU, or resident on Linux; `more_gb`."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device, self.more_gb = device, 0.0
-
-    def __enter__(self) -> PeakMemory:
-        if self.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats()
-            self._before = torch.cuda.memory_allocated()
-        else:
-            ctypes.CDLL(None).malloc_trim(0)  # memory that was freed before goes back first
-            Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
-            self._before = _status_bytes("VmRSS")
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        peak = torch.cuda.max_memory_allocated() if self.device.type == "cuda" else _status_bytes("VmHWM")
-        self.more_gb = (peak - self._before) / 1e9
-
-
-def _status_bytes(name: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name))

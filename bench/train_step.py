@@ -35,12 +35,13 @@ from higgs_tune.shards.format import Arrays
 from higgs_tune.shards.memory import keep_memory
 from higgs_tune.shards.sequence import SpecialIds
 from higgs_tune.train.data.batch import Batch, collate
+from higgs_tune.train.metrics import PeakMemory
 from higgs_tune.train.model.forward import ExecOptions, label_states
 from higgs_tune.train.model.fused_linear import stack_layer
 from higgs_tune.train.model.load import HiggsAudioModel
 from higgs_tune.train.model.loss import LossOptions, pack_loss
 from higgs_tune.train.model.reference import boson_inputs
-from machine import PeakMemory, describe_machine, usual_memory
+from machine import describe_machine, usual_memory
 from models.packed_peer import peer_step
 from models.synthetic import (
     SIZES,

@@ -39,6 +39,30 @@ from higgs_tune.shards.split import ValidationSplit
 OPEN_FILES = 128  # shard files that a process keeps open
 
 
+def read_manifest(source: Source) -> tuple[dict[str, Any], str]:
+    """A set's manifest, and the SHA-256 of its bytes; no other file of the set is needed.
+
+    Raises:
+        UserError: there is none, or it has another format version.
+        ShardError: it is damaged.
+    """
+    where = f"{source.location}/{MANIFEST}"
+    try:
+        data = source.read(MANIFEST)
+        manifest = json.loads(data)
+    except (FileNotFoundError, NotADirectoryError):
+        hint = "A folder without one is not a finished shard set: run higgs-preprocess, or wait until it is done."
+        raise UserError("no shard set here", where=source.location, expected=MANIFEST, hint=hint) from None
+    except ValueError as error:
+        raise ShardError(f"the manifest is not JSON: {error}", where=where) from error
+    version = manifest.get("format_version") if isinstance(manifest, dict) else None
+    if version != FORMAT_VERSION:
+        raise UserError("unknown format version", where=where, expected=FORMAT_VERSION, got=version)
+    if fault := manifest_fault(manifest):
+        raise ShardError(f"the manifest is damaged: {fault}", where=where)
+    return manifest, hashlib.sha256(data).hexdigest()
+
+
 class ShardSet:
     """A finished shard set, open for reading. Cheap to pickle; shards are opened on first use.
 
@@ -53,7 +77,7 @@ class ShardSet:
 
     def __init__(self, location: str | Path, cache: Cache | None = None) -> None:
         self.source = Source(location, cache)
-        self.manifest, self.manifest_hash = self._read_manifest()
+        self.manifest, self.manifest_hash = read_manifest(self.source)
         self._check_files()
         self._files: OrderedDict[str, int] = OrderedDict()
         self._held_out: np.ndarray | None = None
@@ -79,23 +103,6 @@ class ShardSet:
         if self.source.remote:
             raise UserError("this works on a local folder only", where=self.location)
         return Path(self.location)
-
-    def _read_manifest(self) -> tuple[dict[str, Any], str]:
-        where = f"{self.location}/{MANIFEST}"
-        try:
-            data = self.source.read(MANIFEST)
-            manifest = json.loads(data)
-        except (FileNotFoundError, NotADirectoryError):
-            hint = "A folder without one is not a finished shard set: run higgs-preprocess, or wait until it is done."
-            raise UserError("no shard set here", where=self.location, expected=MANIFEST, hint=hint) from None
-        except ValueError as error:
-            raise ShardError(f"the manifest is not JSON: {error}", where=where) from error
-        version = manifest.get("format_version") if isinstance(manifest, dict) else None
-        if version != FORMAT_VERSION:
-            raise UserError("unknown format version", where=where, expected=FORMAT_VERSION, got=version)
-        if fault := manifest_fault(manifest):
-            raise ShardError(f"the manifest is damaged: {fault}", where=where)
-        return manifest, hashlib.sha256(data).hexdigest()
 
     def _check_files(self) -> None:
         """Check existence and size of every local file that the manifest names."""

@@ -36,8 +36,8 @@ FLOORS = (
     ("monitor",),
     ("whisper",),
     ("resolve",),
-    ("build", "step", "run_io"),
-    ("validate",),
+    ("build", "step", "run_io", "amount", "estimate"),
+    ("validate", "dry_run"),
     ("loop", "export", "toy"),
     ("__main__",),
 )

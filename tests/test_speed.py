@@ -177,7 +177,7 @@ def test_model_flops_are_what_torch_counts(toy: Path, shards: ShardSet, monkeypa
 
 def test_auto_checkpointing_takes_the_least_that_fits(toy: Path) -> None:
     model = with_lora(toy)
-    needs = [1000 * activation_bytes(model, mode) + working_bytes(model, 1000) for mode in ("none", "selective")]
+    needs = [1000 * activation_bytes(model, mode) + working_bytes(model, 1000, mode) for mode in ("none", "selective")]
     frees = [needs[0] / 0.8 + 1, needs[0] / 0.8 - 1e3, needs[1] / 0.8 + 1, needs[1] / 0.8 - 1e3]
     assert [choose_checkpointing(model, 1000, free) for free in frees] == ["none", "selective", "selective", "full"]
 

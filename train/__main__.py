@@ -3,7 +3,8 @@
     torchrun --nproc_per_node 8 -m higgs_tune.train --training_stage stage1 \
         --model_path BASE --train_data_dir SHARDS --output_dir OUT1
 
-`--config run.yaml` gives flags from a file (a run's config.yaml, too); flags on the command line win.
+`--estimate --gpu h200` tells what it would take, on any machine. `--config run.yaml` gives flags from a file (a run's
+config.yaml, too); flags on the command line win.
 """
 
 from __future__ import annotations
@@ -22,6 +23,11 @@ def main() -> None:
 def _main() -> None:
     with recorded_for_torchrun():
         config = parse_arguments(sys.argv[1:])
+        if config.planning.estimate:
+            from higgs_tune.train.estimate import print_estimate
+
+            print_estimate(config)
+            return
         from higgs_tune.train.loop import (
             train,  # after the flags are checked: torch and transformers take seconds to import
         )

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, get_origin
 
 import yaml
+from higgs_tune.preprocess.checkpoints.hub import BASE_MODEL
 from higgs_tune.shards.errors import UserError
 from higgs_tune.train.config import Option, TrainConfig, all_options
 
@@ -23,6 +24,8 @@ _SAVE = "--save_steps N saves every N steps."
 _PACKS = (
     "--tokens_per_pack is the size of a rank's micro-batch in positions; --gradient_accumulation_steps adds them up."
 )
+# what --estimate takes where nothing is given
+ESTIMATED = {"training_stage": ["single"], "model_path": [BASE_MODEL], "train_data_dir": [], "output_dir": ["."]}
 PROG = "python -m higgs_tune.train"
 _ALWAYS = "Nothing to set: that is always done."
 # flags of the Hugging Face Trainer and of other scripts for this model, and what stands for them here
@@ -74,7 +77,6 @@ ELSEWHERE = {
     "num_epochs": "Here it is --num_train_epochs.",
     "epochs": "Here it is --num_train_epochs.",
     "max_train_steps": "Here it is --max_steps.",
-    "optim": "Nothing to set: AdamW, fused.",
     "adam_epsilon": "Nothing to set: AdamW's usual 1e-8.",
     "max_norm": "Here it is --max_grad_norm.",
     "gradient_clipping": "Here it is --max_grad_norm.",
@@ -83,6 +85,8 @@ ELSEWHERE = {
     "fsdp": "Not needed: LoRA runs under DDP; --full_finetune is sharded by FSDP2.",
     "ddp_find_unused_parameters": "Nothing to set: only what trains is registered with DDP.",
     "local_rank": "torchrun sets the rank in the environment.",
+    "load_in_4bit": "Here it is --quantize_base nf4.",
+    "load_in_8bit": "Here it is --quantize_base int8.",
     "torch_compile": "Here it is --compile.",
     "freeze_audio_tower": "The tower is frozen unless --train_audio_tower is given.",
 }
@@ -112,10 +116,18 @@ def parse_arguments(arguments: list[str]) -> TrainConfig:
     given, rest = first.parse_known_args(arguments)
     check_names((_name_of(argument), argument) for argument in rest if argument.startswith("--"))
     from_file = arguments_of_file(given.config) if given.config else []
+    arguments = _with_estimates(from_file + rest)
     flat = (tyro.conf.OmitArgPrefixes,)
     about = f"{TrainConfig.__doc__} --config FILE.yaml gives options by their names; flags win over it."
-    config = tyro.cli(TrainConfig, prog=PROG, description=about, args=tracker_names(from_file + rest), config=flat)
+    config = tyro.cli(TrainConfig, prog=PROG, description=about, args=tracker_names(arguments), config=flat)
     return config.with_home().validate()
+
+
+def _with_estimates(arguments: list[str]) -> list[str]:
+    """The arguments; with --estimate, also those that are required elsewhere."""
+    names = {_name_of(argument) for argument in arguments if argument.startswith("--")}
+    absent = {name: values for name, values in ESTIMATED.items() if "estimate" in names and name not in names}
+    return [part for name, values in absent.items() for part in (f"--{name}", *values)] + arguments
 
 
 def tracker_names(arguments: list[str]) -> list[str]:

@@ -49,7 +49,10 @@ def build_run(
     dtype = torch.bfloat16 if half else torch.float32
     attention = wants_audio_attention(config, inputs.adapter)
     tower = inputs.tower.folder if inputs.tower else None
-    loaded = load_model(inputs.base, device=context.device, dtype=dtype, audio_attention=attention, tower=tower)
+    loaded = load_model(
+        inputs.base, device=context.device, dtype=dtype, audio_attention=attention, tower=tower,
+        quantization=config.model.quantize_base,
+    )  # fmt: skip
     loss = loss_options(config, loaded)
     model: nn.Module = loaded.model
     if config.lora.full_finetune:
@@ -163,12 +166,12 @@ def checkpoint_bytes(run: Run) -> int:
 def describe_run(run: Run, checkpoint: Path | None) -> str:
     """What the run is about to do: a line, then what trains, then how its layers run."""
     count = sum(parameter.numel() for parameter in run.parameters.values())
+    base = f", base in {kind}" if (kind := run.config.model.quantize_base) else ""
     begun = f", from step {run.progress.step} ({checkpoint})" if checkpoint else ""
     line = (
         f"{run.config.training_stage}: {count / 1e6:.2f} M trainable parameters in {len(run.parameters)} tensors, "
         f"{run.total_steps} steps ({run.steps_per_epoch} an epoch) on {run.context.world.size} x "
-        f"{run.context.device.type}{begun}"
+        f"{run.context.device.type}{base}{begun}"
     )
-    pack_model: Any = getattr(run.module, "module", run.module)  # within DDP
-    paths = describe_paths(run.model, pack_model.exec_options, reference=run.config.model.forward == "reference")
+    paths = describe_paths(run.model, run.exec_options, reference=run.config.model.forward == "reference")
     return "\n".join([line, *describe_trainable(run.parameters), "which way each kind of layer runs:", *paths])

@@ -18,6 +18,7 @@ from higgs_tune.train.options import (
     LossArgs,
     ModelArgs,
     OptimArgs,
+    PlanningArgs,
     ReportArgs,
     ValidationArgs,
 )
@@ -51,6 +52,7 @@ class TrainConfig:
     checkpoints: CheckpointArgs = field(default_factory=CheckpointArgs)
     validation: ValidationArgs = field(default_factory=ValidationArgs)
     reports: ReportArgs = field(default_factory=ReportArgs)
+    planning: PlanningArgs = field(default_factory=PlanningArgs)
 
     @staticmethod
     def of(**options: Any) -> TrainConfig:
@@ -103,7 +105,7 @@ class TrainConfig:
         weights, books, sets = self.data.mix_weights, self.loss.codebook_loss_weights, len(self.train_data_dir)
         _require(self.optim.max_steps == -1 or self.optim.max_steps > 0, "--max_steps is out of range",
                  "-1, or more than 0", self.optim.max_steps)  # fmt: skip
-        _require(sets > 0, "--train_data_dir names no set", "at least one", sets)
+        _require(sets > 0 or self.planning.estimate, "--train_data_dir names no set", "at least one", sets)
         _require(weights is None or (len(weights) == sets and min(weights) > 0), "--mix_weights is out of range",
                  "a weight above 0 for each data folder", weights)  # fmt: skip
         _require(books is None or (min(books) >= 0 < sum(books)), "--codebook_loss_weights is out of range",
@@ -118,6 +120,12 @@ class TrainConfig:
                  "names or a regular expression", "all-linear", hint)  # fmt: skip
         trackers = self.reports.report_to
         _require(not ("none" in trackers and len(trackers) > 1), "--report_to none stands alone", "none", trackers)
+        for flag, excluded in (("--full_finetune", lora.full_finetune), ("--compile", self.model.compile)):
+            _require(not (self.model.quantize_base and excluded), f"--quantize_base and {flag} exclude each other",
+                     "one of the two", "both")  # fmt: skip
+        planning = self.planning
+        asked = [f"--{name}" for name in ("gpu", "gpus", "hours") if getattr(planning, name) not in (None, 1)]
+        _require(planning.estimate or not asked, f"{' and '.join(asked)} belong to --estimate", "--estimate", None)
         self._check_evaluation()
         validation = self.validation
         _require(validation.val_fraction is not None or validation.val_by == "sample", "--val_by needs --val_fraction",

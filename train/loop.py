@@ -31,7 +31,7 @@ from higgs_tune.train.dist.device_timing import Timestamp
 from higgs_tune.train.dist.faults import propagate_failures
 from higgs_tune.train.dist.gc_schedule import scheduled_gc
 from higgs_tune.train.dist.signals import EXIT_INTERRUPTED, EXIT_REQUEUE, Stopped, StopSignal
-from higgs_tune.train.metrics import max_memory_gb
+from higgs_tune.train.dry_run import dry_run
 from higgs_tune.train.monitor.diagnostics import UpdateNorms, compare_predictions, fingerprint
 from higgs_tune.train.monitor.logger import MetricsLogger
 from higgs_tune.train.monitor.profiling import StepProfiler
@@ -55,8 +55,6 @@ from higgs_tune.train.set_checks import layout_warning
 from higgs_tune.train.state import Run, StepStats
 from higgs_tune.train.step import take_batches, train_step
 from higgs_tune.train.validate import generate_samples, validate, validate_base
-
-DRY_STEPS = 2
 
 
 def train(config: TrainConfig) -> None:
@@ -268,27 +266,3 @@ def stop_run(run: Run, run_io: RunIO, *, interrupt: bool) -> NoReturn:
     if run.context.is_main and not interrupt:
         write_bytes(run.config.output_dir / STOPPED, to_json({"exit_code": exit_code, "step": step}))
     raise Stopped(message, exit_code)
-
-
-def dry_run(run: Run) -> None:
-    """Take two steps and print what the run will need."""
-    check_writable(run.config.output_dir.parent, 3 * checkpoint_bytes(run))
-    stats = run.new_stats()
-    step_s = 0.0
-    for _ in range(DRY_STEPS):
-        batches, own_counts = take_batches(run, stats)
-        began = time.perf_counter()
-        norm = train_step(run, batches, run.context.all_sum(own_counts), stats)
-        float(norm)  # wait for the device
-        step_s = time.perf_counter() - began
-    run.bad_steps.collect(until=run.progress.step)
-    kept = run.config.checkpoints.save_total_limit or run.total_steps // max(1, run.config.checkpoints.save_steps)
-    if run.context.is_main:
-        print(
-            f"dry run: {run.total_steps} steps of {step_s:.2f} s, about {run.total_steps * step_s / 3600:.2f} h; "
-            f"{max_memory_gb(run.context.device):.1f} GB of memory so far; "
-            f"about {(kept + 2) * checkpoint_bytes(run) / 1e9:.2f} GB of disk for {kept} checkpoints, the best and one "
-            "being written. Nothing was saved.",
-            flush=True,
-        )
-    run.loader.close()

@@ -6,7 +6,10 @@ mean of means (test_weighting.py).
 
 from __future__ import annotations
 
+import ctypes
 import resource
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -53,3 +56,31 @@ def max_memory_gb(device: torch.device) -> float:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+
+
+class PeakMemory:
+    """Peak memory that a block needs beyond what was there before it: of the GPU, or resident on Linux; `more_gb`."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device, self.more_gb = device, 0.0
+
+    def __enter__(self) -> PeakMemory:
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+            self._before = torch.cuda.memory_allocated(self.device)
+        else:
+            with suppress(OSError, AttributeError):
+                ctypes.CDLL(None).malloc_trim(0)  # memory that was freed before goes back first
+                Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+            self._before = _status_bytes("VmRSS")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        on_gpu = self.device.type == "cuda"
+        peak = torch.cuda.max_memory_allocated(self.device) if on_gpu else _status_bytes("VmHWM")
+        self.more_gb = (peak - self._before) / 1e9
+
+
+def _status_bytes(name: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name))

@@ -11,16 +11,20 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from typing import Any
 
 import torch
 from higgs_tune.train.model.trainable import parameter_group
 from higgs_tune.train.options import OptimArgs
 from torch import nn
-from torch.optim import AdamW
+from torch.optim import AdamW, Optimizer
 
 
-def make_optimizer(parameters: dict[str, nn.Parameter], options: OptimArgs) -> AdamW:
-    """AdamW over the trainable parameters, fused: the kernel passes over a step whose `found_inf` is set."""
+def make_optimizer(parameters: dict[str, nn.Parameter], options: OptimArgs) -> Optimizer:
+    """AdamW over the trainable parameters, fused: the kernel passes over a step whose `found_inf` is set.
+
+    With `adamw8bit`, that of bitsandbytes, with moments in 8 bits (https://arxiv.org/abs/2110.02861).
+    """
     new = options.new_module_learning_rate or options.learning_rate
     rates = {
         "lora": options.learning_rate,
@@ -41,7 +45,12 @@ def make_optimizer(parameters: dict[str, nn.Parameter], options: OptimArgs) -> A
         }
         for (kind, decays), members in groups.items()
     ]
-    return AdamW(param_groups, lr=options.learning_rate, betas=(options.adam_beta1, options.adam_beta2), fused=True)
+    given: dict[str, Any] = {"lr": options.learning_rate, "betas": (options.adam_beta1, options.adam_beta2)}
+    if options.optim == "adamw8bit":
+        from bitsandbytes.optim import AdamW8bit  # pyright: ignore[reportMissingImports]
+
+        return AdamW8bit(param_groups, **given)
+    return AdamW(param_groups, **given, fused=True)
 
 
 def learning_rates(options: OptimArgs, total_steps: int, kind: str = "lora") -> Callable[[int], float]:
@@ -62,13 +71,13 @@ def warmup_of(options: OptimArgs, total_steps: int) -> int:
     return math.ceil(0.03 * total_steps) if options.warmup_steps is None else options.warmup_steps
 
 
-def set_rates(optimizer: AdamW, options: OptimArgs, total_steps: int, step: int) -> None:
+def set_rates(optimizer: Optimizer, options: OptimArgs, total_steps: int, step: int) -> None:
     """Set every group's learning rate for the next step, after `step` steps."""
     for group in optimizer.param_groups:
         group["lr"] = group["peak"] * learning_rates(options, total_steps, group["name"])(step)
 
 
-def reported_rates(optimizer: AdamW) -> dict[str, float]:
+def reported_rates(optimizer: Optimizer) -> dict[str, float]:
     """`learning_rate`: LoRA's, or that of most of the weights where LoRA does not train; and the projector's own."""
     rates = {group["name"]: group["lr"] for group in optimizer.param_groups}
     main = next(rates[name] for name in ("lora", "new", "head", "projector") if name in rates)

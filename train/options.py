@@ -30,6 +30,9 @@ class ModelArgs:
     whisper_path: Path | None = None
     """Whisper checkpoint (a folder, or a name on the Hub) whose encoder becomes the audio tower of a base without one;
     its projector is new and trains in full, except in stage1. By default that of the adapter that is continued."""
+    quantize_base: Literal["nf4", "int8"] | None = None
+    """Keep the frozen linear layers of attention and FFNs in 4 or 8 bits, for small GPUs; adapters, norms, embeddings
+    and heads stay as they are. Needs bitsandbytes, an optional extra."""
     forward: Literal["packed", "reference"] = "packed"
     """packed: ours. reference: boson's padded forward and collator, several times slower, for anyone who doubts."""
     compile: bool = False
@@ -122,6 +125,8 @@ class LossArgs:
 class OptimArgs:
     """Optimizer, learning rates, length of the run."""
 
+    optim: Literal["adamw", "adamw8bit"] = "adamw"
+    """adamw8bit: AdamW with moments in 8 bits, by bitsandbytes, an optional extra."""
     learning_rate: Annotated[float, MORE_THAN_0] = 2e-4
     """Peak learning rate of LoRA."""
     head_learning_rate: Annotated[float | None, MORE_THAN_0] = None
@@ -253,6 +258,21 @@ class ValidationArgs:
     """Language of the samples for --sample_asr, as a code (ar, en); empty: it is detected."""
     audio_tokenizer_path: Path | None = None
     """Codec that makes samples audible; by default the one that the shards were made with."""
+
+
+@dataclass(frozen=True)
+class PlanningArgs:
+    """What a run will cost, told on a machine without a GPU."""
+
+    estimate: bool = False
+    """Print memory, speed and GPU hours by arithmetic and stop. Needs no weights, no GPU and no shards: sizes are those
+    of the checkpoint's config.json (by default the released ones), amounts those of the sets' manifests."""
+    gpu: str | None = None
+    """With --estimate: the GPU, such as h200 or 4090."""
+    gpus: Annotated[int, AT_LEAST_1] = 1
+    """With --estimate: how many of them."""
+    hours: Annotated[float | None, MORE_THAN_0] = None
+    """With --estimate: hours of target speech in place of the sets' manifests."""
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,7 @@ from higgs_tune.train.model.adapter import read_adapter, read_adapter_config
 from higgs_tune.train.model.base import resolve_model
 from higgs_tune.train.model.load import Loaded, load_config
 from higgs_tune.train.model.loss import LossOptions
+from higgs_tune.train.model.quantized import require_bitsandbytes
 from higgs_tune.train.model.reference import boson_inputs
 from higgs_tune.train.model.trainable import TrainableOptions
 from higgs_tune.train.model.whisper_tower import WhisperTower
@@ -68,6 +69,13 @@ def resolve_inputs(config: TrainConfig, context: DistContext) -> Inputs:
         UserError: paths or options are bad, or checkpoint, adapter and shard sets do not fit together.
     """
     base, adapter = resolve_model(config.model_path, config.model.base_model)
+    if config.model.quantize_base:
+        require_bitsandbytes("--quantize_base")
+    if config.optim.optim == "adamw8bit":
+        require_bitsandbytes("--optim adamw8bit")
+        if config.lora.full_finetune and context.world.size > 1:
+            raise UserError("--optim adamw8bit has no place in --full_finetune on several ranks", expected="adamw",
+                            got="adamw8bit")  # fmt: skip
     tower = resolve_tower(config, adapter)
     model_config = load_config(base, tower.folder if tower else None)
     weight_files(base)  # this and the line after the sets refuse what would else fail after minutes of loading

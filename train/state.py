@@ -18,13 +18,14 @@ from higgs_tune.train.data.sampler import Cursor, Schedule
 from higgs_tune.train.dist.context import DistContext
 from higgs_tune.train.dist.device_timing import Stopwatch, Timestamp
 from higgs_tune.train.dist.faults import NonFiniteSteps
+from higgs_tune.train.model.forward import ExecOptions
 from higgs_tune.train.model.load import HiggsAudioModel
 from higgs_tune.train.model.lora import base_only, evaluating
 from higgs_tune.train.model.loss import LossOptions, LossParts, LossSums
 from higgs_tune.train.model.whisper_tower import WhisperTower
 from higgs_tune.train.optim import Ema
 from torch import nn
-from torch.optim import AdamW
+from torch.optim import Optimizer
 
 
 @dataclass
@@ -105,7 +106,7 @@ class Run:
     peft_model: nn.Module
     module: nn.Module
     parameters: dict[str, nn.Parameter]
-    optimizer: AdamW
+    optimizer: Optimizer
     loss_options: LossOptions
     loader: Loader
     schedule: Schedule
@@ -119,6 +120,12 @@ class Run:
     @property
     def steps_per_epoch(self) -> int:
         return self.schedule.steps(self.schedule.plan(self.progress.cursor.epoch))
+
+    @property
+    def exec_options(self) -> ExecOptions:
+        """How the layers run."""
+        pack_model: Any = getattr(self.module, "module", self.module)  # within DDP
+        return pack_model.exec_options
 
     @property
     def codebooks(self) -> int:

@@ -29,6 +29,7 @@ from higgs_tune.train.state import Run, StepStats
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim import AdamW
 
 
 def take_batches(run: Run, stats: StepStats) -> tuple[list[Batch], list[float]]:
@@ -81,8 +82,8 @@ def train_step(
 
 def optimizer_step(run: Run, skip: torch.Tensor) -> None:
     """Update the weights, unless `skip` (bool, on the device) says that the gradient is not finite."""
-    if isinstance(run.module, FSDPModule):
-        if not skip:  # the fused kernel takes no flag for sharded weights, so the host waits here
+    if isinstance(run.module, FSDPModule) or not isinstance(run.optimizer, AdamW):
+        if not skip:  # neither sharded weights nor bitsandbytes' kernel take a flag, so the host waits here
             run.optimizer.step()
         return
     # the fused kernel reads these two, as torch's GradScaler sets them, so that the host need not wait for `skip`

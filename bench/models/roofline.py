@@ -16,7 +16,8 @@ from typing import Any
 
 import torch
 import tyro
-from higgs_tune.train.model.flops import PEAKS, Rows, model_flops
+from higgs_tune.train.model.flops import Rows, model_flops
+from higgs_tune.train.model.gpus import gpu_named
 from higgs_tune.train.model.load import HiggsAudioModel, load_config
 from higgs_tune.train.model.memory import activation_bytes
 from models.synthetic import SIZES, SizeName, config_of, parameter_count, with_lora
@@ -31,7 +32,7 @@ class Options:
     model_path: Path | None = None
     """A checkpoint folder whose config is taken in place of a size."""
     gpu: str = "H200"
-    """Name of the GPU, as in train/model/flops.py."""
+    """Name of the GPU, as in train/model/gpus.py."""
     tokens_per_pack: int = 16_384
     """Positions of a pack."""
     sample_length: int = 560
@@ -56,16 +57,16 @@ def roofline(options: Options) -> dict[str, Any]:
     rows = Rows.typical(options.sample_length)
     flops = model_flops(model, rows) / rows.positions
     traffic = 2 * weight_bytes / options.tokens_per_pack + 2 * activation_bytes(model)
-    peak_flops, peak_bytes = PEAKS[options.gpu]
-    floor_s = max(flops / peak_flops, traffic / peak_bytes)
+    gpu = gpu_named(options.gpu)
+    floor_s = max(flops / gpu.flops, traffic / gpu.bytes_per_second)
     found = {
-        "gpu": options.gpu, "gflop_per_token": flops / 1e9, "kilobytes_per_token": traffic / 1e3,
+        "gpu": gpu.name, "gflop_per_token": flops / 1e9, "kilobytes_per_token": traffic / 1e3,
         "activation_bytes_per_token_and_layer": activation_bytes(model) / len(model.layers),
-        "flop_per_byte": flops / traffic, "bound": "arithmetic" if flops / peak_flops >= floor_s else "memory",
+        "flop_per_byte": flops / traffic, "bound": "arithmetic" if flops / gpu.flops >= floor_s else "memory",
         "most_tokens_per_second": 1 / floor_s,
     }  # fmt: skip
     if options.measured:
-        found |= {"tokens_per_second": options.measured, "mfu": options.measured * flops / peak_flops}
+        found |= {"tokens_per_second": options.measured, "mfu": options.measured * flops / gpu.flops}
     return found
 
 

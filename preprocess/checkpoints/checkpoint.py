@@ -28,8 +28,11 @@ _ID_FIELDS = {
 }
 
 
-def read_config(path: Path) -> dict[str, Any]:
+def read_config(path: Path, *, with_ids: bool = True) -> dict[str, Any]:
     """A checkpoint's config in Boson's terms, from either layout.
+
+    Args:
+        with_ids: with the ids of audio tokens, which the native layout has in its tokenizer alone.
 
     Raises:
         UserError: config.json is missing, is not JSON, or describes another model.
@@ -40,7 +43,7 @@ def read_config(path: Path) -> dict[str, Any]:
     refuse_pointer(file, "the checkpoint's config")
     config = durable.from_json(file.read_bytes(), "the checkpoint's config", file)
     if config.get("model_type") == NATIVE_TYPE:
-        return boson_config(config, path)
+        return boson_config(config, path, with_ids=with_ids)
     for name, good, expected in (
         ("model_type", config.get("model_type") == "higgs_audio", "higgs_audio or higgs_audio_v2"),
         ("text_config", isinstance(config.get("text_config"), dict), "an object"),

@@ -11,9 +11,10 @@ from pathlib import Path
 
 from higgs_tune.shards.errors import UserError, few, first_line
 
+BASE_MODEL = "bosonai/higgs-audio-v2-generation-3B-base"
 # the last revisions in Boson's original layout, which later ones replaced
 PINNED = {
-    "bosonai/higgs-audio-v2-generation-3B-base": "10840182ca4ad5d9d9113b60b9bb3c1ef1ba3f84",
+    BASE_MODEL: "10840182ca4ad5d9d9113b60b9bb3c1ef1ba3f84",
     "bosonai/higgs-audio-v2-tokenizer": "9d4988fbd4ad07b4cac3a5fa462741a41810dbec",
 }
 LEGAL_FILES = ("LICEN[CS]E*", "NOTICE*", "COPYING*", "USE_POLICY*")

@@ -38,8 +38,11 @@ NOT_WEIGHTS = re.compile(
 )  # constants
 
 
-def boson_config(native: dict[str, Any], folder: Path) -> dict[str, Any]:
+def boson_config(native: dict[str, Any], folder: Path, *, with_ids: bool = True) -> dict[str, Any]:
     """Boson's config of a native checkpoint.
+
+    Args:
+        with_ids: with the ids of audio tokens, from the tokenizer.
 
     Raises:
         UserError: a size or the tokenizer is missing, or the tokenizer lacks an audio token.
@@ -81,7 +84,7 @@ def boson_config(native: dict[str, Any], folder: Path) -> dict[str, Any]:
         "use_delay_pattern": True,
         "pad_token_id": native.get("pad_token_id"),
         "torch_dtype": native.get("dtype") or native.get("torch_dtype"),
-        **_token_ids(folder),
+        **(_token_ids(folder) if with_ids else {}),
     }
 
 

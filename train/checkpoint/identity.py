@@ -38,6 +38,8 @@ def identity(run: Run) -> dict[str, Any]:
         "architecture": hashlib.sha256(architecture.encode()).hexdigest(),
         "trained": hashlib.sha256(json.dumps(kinds, sort_keys=True).encode()).hexdigest(),
         "whisper_tower": run.tower.sha256 if run.tower else None,
+        "quantized_base": config.model.quantize_base,
+        "optimizer": None if config.optim.optim == "adamw" else config.optim.optim,
         "lora": lora_of_model(run.peft_model) if isinstance(run.peft_model, PeftModel) else None,
     }
 

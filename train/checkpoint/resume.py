@@ -35,6 +35,7 @@ from higgs_tune.train.data.sampler import Cursor
 from higgs_tune.train.model.fsdp import spread_like, whole
 from higgs_tune.train.state import Run, StepStats
 from peft import PeftModel, set_peft_model_state_dict
+from torch.optim import AdamW
 
 OPTIMIZER, EMA, RANKS = "optimizer.safetensors", "ema.safetensors", "ranks.safetensors"
 
@@ -48,7 +49,7 @@ def snapshot(run: Run, stats: StepStats, written: dict[str, int]) -> Snapshot | 
     """
     adapter = adapter_tensors(run.peft_model, run.parameters)
     optimizer = {
-        f"{key}.{name}": whole(value).detach().cpu().clone()
+        f"{key}.{name}": whole(torch.as_tensor(value)).detach().cpu().clone()
         for name, parameter in run.parameters.items()
         for key, value in run.optimizer.state.get(parameter, {}).items()
     }
@@ -103,7 +104,7 @@ def restore(run: Run, folder: Path, stats: StepStats) -> dict[str, Any]:
     run.progress.cursor = Cursor(state["epoch"], state["pack"])
     saved = {"lora": lora_of_checkpoint(folder)} | state["identity"]
     changed = differences(saved, identity(run))
-    fits = not any(text.startswith(("trained", "architecture")) for text in changed)
+    fits = not any(text.startswith(("trained", "architecture", "optimizer")) for text in changed)
     if changed and not (run.config.checkpoints.resume_anyway and fits):
         hint = "--resume_anyway resumes all the same." if fits else "Its weights do not fit this model."
         raise UserError(f"the checkpoint is of another run: {'; '.join(changed)}", where=folder, hint=hint)
@@ -158,9 +159,11 @@ def _restore_optimizer(run: Run, folder: Path) -> None:
     for key, value in read_tensors(folder / OPTIMIZER):
         kind, _, name = key.partition(".")
         parameter = run.parameters[name]
-        run.optimizer.state[parameter][kind] = (
-            value.to(parameter.device) if kind == "step" else spread_like(value, parameter)
-        )
+        if kind == "step":  # of bitsandbytes a plain number
+            is_adamw = isinstance(run.optimizer, AdamW)
+            run.optimizer.state[parameter][kind] = value.to(parameter.device) if is_adamw else int(value)
+        else:
+            run.optimizer.state[parameter][kind] = spread_like(value, parameter)
 
 
 def rng_state(device: torch.device) -> dict[str, torch.Tensor]:

@@ -12,20 +12,23 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from higgs_tune.preprocess.checkpoints.hub import CONFIG_FILES, is_repository_name, local_checkpoint
+from higgs_tune.preprocess.checkpoints.hub import CHECKPOINT_FILES, CONFIG_FILES, is_repository_name, local_checkpoint
 from higgs_tune.shards.errors import UserError
 from higgs_tune.train.model.adapter import ADAPTER_FILE, CONFIG_FILE, read_adapter_config
 
 _CACHED = re.compile(r"models--([^/]+?)--([^/]+)/snapshots/([^/]+)$")  # a repository in the Hub's cache
 
 
-def resolve_model(path: Path, base: Path | None = None, *, flag: str = "--base_model") -> tuple[Path, Path | None]:
+def resolve_model(
+    path: Path, base: Path | None = None, *, flag: str = "--base_model", files: tuple[str, ...] = CHECKPOINT_FILES
+) -> tuple[Path, Path | None]:
     """The base checkpoint of `--model_path`, and the adapter in it, if it is the output folder of a stage.
 
     Args:
         path: a folder, or `owner/name[@revision]` of the Hub.
         base: the base checkpoint to take, whatever the adapter's config says.
         flag: the option that gives it.
+        files: patterns of the files that are needed of a base on the Hub.
 
     Raises:
         UserError: there is no such checkpoint, or the adapter's base checkpoint is not there.
@@ -33,10 +36,10 @@ def resolve_model(path: Path, base: Path | None = None, *, flag: str = "--base_m
     path = _fetched(path)
     config = read_adapter_config(path)
     if config is None and base is None:
-        return local_checkpoint(path), None
+        return local_checkpoint(path, files), None
     if config is None:
         raise UserError(f"{flag} is for adapters", where=path, expected=CONFIG_FILE)
-    return (local_checkpoint(base) if base else _base_of(path, config, flag)), path
+    return (local_checkpoint(base, files) if base else _base_of(path, config, flag, files)), path
 
 
 def _fetched(path: Path) -> Path:
@@ -47,7 +50,7 @@ def _fetched(path: Path) -> Path:
     return local_checkpoint(path, (*CONFIG_FILES, ADAPTER_FILE)) if (folder / CONFIG_FILE).is_file() else path
 
 
-def _base_of(adapter: Path, config: dict[str, Any], flag: str) -> Path:
+def _base_of(adapter: Path, config: dict[str, Any], flag: str, files: tuple[str, ...]) -> Path:
     """The base checkpoint that an adapter's config names."""
     where, hint = adapter / CONFIG_FILE, f"{flag} PATH names it."
     named = config.get("base_model_name_or_path")
@@ -63,7 +66,7 @@ def _base_of(adapter: Path, config: dict[str, Any], flag: str) -> Path:
                         expected=f"one of {looked}", hint=hint)  # fmt: skip
     revision = config.get("revision")
     try:
-        return local_checkpoint(Path(f"{named}@{revision}" if revision else named))
+        return local_checkpoint(Path(f"{named}@{revision}" if revision else named), files)
     except UserError as error:
         raise UserError(f"the adapter's base checkpoint is neither on the Hub ({error}) nor here", where=where,
                         got=named, expected=f"one of {looked}", hint=hint) from error  # fmt: skip

@@ -1,29 +1,26 @@
-"""The cost of a step, by arithmetic: floating-point operations, and the peaks of GPUs.
+"""The cost of a step, by arithmetic: floating-point operations.
 
 Model FLOPs count the operations that the result needs, no recomputation: 2 a weight and row in forward; 2 more for the
 gradient of its input; 2 more for the weight's own gradient where it trains. Attention takes 4 H a pair of positions
 in forward, half of the pairs being masked, and twice that in backward. MFU is model FLOPs a second over the peak of
-the GPU (https://arxiv.org/abs/2204.02311, appendix B, with frozen weights left out of the weight gradients).
+the GPU (`gpus.py`; https://arxiv.org/abs/2204.02311, appendix B, with frozen weights left out of the weight gradients).
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
+from higgs_tune.train.model.forward import Checkpointing
+from higgs_tune.train.model.gpus import Gpu, gpu_of_device
 from higgs_tune.train.model.load import HiggsAudioModel
+from higgs_tune.train.model.quantized import QuantizedWeight, stored_bytes
 from torch import nn
 
-# dense bfloat16 FLOP/s and bytes/s of device memory, from the vendor's data sheets
-PEAKS: dict[str, tuple[float, float]] = {
-    "H200": (989e12, 4.8e12),
-    "H100 PCIe": (756e12, 2.0e12),
-    "H100": (989e12, 3.35e12),
-    "A100": (312e12, 2.0e12),
-    "L40S": (362e12, 0.864e12),
-    "RTX 4090": (165e12, 1.008e12),
-}
+# `estimated_seconds`
+PRODUCT_SHARE, TRAFFIC_SHARE = 0.7, 0.75
+PASSES_HIDDEN, PASSES_FFN = 228, 10
 
 
 @dataclass(frozen=True)
@@ -43,13 +40,16 @@ class Rows:
         return Rows(length, length * text_share, length * (1 - text_share), length**2, length * labels,
                     length * audio_labels)  # fmt: skip
 
+    def __mul__(self, factor: float) -> Rows:
+        return Rows(*(factor * getattr(self, item.name) for item in fields(self)))
+
 
 def peak_of(device: torch.device) -> float | None:
     """Dense bfloat16 FLOP/s of a GPU by its name; None where it is not known."""
     if device.type != "cuda":
         return None
-    name = torch.cuda.get_device_name(device)
-    return next((flops for known, (flops, _) in PEAKS.items() if known in name), None)
+    gpu = gpu_of_device(torch.cuda.get_device_name(device))
+    return gpu.flops if gpu else None
 
 
 def model_flops(model: HiggsAudioModel, rows: Rows) -> float:
@@ -57,15 +57,56 @@ def model_flops(model: HiggsAudioModel, rows: Rows) -> float:
     total = 0.0
     layers: Any = model.layers
     for layer in layers:
-        for name, count in (("self_attn", rows.positions), ("mlp", rows.text), ("audio_mlp", rows.audio),
-                            ("audio_attn", rows.audio)):  # fmt: skip
-            if hasattr(layer, name):
-                total += count * _flops_a_row(getattr(layer, name))
+        total += sum(count * _flops_a_row(module) for module, count in _parts_of(layer, rows))
         attention: Any = layer.self_attn
         total += 3 * 4 * attention.num_heads * attention.head_dim * rows.squares / 2
     heads = model.audio_decoder_proj
     total += rows.text_labels * _flops_a_row(heads.text_lm_head)
     return total + rows.audio_labels * _flops_a_row(heads.audio_lm_head)
+
+
+def recomputed_flops(model: HiggsAudioModel, rows: Rows, checkpointing: Checkpointing) -> float:
+    """FLOPs of the layers' forward that backward runs again: of every layer, or of the FFNs alone."""
+    total = 0.0
+    layers: Any = model.layers
+    for layer in layers if checkpointing != "none" else ():
+        ffns = (getattr(layer, "mlp", None), getattr(layer, "audio_mlp", None))
+        for module, count in _parts_of(layer, rows):
+            if checkpointing == "full" or module in ffns:
+                total += 2 * count * sum(p.numel() for p in module.parameters() if p.ndim == 2)
+        if checkpointing == "full":
+            total += 4 * layer.self_attn.num_heads * layer.self_attn.head_dim * rows.squares / 2
+    return total
+
+
+def estimated_seconds(model: HiggsAudioModel, rows: Rows, gpu: Gpu, checkpointing: Checkpointing) -> float:
+    """Seconds of forward and backward over a pack, by arithmetic: nobody has measured it.
+
+    Products run at `PRODUCT_SHARE` of the GPU's peak; what is no product moves memory at `TRAFFIC_SHARE` of its
+    bandwidth: bfloat16 values a position and layer, `PASSES_HIDDEN` times the hidden size and `PASSES_FFN` times the
+    FFN's, and all weights two or three times. Both shares are what kernels of these sizes commonly reach; the passes
+    were counted in a trace of the released sizes.
+    """
+    layers: Any = model.layers
+    text: Any = model.config.text_config
+    values = rows.positions * (PASSES_HIDDEN * text.hidden_size + PASSES_FFN * text.intermediate_size) * len(layers)
+    again = 1.25 if checkpointing == "full" else 1.0  # of the passes, a quarter are forward's
+    weights = sum(_weight_traffic(p) for layer in layers for p in layer.parameters())
+    traffic = 2 * values * again + weights * (3 if checkpointing == "full" else 2)
+    products = model_flops(model, rows) + recomputed_flops(model, rows, checkpointing)
+    return products / (PRODUCT_SHARE * gpu.flops) + traffic / (TRAFFIC_SHARE * gpu.bytes_per_second)
+
+
+def _weight_traffic(parameter: torch.Tensor) -> int:
+    """Bytes that move where a product reads a weight; a quantized one is also written and read whole."""
+    is_quantized = isinstance(parameter, QuantizedWeight)
+    return stored_bytes(parameter) + (2 * parameter.numel() * parameter.itemsize if is_quantized else 0)
+
+
+def _parts_of(layer: Any, rows: Rows) -> list[tuple[nn.Module, float]]:
+    """The parts of a layer that hold linear layers, and the rows that each runs over."""
+    counts = {"self_attn": rows.positions, "mlp": rows.text, "audio_mlp": rows.audio, "audio_attn": rows.audio}
+    return [(getattr(layer, name), count) for name, count in counts.items() if hasattr(layer, name)]
 
 
 def _flops_a_row(module: nn.Module) -> float:

@@ -22,6 +22,7 @@ from higgs_tune.train.model.dropout import new_seed
 from higgs_tune.train.model.layer_input import Grads, Source
 from higgs_tune.train.model.linear import AnyLayer, Layer, any_dropout, layer_of, plain_project
 from higgs_tune.train.model.lora_math import Kept, layer_grads, run_layers
+from higgs_tune.train.model.quantized import QuantizedWeight
 from torch import nn
 
 
@@ -59,13 +60,14 @@ def stack_layer(layer: Any) -> None:
 def stack_frozen_weights(modules: Sequence[nn.Module]) -> None:
     """Move the frozen weights of linear layers with the same input into one block, in order; values stay the same.
 
-    Layers that train, or differ in dtype or device, are left alone.
+    Layers that train, that are quantized, or that differ in dtype or device, are left alone.
     """
     simple = [layer for layer in map(layer_of, modules) if layer is not None]
     weights = [layer.weight_OH for layer in simple]
     if len(weights) < len(modules) or any(weight.requires_grad for weight in weights) or _stacked(weights) is not None:
         return
-    if len({(weight.dtype, weight.device, weight.shape[1]) for weight in weights}) > 1:
+    quantized = any(isinstance(weight, QuantizedWeight) for weight in weights)
+    if quantized or len({(weight.dtype, weight.device, weight.shape[1]) for weight in weights}) > 1:
         return
     block = torch.cat([weight.detach() for weight in weights])
     for weight, part in zip(weights, block.split([len(weight) for weight in weights]), strict=True):
@@ -74,7 +76,7 @@ def stack_frozen_weights(modules: Sequence[nn.Module]) -> None:
 
 def _stacked(weights: Sequence[torch.Tensor]) -> torch.Tensor | None:
     """One view [sum of O, H] over weights that lie one behind another in one storage; None for others."""
-    if len(weights) < 2 or any(weight.requires_grad for weight in weights):
+    if len(weights) < 2 or any(weight.requires_grad or isinstance(weight, QuantizedWeight) for weight in weights):
         return None
     first, width = weights[0], weights[0].shape[1]
     storage = first.untyped_storage().data_ptr()

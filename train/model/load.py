@@ -23,6 +23,7 @@ from higgs_tune.preprocess.checkpoints.checkpoint import read_config
 from higgs_tune.preprocess.checkpoints.native import NOT_WEIGHTS, boson_weight_name
 from higgs_tune.preprocess.checkpoints.weights import all_finite, weight_files
 from higgs_tune.shards.errors import UserError
+from higgs_tune.train.model.quantized import QUANTIZED, Quantization, quantize
 from safetensors import SafetensorError, safe_open
 
 __all__ = ["HiggsAudioConfig", "HiggsAudioModel", "Loaded", "load_config", "load_model"]
@@ -51,6 +52,19 @@ class Loaded:
     new_audio_attention: bool
 
 
+# sizes of bosonai/higgs-audio-v2-generation-3B-base, for estimates where no checkpoint is at hand
+RELEASED: dict[str, Any] = {
+    "text_config": {
+        "model_type": "llama", "vocab_size": 128_256, "hidden_size": 3072, "intermediate_size": 8192,
+        "num_hidden_layers": 28, "num_attention_heads": 24, "num_key_value_heads": 8, "head_dim": 128,
+    },
+    "audio_adapter_type": "dual_ffn_fast_forward", "audio_dual_ffn_layers": list(range(28)),
+    "audio_ffn_hidden_size": 3072, "audio_ffn_intermediate_size": 8192, "audio_num_codebooks": 8,
+    "audio_codebook_size": 1024, "encode_audio_in_tokens": True, "use_delay_pattern": True, "skip_audio_tower": True,
+    "encode_whisper_embed": False,
+}  # fmt: skip
+
+
 def load_config(path: Path, tower: Path | None = None) -> HiggsAudioConfig:
     """Read and check a checkpoint's config.
 
@@ -60,10 +74,15 @@ def load_config(path: Path, tower: Path | None = None) -> HiggsAudioConfig:
     Raises:
         UserError: no config.json, another model, a switch that this trainer does not know, or a tower of its own.
     """
-    config = HiggsAudioConfig(**read_config(path))
-    for name, values in _SUPPORTED.items():
-        if getattr(config, name) not in values:
-            expected = " or ".join(str(value) for value in values)
+    return checked_config(read_config(path), path, tower)
+
+
+def checked_config(values: dict[str, Any], path: Path, tower: Path | None = None) -> HiggsAudioConfig:
+    """`load_config` of a config that is read already."""
+    config = HiggsAudioConfig(**values)
+    for name, known in _SUPPORTED.items():
+        if getattr(config, name) not in known:
+            expected = " or ".join(map(str, known))
             raise UserError(f"unsupported {name}", where=path, expected=expected, got=getattr(config, name))
     config.use_audio_out_self_attention = bool(config.use_audio_out_self_attention)
     if tower is not None:
@@ -78,25 +97,25 @@ def load_config(path: Path, tower: Path | None = None) -> HiggsAudioConfig:
 
 
 def load_model(
-    path: Path, *, device: torch.device, dtype: torch.dtype, audio_attention: bool = False, tower: Path | None = None
-) -> Loaded:
+    path: Path, *, device: torch.device, dtype: torch.dtype, audio_attention: bool = False, tower: Path | None = None,
+    quantization: Quantization | None = None,
+) -> Loaded:  # fmt: skip
     """Load a checkpoint.
 
     Args:
         dtype: of every weight.
         audio_attention: add audio self-attention to the layers with an audio FFN, if the checkpoint has none.
         tower: a Whisper checkpoint whose encoder becomes the audio tower; its projector is new, and its output zero.
+        quantization: of the linear layers, each as soon as it is read.
 
     Raises:
         UserError: missing, unexpected or wrong-shaped weights; the message lists them.
     """
     config = load_config(path, tower)
     adding = audio_attention and not config.use_audio_out_self_attention
-    config.use_audio_out_self_attention |= audio_attention
-    with torch.device("meta"):
-        model = HiggsAudioModel(config)
+    model = meta_model(config, audio_attention=audio_attention)
     own = model.state_dict()
-    filled, problems = _read_weights(path, own, device, dtype)
+    filled, problems = _read_weights(path, own, device, dtype, quantization)
     if tower is not None:
         filled |= _attached_tower(tower, own, device, dtype)
     missing = {name for name in own if name not in filled}
@@ -117,9 +136,21 @@ def load_model(
     return Loaded(model.requires_grad_(False).eval(), has_text_head, adding)
 
 
+def meta_model(config: HiggsAudioConfig, *, audio_attention: bool = False) -> HiggsAudioModel:
+    """The model without memory for its weights.
+
+    Args:
+        audio_attention: with audio self-attention, also where its checkpoint has none.
+    """
+    config.use_audio_out_self_attention |= audio_attention
+    with torch.device("meta"):
+        return HiggsAudioModel(config)
+
+
 def _read_weights(
-    path: Path, own: dict[str, torch.Tensor], device: torch.device, dtype: torch.dtype
-) -> tuple[dict[str, torch.Tensor], list[str]]:
+    path: Path, own: dict[str, torch.Tensor], device: torch.device, dtype: torch.dtype,
+    quantization: Quantization | None,
+) -> tuple[dict[str, torch.Tensor], list[str]]:  # fmt: skip
     """The checkpoint's weights under Boson's names, and a line for each that does not fit."""
     filled: dict[str, torch.Tensor] = {}
     problems: list[str] = []
@@ -141,6 +172,8 @@ def _read_weights(
                         filled[name] = tensors.get_tensor(stored).to(dtype)
                         if not all_finite(filled[name]):
                             problems.append(f"{stored} holds NaN or infinite values as {dtype}")
+                        if quantization and QUANTIZED.fullmatch(name):
+                            filled[name] = quantize(filled[name], quantization)
         except (SafetensorError, OSError) as error:
             raise UserError(f"cannot read weights: {error}", where=file) from error
     return filled, problems

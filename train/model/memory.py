@@ -1,11 +1,13 @@
-"""The memory of a step, by arithmetic: what forward keeps for backward, and the checkpointing that fits.
+"""The memory of a run, by arithmetic: weights and states, what forward keeps, the checkpointing that fits.
 
-Guarantees (test_lora_paths.py): what autograd keeps, within 10 %, for every kind of LoRA and of checkpointing.
+Guarantees: what autograd keeps, within 10 %, for every kind of LoRA and of checkpointing (test_lora_paths.py); the
+measured peak of a step on a CPU, within 15 % (test_estimate.py).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,10 +15,14 @@ from higgs_tune.train.model.embed import stream_dtype
 from higgs_tune.train.model.forward import Checkpointing
 from higgs_tune.train.model.linear import Layer, layer_of
 from higgs_tune.train.model.load import HiggsAudioModel
+from higgs_tune.train.model.loss import CHUNK_ELEMENTS
+from higgs_tune.train.model.quantized import QuantizedWeight, stored_bytes
 from torch import nn
 
 FREE_SHARE = 0.8  # of the free memory that activations may take
 TEXT_SHARE = 0.3  # of a pack's positions
+SMALLEST_8_BIT = 4096  # elements of a tensor whose moments bitsandbytes keeps in 8 bits
+LABEL_SHARES = (0.1, 0.4)  # of a pack's positions: those with a text label, and with an audio label
 
 
 def activation_bytes(
@@ -95,21 +101,104 @@ def _lora_values(modules: Sequence[nn.Module], *, are_kept: bool = False) -> flo
     return sum(layer.rank for layer in layers) + sum(len(layer.weight_OH) for layer in kept)
 
 
-def working_bytes(model: HiggsAudioModel, positions: int) -> float:
-    """What one layer and the loss need beside that, for a pack: gradients and remade inputs, and a chunk of logits."""
-    config: Any = model.config.text_config
+def working_bytes(model: HiggsAudioModel, positions: float, checkpointing: Checkpointing = "none") -> float:
+    """What the loss, or backward of one layer, needs beside that, for a pack: the larger of the two.
+
+    That is a chunk of logits; or gradients and remade inputs of a layer, with what is recomputed of it.
+    """
+    logits = min(_logits_bytes(model) * positions, _most_logits_bytes(model))
+    return max(logits, positions * _layer_bytes(model, checkpointing)) + _whole_weight_bytes(model)
+
+
+def _logits_bytes(model: HiggsAudioModel) -> float:
+    """Logits of a position and their gradients, in float32 and in the activations' dtype."""
+    heads = model.audio_decoder_proj
+    shares = ((heads.text_lm_head, LABEL_SHARES[0]), (heads.audio_lm_head, LABEL_SHARES[1]))
+    return _logits_copies(model) * max(share * head.out_features for head, share in shares)
+
+
+def _most_logits_bytes(model: HiggsAudioModel) -> float:
+    return _logits_copies(model) * CHUNK_ELEMENTS
+
+
+def _logits_copies(model: HiggsAudioModel) -> int:
+    """Bytes of a logit: of two copies in float32, and one in a narrower dtype of activations."""
     size = stream_dtype(model).itemsize
-    return positions * size * (6 * config.hidden_size + 4 * config.intermediate_size) + 4 * (1 << 27)
+    return 2 * 4 + (size if size < 4 else 0)
+
+
+def _layer_bytes(model: HiggsAudioModel, checkpointing: Checkpointing) -> float:
+    """What backward of one layer needs, for a position."""
+    config: Any = model.config.text_config
+    recomputed = activation_bytes(model) - activation_bytes(model, checkpointing)
+    own = stream_dtype(model).itemsize * 4 * (config.hidden_size + config.intermediate_size)
+    return own + recomputed / max(1, len(_layers_with_gradient(model)))
+
+
+def _whole_weight_bytes(model: HiggsAudioModel) -> float:
+    """The largest weight of a quantized base, while it is whole: in float32, and in the activations' dtype."""
+    counts = [p.numel() * (4 + p.itemsize) for p in model.parameters() if isinstance(p, QuantizedWeight)]
+    return max(counts, default=0)
+
+
+@dataclass(frozen=True)
+class StateBytes:
+    """What a rank holds between two steps, in bytes; the fields in the order that they are told in.
+
+    frozen: weights that stay. trained: weights that train. gradients, moments: of those, and what AdamW keeps of them.
+    average: their moving average, where there is one.
+    """
+
+    frozen: float
+    trained: float
+    gradients: float
+    moments: float
+    average: float
+
+    @property
+    def total(self) -> float:
+        return sum(vars(self).values())
+
+
+def state_bytes(model: nn.Module, *, with_average: bool = False, in_8_bits: bool = False, ranks: int = 1) -> StateBytes:
+    """The memory of weights and optimizer, of a rank.
+
+    Args:
+        model: with what trains marked; it may be on meta.
+        in_8_bits: whether the moments are; those of small tensors are not.
+        ranks: that share all of it (full fine-tuning).
+    """
+    frozen = trained = moments = 0.0
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            trained += stored_bytes(parameter)
+            eight_bit = in_8_bits and parameter.numel() >= SMALLEST_8_BIT
+            moments += parameter.numel() * (2 + 2 * 4 / 256 if eight_bit else 8)
+        else:
+            frozen += stored_bytes(parameter)
+    average = trained if with_average else 0.0
+    return StateBytes(*(part / ranks for part in (frozen, trained, trained, moments, average)))
+
+
+def largest_pack(model: HiggsAudioModel, checkpointing: Checkpointing, free: float, *, compiled: bool = False) -> int:
+    """Positions of the largest pack whose estimate fits into the free memory (bytes); 0 where none does."""
+    kept, room = (
+        activation_bytes(model, checkpointing, compiled=compiled),
+        FREE_SHARE * free - _whole_weight_bytes(model),
+    )
+    by_layer = room / (kept + _layer_bytes(model, checkpointing))
+    by_logits = max(room / (kept + _logits_bytes(model)), (room - _most_logits_bytes(model)) / max(1.0, kept))
+    return max(0, int(min(by_layer, by_logits)))
 
 
 def choose_checkpointing(
     model: HiggsAudioModel, positions: int, free: float, *, compiled: bool = False
 ) -> Checkpointing:
     """The least checkpointing whose estimate fits into the free memory (bytes)."""
-    room = FREE_SHARE * free - working_bytes(model, positions)
     modes: tuple[Checkpointing, ...] = ("none", "selective")
     for mode in modes:
-        if positions * activation_bytes(model, mode, compiled=compiled) <= room:
+        kept = positions * activation_bytes(model, mode, compiled=compiled)
+        if kept + working_bytes(model, positions, mode) <= FREE_SHARE * free:
             return mode
     return "full"
 
