@@ -21,7 +21,7 @@ import torch
 import tyro
 from higgs_tune.shards.index import index_dtype
 from higgs_tune.shards.plan import Plan, PlanInput, plan_epoch
-from higgs_tune.train.model.flops import PEAKS
+from higgs_tune.train.model.gpus import gpu_named
 from higgs_tune.train.model.load import HiggsAudioModel
 from models.synthetic import SIZES, config_of, with_lora
 from plan import lengths_of
@@ -57,8 +57,10 @@ class Options:
     """Share of the last micro-step that the all-reduce hides behind, but for its last bucket of 25 MB."""
     lora_rank: int = 16
     """Rank of LoRA; its float32 gradients are what is sent."""
-    loader_samples_per_s: float = 500.0
-    """Samples/s that one loader process makes; take it from bench/loader.py on the machine in question."""
+    loader_samples_per_s: float = 2685.0
+    """Samples/s of one loader process: a quarter of what four made on two cores (bench/loader.py)."""
+    peer_ratio: float = 1.35
+    """Our rate over that of the packed peer, which pads nothing either (bench/train_step.py, stated lengths, a CPU)."""
     workers: int = 4
     """Loader processes a GPU."""
     storage_gb_s: float = 10.0
@@ -133,16 +135,17 @@ def simulate(options: Options, ranks: int, times: np.ndarray, mean_length: float
 
 def data_table(options: Options, plan_s: float, plan_bytes: float) -> list[dict[str, Any]]:
     """What amounts of audio take; plan time and memory in proportion to the samples of the plan that was timed."""
-    rows = []
+    rows, mean_length = [], float(lengths_of(10_000).mean())
     for name, hours in HOURS.items():
         samples = hours * 3600 / options.seconds_per_sample
         scale = samples / options.samples
-        encode = hours * options.encode_gflop_per_s * 1e9 / (options.encode_share * PEAKS["H200"][0])
+        encode = hours * options.encode_gflop_per_s * 1e9 / (options.encode_share * gpu_named("H200").flops)
         rows.append({
             "audio": name, "samples": samples, "shards": math.ceil(samples / options.samples_per_shard),
             "set_gb": samples * options.bytes_per_sample / 1e9, "index_gb": samples * index_dtype(9).itemsize / 1e9,
             "plan_s": plan_s * scale, "plan_gb": plan_bytes * scale / 1e9, "encode_gpu_hours": encode,
-            "epoch_gpu_hours": samples * float(lengths_of(10_000).mean()) / options.tokens_per_second / 3600,
+            "epoch_gpu_hours": (epoch := samples * mean_length / options.tokens_per_second / 3600),
+            "peer_epoch_gpu_hours": epoch * options.peer_ratio,
         })  # fmt: skip
     return rows
 
@@ -173,11 +176,11 @@ def main() -> None:
           f"or from {storage_full:,.0f} ranks on with this storage")  # fmt: skip
     data = data_table(options, plan_s, 5 * lengths.nbytes)
     print(f"{'audio':<8}{'samples':>15}{'shards':>11}{'set GB':>10}{'index GB':>10}{'plan s':>9}{'plan GB':>9}"
-          f"{'encode GPU h':>14}{'epoch GPU h':>13}")  # fmt: skip
+          f"{'encode GPU h':>14}{'epoch GPU h':>13}{'peer':>11}")  # fmt: skip
     for row in data:
         print(f"{row['audio']:<8}{row['samples']:>15,.0f}{row['shards']:>11,}{row['set_gb']:>10,.1f}"
               f"{row['index_gb']:>10,.2f}{row['plan_s']:>9,.1f}{row['plan_gb']:>9,.2f}{row['encode_gpu_hours']:>14,.1f}"
-              f"{row['epoch_gpu_hours']:>13,.1f}")  # fmt: skip
+              f"{row['epoch_gpu_hours']:>13,.1f}{row['peer_epoch_gpu_hours']:>11,.1f}")  # fmt: skip
     if options.out:
         result = {"plan_s": plan_s, "gradient_bytes": gradients, "ranks": found, "audio": data}
         options.out.write_text(json.dumps(result, indent=1) + "\n")
