@@ -102,7 +102,8 @@ def layer_grads(
         needed: for each layer and field, whether its gradient is needed.
     """
     share = max(layer.dropout for layer in layers)
-    read_NH = drop(x_NH, share, seed)
+    mask_NH = kept_elements(x_NH, share, seed) if share else None
+    read_NH = x_NH if mask_NH is None else x_NH * mask_NH
     scaled = [
         grad_NO if scale_O is None else grad_NO * scale_O.to(grad_NO.dtype)
         for grad_NO, scale_O in zip(grads, kept.scales, strict=True)
@@ -122,13 +123,13 @@ def layer_grads(
     if not has_lora:
         return grad_x_NH, of_layers
     stacked_rH = _stacked_a(layers).to(x_NH.dtype)
-    if not share:
+    if mask_NH is None:
         return grad_x_NH.addmm_(grad_low_Nr, stacked_rH), of_layers
     is_dora = [number for number, scale_O in enumerate(kept.scales) if scale_O is not None]
     extra = [(scaled[number] - grads[number]).mul_(1 / (1 - share)) for number in is_dora]
     grad_read_NH = _sum_of_products(extra, [layers[number] for number in is_dora])
     low_NH = grad_low_Nr @ stacked_rH if grad_read_NH is None else grad_read_NH.addmm_(grad_low_Nr, stacked_rH)
-    return grad_x_NH.addcmul_(low_NH, kept_elements(x_NH, share, seed)), of_layers
+    return grad_x_NH.addcmul_(low_NH, mask_NH), of_layers
 
 
 @torch.no_grad()
