@@ -63,7 +63,7 @@ def dequantized_by_bitsandbytes(weight: torch.Tensor, kind: Quantization) -> tor
     from bitsandbytes import functional  # pyright: ignore[reportMissingImports]
 
     if kind == "int8":
-        codes, scale, _ = functional.int8_vectorwise_quant(weight)
+        codes, scale, _ = functional.int8_vectorwise_quant(weight.half())
         return codes * scale[:, None] / 127
     return functional.dequantize_4bit(*functional.quantize_4bit(weight, quant_type="nf4", compress_statistics=True))
 

@@ -136,9 +136,9 @@ def _layer_bytes(model: HiggsAudioModel, checkpointing: Checkpointing) -> float:
 
 
 def _whole_weight_bytes(model: HiggsAudioModel) -> float:
-    """The largest weight of a quantized base, while it is whole: in float32, and in the activations' dtype."""
-    counts = [p.numel() * (4 + p.itemsize) for p in model.parameters() if isinstance(p, QuantizedWeight)]
-    return max(counts, default=0)
+    """The largest weight of a quantized base, while it is made whole; bitsandbytes makes int8's in float32, twice."""
+    quantized = [p for p in model.parameters() if isinstance(p, QuantizedWeight)]
+    return max((p.numel() * (p.itemsize + (8 if p.kind == "int8" else 0)) for p in quantized), default=0)
 
 
 @dataclass(frozen=True)

@@ -81,7 +81,7 @@ def quantize(weight_OH: torch.Tensor, kind: Quantization) -> QuantizedWeight:
     from bitsandbytes import functional  # pyright: ignore[reportMissingImports]
 
     if kind == "int8":
-        codes_OH, scale_O, _ = functional.int8_vectorwise_quant(weight_OH)
+        codes_OH, scale_O, _ = functional.int8_vectorwise_quant(weight_OH.half())  # on a GPU it takes no other dtype
         return QuantizedWeight(kind, [codes_OH, scale_O], None, weight_OH.shape, weight_OH.dtype)
     packed, state = functional.quantize_4bit(
         weight_OH.contiguous(), blocksize=BLOCK, compress_statistics=True, quant_type="nf4"
