@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -13,13 +11,16 @@ from typing import Any, cast
 
 import numpy as np
 import pytest
+import soundfile
 from conftest import EXAMPLES, ROOT
-from helpers.eval_rank import judges
+from helpers.eval_rank import Listener, judges
 from helpers.samples import random_sample
 from helpers.speaking import write_list
+from helpers.stub_judge import Stub
 from helpers.tiny import ids_of, run_train, write_checkpoint, write_set
 from higgs_tune.evaluate.config import EvalConfig
 from higgs_tune.evaluate.evaluate import evaluate
+from higgs_tune.evaluate.judging import Judges
 from higgs_tune.evaluate.speak import run as speak_run
 from higgs_tune.shards.errors import UserError
 from higgs_tune.shards.reader import ShardSet
@@ -142,28 +143,20 @@ def test_a_killed_evaluation_speaks_on_to_the_same_table(
     assert len(spoken) == 18  # nothing is spoken again
 
 
-def test_two_ranks_share_the_lines(trained: Path, toy: Path, lists: Path, whole: Path, tmp_path: Path) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+def test_two_ranks_of_torchrun_share_the_lines(
+    trained: Path, toy: Path, lists: Path, whole: Path, tmp_path: Path
+) -> None:
     given = arguments(trained, toy, lists, tmp_path / "eval")
     flags = [
         str(word)
         for name, value in given.items()
         for word in (f"--{name}", *(value if isinstance(value, tuple) else (value,)))
     ]
-    command = [sys.executable, str(ROOT / "tests" / "helpers" / "eval_rank.py"), *flags]
-    shared = os.environ | {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    ranks = [
-        subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-            env=shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-        )
-        for rank in range(2)
-    ]  # fmt: skip
-    outputs = [process.communicate(timeout=240) for process in ranks]
-    assert [process.returncode for process in ranks] == [0, 0], outputs
-    assert "8 lines" in outputs[0][0] and not outputs[1][0]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command = [*torchrun, str(ROOT / "tests" / "helpers" / "eval_rank.py"), *flags]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=240)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("8 lines") == 1  # rank 0 alone prints the table
     assert results(tmp_path / "eval") == results(whole)
     assert not list((tmp_path / "eval").rglob("*part*"))
 
@@ -207,3 +200,13 @@ def test_a_model_that_is_none_is_named_before_the_judges_load(toy: Path, lists: 
     given = arguments(tmp_path, toy, lists, tmp_path / "eval")
     with pytest.raises(UserError, match="base"):
         evaluate(EvalConfig(**given), lambda _config: pytest.fail("judges were loaded"))
+
+
+def test_an_unusable_reference_is_named_before_anything_is_spoken(trained: Path, toy: Path, tmp_path: Path) -> None:
+    soundfile.write(tmp_path / "zeros.wav", np.zeros(16_000), 16_000)
+    write_list(tmp_path / "ar.jsonl", [{"id": "a", "text": "مرحبا", "ref_audio": "zeros.wav", "ref_text": "نعم"}])
+    (tmp_path / "en.jsonl").write_text((tmp_path / "ar.jsonl").read_text("utf-8").replace('"a"', '"b"'), "utf-8")
+    given = arguments(trained, toy, tmp_path, tmp_path / "eval") | {"speaker_model": "stub"}
+    with pytest.raises(UserError, match="2 reference clips cannot be used: a: silent_audio"):
+        evaluate(EvalConfig(**given), lambda _config: Judges(Listener(), Stub(())))
+    assert not list((tmp_path / "eval").rglob("*.wav"))

@@ -1,4 +1,4 @@
-"""higgs-eval as one rank, with a stub judge that hears words by a clip's bytes: `python eval_rank.py ARGUMENTS`."""
+"""higgs-eval as one rank, with a judge that hears words by a clip's bytes: `torchrun … eval_rank.py ARGUMENTS`."""
 
 from __future__ import annotations
 
