@@ -140,6 +140,7 @@ def transcripts(heard: Sequence[Heard]) -> list[Figure]:
     lost = [one for one in right if step_of(one.segment) == "agreement"]
     clean = [one for one in right if not one.faults and step_of(one.segment) not in ("duplicate", "segment")]
     checked = any(segment.cer is not None for segment in wrong)
+    right = right if checked else []
     return [
         Figure(
             "wrong transcripts rejected", sum(not s.keep for s in wrong) if checked else 0, len(wrong) * checked, 0.95
@@ -186,8 +187,9 @@ def speakers(heard: Sequence[Heard]) -> list[Figure]:
     voices = {voice for cluster in clusters.values() for voice in cluster}
     pure = sum(max(cluster.values()) for cluster in clusters.values())
     together = sum(max(cluster[voice] for cluster in clusters.values()) for voice in voices)
+    bar = 0.95 if any(one.segment.embedding_map for one in heard) else None
     return [
-        Figure("purity of speakers", pure, counted, 0.95, f"{len(clusters)} speakers of {len(voices)} voices"),
+        Figure("purity of speakers", pure, counted, bar, f"{len(clusters)} speakers of {len(voices)} voices"),
         Figure("segments in their voice's largest speaker", together, counted),
         Figure("segments of one voice", counted - mixed, counted),
     ]

@@ -20,14 +20,13 @@ from higgs_tune.inspect.checkpoints import Checkpoints
 from higgs_tune.inspect.stats import scan_samples
 from higgs_tune.inspect.view import Segment, segments_of
 from higgs_tune.inspect.web.charts import code_charts, data_charts
-from higgs_tune.inspect.web.clips import ogg_of_file
+from higgs_tune.inspect.web.clips import MEDIA_TYPE, ogg, ogg_of_file
 from higgs_tune.inspect.web.compare import runs_info
 from higgs_tune.inspect.web.html import render
 from higgs_tune.inspect.web.pages import damaged_row, detail, list_row, packed_codes, set_info
 from higgs_tune.inspect.web.report import SCAN_SAMPLES
 from higgs_tune.inspect.web.run import RunFolder
 from higgs_tune.inspect.web.search import SampleSearch
-from higgs_tune.preprocess.audio.vorbis import MEDIA_TYPE, ogg
 from higgs_tune.preprocess.html import SECURITY_HEADERS
 from higgs_tune.shards.durable import to_json
 from higgs_tune.shards.errors import ShardError, UserError

@@ -2,24 +2,53 @@
 
 higgs-prepare RECORDINGS… --out DIR --language ar --asr openai/whisper-large-v3
 higgs-prepare --from DIR --min_quality 2.8
+higgs-prepare review DIR                        a page on this machine in which people decide
 """
 
 from __future__ import annotations
 
 import sys
-from dataclasses import fields, replace
-from typing import Any
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Annotated, Any
 
 import tyro
 from higgs_tune.preprocess.prepare.config import MACHINE_ONLY, PrepareConfig, Thresholds
 from higgs_tune.shards.errors import UserError, few, run_command
 
 
+@dataclass(frozen=True)
+class ReviewConfig:
+    """The report of a prepared folder on this machine only, with a list in which people accept, reject and correct.
+
+    Decisions are appended to DIR/decisions.jsonl; `higgs-prepare --from DIR` applies them.
+    """
+
+    folder: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="DIR")]
+    """Folder that higgs-prepare wrote."""
+    port: int = 8733
+    """Port on 127.0.0.1; 0: any free port."""
+    debug: bool = False
+    """Show tracebacks of user errors."""
+
+
 def main() -> None:
     run_command(_main)
 
 
+def _review(arguments: list[str]) -> None:
+    from higgs_tune.preprocess.prepare.review import HOST, open_review
+
+    given = tyro.cli(ReviewConfig, prog="higgs-prepare review", args=arguments)
+    server = open_review(given.folder, given.port)
+    print(f"http://{HOST}:{server.port}/  (Ctrl-C ends)", flush=True)
+    server.serve_forever()
+
+
 def _main() -> None:
+    if sys.argv[1:2] == ["review"]:  # a folder of this name is ./review
+        _review(sys.argv[2:])
+        return
     config = tyro.cli(PrepareConfig, prog="higgs-prepare")
     if config.from_ is not None:
         _print_summary(_decide_again(config))

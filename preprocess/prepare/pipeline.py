@@ -5,7 +5,7 @@ In: recordings and the options. Out: the files of `records.py`.
 1. list      files, folders and lists become recordings (inputs)
 2. prepare   each recording, in stages: listen, cut, hear, align, measure (work), as tasks of preprocess/engine.py
 3. decide    thresholds, duplicates, speakers, split, references: no audio, no model (decide)
-4. write     segments, manifest, rejects, accounting (outputs)
+4. write     segments, manifest, rejects, accounting (outputs), the page (report)
 
 Guarantees (tests/test_prepare.py): originals are never changed; every millisecond of the input has one fate; the files
 depend neither on the engine nor on kills and restarts.
@@ -39,6 +39,7 @@ from higgs_tune.preprocess.prepare.records import (
     read_segments_file,
     write_lines,
 )
+from higgs_tune.preprocess.prepare.report import write_report
 from higgs_tune.preprocess.prepare.stages import PARTS, WORK
 from higgs_tune.shards import durable
 from higgs_tune.shards.errors import UserError
@@ -222,6 +223,7 @@ def _decide_and_write(
     apply = normaliser(config.normaliser).apply
     decided = decide(segments, embeddings_ND, config, read_decisions(out), config.language, apply)
     made = write_outputs(out, decided, recordings)
+    write_report(out)
     return {
         "out": str(out),
         "accounting": made,
