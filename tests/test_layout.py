@@ -123,7 +123,8 @@ def test_wheel_holds_every_module_and_the_page(tmp_path: Path) -> None:
     subprocess.run([*command, str(tmp_path), str(ROOT)], check=True, timeout=300, cwd=tmp_path)
     (wheel,) = tmp_path.glob("*.whl")
     names = set(zipfile.ZipFile(wheel).namelist())
-    assets = [path for path in (ROOT / "inspect" / "web" / "page").iterdir() if path.is_file()]
+    pages = (ROOT / "inspect" / "web" / "page", ROOT / "preprocess" / "prepare" / "page")
+    assets = [path for folder in pages for path in folder.iterdir() if path.is_file()]
     assert {path.suffix for path in assets} == {".html", ".css", ".js"}
     assert {f"higgs_tune/{name_of(path)}" for path in [*SOURCES, *assets]} <= names
 

@@ -16,7 +16,8 @@ from helpers.browser import console_errors, open_browser, resize, wait
 from helpers.prepared import make_prepared
 from higgs_tune.preprocess.prepare import review as module
 from higgs_tune.preprocess.prepare.records import DECISIONS, Decision, Segment, read_decisions
-from higgs_tune.preprocess.prepare.review import HOST, MAX_BODY, ReviewServer, append_decisions, open_review
+from higgs_tune.preprocess.prepare.review import append_decisions
+from higgs_tune.preprocess.prepare.review_server import HOST, MAX_BODY, ReviewServer, open_review
 from higgs_tune.shards.errors import UserError
 from selenium.webdriver import Chrome
 from selenium.webdriver.common.by import By

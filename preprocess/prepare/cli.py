@@ -37,7 +37,7 @@ def main() -> None:
 
 
 def _review(arguments: list[str]) -> None:
-    from higgs_tune.preprocess.prepare.review import HOST, open_review
+    from higgs_tune.preprocess.prepare.review_server import HOST, open_review
 
     given = tyro.cli(ReviewConfig, prog="higgs-prepare review", args=arguments)
     server = open_review(given.folder, given.port)
