@@ -206,7 +206,7 @@ def test_an_unusable_reference_is_named_before_anything_is_spoken(trained: Path,
     soundfile.write(tmp_path / "zeros.wav", np.zeros(16_000), 16_000)
     write_list(tmp_path / "ar.jsonl", [{"id": "a", "text": "مرحبا", "ref_audio": "zeros.wav", "ref_text": "نعم"}])
     (tmp_path / "en.jsonl").write_text((tmp_path / "ar.jsonl").read_text("utf-8").replace('"a"', '"b"'), "utf-8")
-    given = arguments(trained, toy, tmp_path, tmp_path / "eval") | {"speaker_model": "stub"}
+    given: dict[str, Any] = arguments(trained, toy, tmp_path, tmp_path / "eval") | {"speaker_model": "stub"}
     with pytest.raises(UserError, match="2 reference clips cannot be used: a: silent_audio"):
         evaluate(EvalConfig(**given), lambda _config: Judges(Listener(), Stub(())))
     assert not list((tmp_path / "eval").rglob("*.wav"))

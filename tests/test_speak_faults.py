@@ -44,6 +44,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tone(place / "empty.wav", 0.0, 16_000)
     tone(place / "ten minutes.flac", 600, 8000)
     tone(place / "surround.wav", 1.0, 48_000, channels=6)
+    tone(place / "stereo.wav", 1.0, 48_000, channels=2)
     tone(place / "telephone.wav", 1.0, 8000, subtype="ULAW")
     tone(place / "float.wav", 1.0, 96_000, channels=2, subtype="FLOAT")
     data = CLIP.read_bytes()
@@ -66,6 +67,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "half": ({"ref_audio": "half.flac"}, "half.flac"),
     "page": ({"ref_audio": "page.wav"}, "page.wav"),
     "nan": ({"ref_audio": "nan.wav"}, "nan.wav"),
+    "surround": ({"ref_audio": "surround.wav"}, "channels"),
     "second voice": ({"ref_audio": [str(CLIP), "gone.wav"]}, "no such reference"),
     "no text": ({"text": ""}, "empty text"),
     "blank": ({"text": "\u00a0\n\t"}, "empty text"),
@@ -78,7 +80,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "null": ({"text": None}, "text"),
 }
 GOOD: dict[str, dict[str, Any]] = {
-    "surround": {"ref_audio": "surround.wav"},
+    "stereo": {"ref_audio": "stereo.wav"},
     "telephone": {"ref_audio": "telephone.wav", "ref_text": "beep"},
     "float": {"ref_audio": "float.wav"},
     "unicode/سلام": {"text": "السلام عليكم."},

@@ -5,8 +5,8 @@
 Checks that `AutoProcessor` and `HiggsAudioV2ForConditionalGeneration` load a merged export with its text head; that
 logits of the merged model and of adapters (LoRA, DoRA, modules in full) are ours to 1e-5 in float32; that greedy
 `generate` gives our codes on prompts of both layouts, and the processor our `serve` prompt; that vllm-omni's own code
-builds that prompt, too, but for two tokens that it says twice; that an adapter trained on the native class is ours; that
-a checkpoint which transformers saved comes back from Boson's layout tensor by tensor.
+builds that prompt, too, but for two tokens that it says twice; that an adapter trained on the native class is ours;
+that a checkpoint which transformers saved comes back from Boson's layout tensor by tensor.
 """
 
 from __future__ import annotations
