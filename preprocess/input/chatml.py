@@ -233,7 +233,7 @@ def check_text(text: Any, where: str, max_chars: int) -> None:
         raise Reject("text_too_long", f"{where}: expected at most {max_chars} characters, got {len(text)}")
     control = _CONTROL.search(text)
     if control:
-        raise Reject("control_character", f"{where}: text holds {control[0]!r} at character {control.start()}")
+        raise Reject("control_character", f"{where}: control character {control[0]!r} at character {control.start()}")
     token = next((token for token in TEMPLATE_TOKENS if token in text), None)
     if token:
         raise Reject("template_token_in_text", f"{where}: text holds {token}")
