@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from helpers.tiny import tiny_config
+from higgs_tune.preprocess.checkpoints.hub import CHECKPOINT_FILES
 from higgs_tune.shards.errors import UserError
 from higgs_tune.train.model import base as base_module
 from higgs_tune.train.model.adapter import (
@@ -335,7 +336,8 @@ def test_a_base_of_the_hub_keeps_its_name(base: Path, tmp_path: Path, monkeypatc
     assert base_reference(cached, tmp_path / "out") == ("some/higgs", "abc123")
     asked: list[Path] = []
 
-    def local(given: Path) -> Path:
+    def local(given: Path, files: tuple[str, ...]) -> Path:
+        assert files == CHECKPOINT_FILES
         asked.append(given)
         return cached
 

@@ -24,7 +24,7 @@ from higgs_tune.train.checkpoint.folder import list_checkpoints
 from higgs_tune.train.config import TrainConfig
 from higgs_tune.train.dist.context import init_distributed
 from higgs_tune.train.loop import train
-from higgs_tune.train.model import pack_model
+from higgs_tune.train.model import pack_model, quantized
 from higgs_tune.train.model.load import HiggsAudioModel
 from higgs_tune.train.model.loss import pack_loss
 from higgs_tune.train.model.reference import boson_inputs
@@ -274,6 +274,8 @@ def test_dry_run_tells_and_leaves_nothing(options: Options, tmp_path: Path, capf
     said = capfd.readouterr().out
     for part in ("self-test", "dry run: ", " steps of ", " h; ", "GB of memory", "GB of disk", "Nothing was saved"):
         assert part in said
+    for part in ("activations that backward keeps", "measured", "largest pack that fits", "tokens/s a process"):
+        assert part in said
     assert not (tmp_path / "out").exists()
 
 
@@ -300,8 +302,9 @@ def without_split(toy: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_example_configs_take_sets_with_and_without_a_split(
-    path: Path, toy: Path, shards: ShardSet, without_split: Path, tmp_path: Path
+    path: Path, toy: Path, shards: ShardSet, without_split: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(quantized, "find_spec", lambda _: True)  # bitsandbytes, an optional extra
     for location, every in ((shards.location, 500), (str(without_split), 0)):
         rest = ["--model_path", str(toy / "model"), "--train_data_dir", location, "--output_dir", str(tmp_path / "out")]
         inputs = resolve_inputs(parse_arguments(["--config", str(path), *rest]), init_distributed())

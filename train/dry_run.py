@@ -68,7 +68,7 @@ def _time_lines(run: Run, stats: StepStats, step_s: float) -> list[str]:
     return [
         f"speed: {stats.positions / STEPS / step_s:,.0f} tokens/s a {device} (measured in one step of {accumulation} "
         f"packs); set: {packs:,} packs",
-        f"dry run: {run.total_steps} steps of {step_s:.2f} s, about {hours:.2f} h, {hours * world:.2f} {device} hours; "
+        f"dry run: {run.total_steps} steps of {step_s:.2f} s, about {hours:.2f} h; {hours * world:.2f} {device} hours; "
         f"{max_memory_gb(run.context.device):.1f} GB of memory so far; about {disk:.2f} GB of disk for {kept} "
         "checkpoints, the best and one being written. Nothing was saved.",
     ]
