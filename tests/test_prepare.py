@@ -290,6 +290,23 @@ def test_each_threshold_rejects_what_misses_it(step: str, fault: dict[str, objec
 
 
 @pytest.mark.fast
+def test_names_of_people_and_transcripts_outlast_clusters() -> None:
+    """What joins a merged voice later gets its name; a voice that the transcript names is not clustered."""
+    segments = [segment(number, speaker=None) for number in range(6)] + [segment(6, speaker="Ann")]
+    voices_ND = np.eye(3, dtype=np.float16)[[0, 0, 0, 1, 1, 1, 0]]
+
+    def speakers(decisions: dict[str, Decision]) -> list[str | None]:
+        made = decide(segments, voices_ND, Thresholds(), decisions, "en", plain)
+        return [one.speaker for one in made]
+
+    assert speakers({}) == ["speaker-001"] * 3 + ["speaker-002"] * 3 + ["Ann"]
+    merged = {one.id: Decision(one.id, speaker="Bob") for one in segments[:2]}
+    assert speakers(merged) == ["Bob"] * 3 + ["speaker-002"] * 3 + ["Ann"]
+    split = {segments[3].id: Decision(segments[3].id, speaker="Eve")}
+    assert speakers(split) == ["speaker-001"] * 3 + ["Eve"] + ["speaker-002"] * 2 + ["Ann"]
+
+
+@pytest.mark.fast
 def test_people_overrule_and_correct() -> None:
     segments = [segment(number) for number in range(4)]
     segments[2] = replace(segments[2], text=None, cer=None, reject=RejectReason("text", "not_in_transcript"))

@@ -186,7 +186,7 @@ def test_a_person_decides_in_the_browser(
         resize(browser, 390)
         browser.get(f"http://{HOST}:{server.port}/")
         rows = wait(lambda: browser.find_elements(By.CSS_SELECTOR, ".row"), "the list")
-        assert len(rows) == 25 and browser.title == "prepared: prepared"
+        assert len(rows) == 25 and browser.title == "Prepared recordings"
         assert browser.execute_script("return document.documentElement.scrollWidth") <= 390
         resize(browser, 1400)
         _click(browser, segments[1], ".no")
@@ -211,7 +211,7 @@ def test_a_person_decides_in_the_browser(
         wait(lambda: browser.find_elements(By.CSS_SELECTOR, "#merge-from [value=narrator]"), "the new list")
         play = "const a = document.querySelector('.row audio'); a.play(); return a.currentTime > 0"
         wait(lambda: browser.execute_script(play), "sound")
-        assert browser.title == "prepared: prepared" and not console_errors(browser)
+        assert browser.title == "Prepared recordings" and not console_errors(browser)
     decided = read_decisions(folder)
     assert decided[segments[1].id].verdict == "reject" and decided[segments[2].id].text == "نص آخر"
     assert {decided[s.id].speaker for s in segments[3:5]} == {"guest"}

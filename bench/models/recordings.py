@@ -139,7 +139,8 @@ class Recording:
             sentence.given, sentence.kind = sentence.text, "right"
         if not faulty:
             return
-        numbers = self.rng.sample(range(len(self.sentences) - 1), max(3, len(self.sentences) // 5))
+        pairs = range(len(self.sentences) - 1)
+        numbers = self.rng.sample(pairs, min(len(pairs), max(3, len(self.sentences) // 5)))
         said = set[str]()
         for at, number in enumerate(numbers):
             one, two = self.sentences[number : number + 2]

@@ -187,17 +187,29 @@ def _with_speakers(segments: list[Segment], embeddings_ND: np.ndarray | None, li
         measured = np.flatnonzero(np.abs(embeddings_ND).sum(1) > 0).tolist()
         for number, place in zip(measured, voice_map(embeddings_ND[measured]), strict=True):
             changed[number] = replace(changed[number], embedding_map=place)
-        numbers = [i for i in measured if changed[i].reject is None]
-        names = [changed[i].recording for i in numbers]
-        labels = cluster_voices(embeddings_ND[numbers], names, limits.speaker_distance) if numbers else []
+        numbers = [i for i in measured if changed[i].reject is None and not changed[i].speaker]
+        recordings = [changed[i].recording for i in numbers]
+        labels = cluster_voices(embeddings_ND[numbers], recordings, limits.speaker_distance) if numbers else []
+        names = _people_names([changed[i] for i in numbers], labels)
         for number, label in zip(numbers, labels, strict=True):
-            changed[number] = replace(changed[number], speaker=f"speaker-{label + 1:03d}")
+            changed[number] = replace(changed[number], speaker=names.get(label, f"speaker-{label + 1:03d}"))
     for number, segment in enumerate(changed):
         if segment.decision and segment.decision.speaker:
             changed[number] = replace(segment, speaker=segment.decision.speaker)
         if segment.reject is None and not changed[number].speaker:
             changed[number] = replace(segment, reject=RejectReason("speaker", "no_voice"))
     return changed
+
+
+def _people_names(segments: Sequence[Segment], labels: Sequence[int]) -> dict[int, str]:
+    """The name that people gave to more than half of a cluster's segments: what joins it later is that voice, too."""
+    given: dict[int, Counter[str]] = {}
+    for segment, label in zip(segments, labels, strict=True):
+        if segment.decision and segment.decision.speaker:
+            given.setdefault(label, Counter())[segment.decision.speaker] += 1
+    sizes = Counter(labels)
+    first = {label: names.most_common(1)[0] for label, names in given.items()}
+    return {label: name for label, (name, count) in first.items() if 2 * count > sizes[label]}
 
 
 def counts_by_step(segments: Sequence[Segment]) -> Counter[str]:

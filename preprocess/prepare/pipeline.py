@@ -28,6 +28,7 @@ from higgs_tune.preprocess.prepare.outputs import write_outputs
 from higgs_tune.preprocess.prepare.reading import AUDIO
 from higgs_tune.preprocess.prepare.records import (
     CONFIG,
+    DECISIONS,
     MANIFEST,
     RECORDINGS,
     REJECTS,
@@ -97,6 +98,8 @@ def decide_again(config: PrepareConfig) -> dict[str, Any]:
     with locked(out / WORK / "lock", COMMAND, out):
         saved = durable.from_json((source / CONFIG).read_bytes(), "the config", source / CONFIG)
         durable.write_bytes(out / CONFIG, _saved(config, saved["judges"], saved["vad"]))
+        if out.absolute() != source.absolute() and (source / DECISIONS).is_file() and not (out / DECISIONS).exists():
+            durable.write_bytes(out / DECISIONS, (source / DECISIONS).read_bytes())
         return _decide_and_write(config, out, segments, read_embeddings(source), recordings)
 
 

@@ -115,7 +115,6 @@ def page(prepared: Prepared, clip: ClipSource, *, token: str = "") -> Iterable[s
     environment.filters.update(name=lambda path: Path(path).name, clock=_clock)
     script = (PAGE / "review.js").read_text(encoding="utf-8")
     return environment.get_template("page.html").generate(
-        title=prepared.folder.absolute().name,
         clip=clip,
         served=bool(token),
         token=token,

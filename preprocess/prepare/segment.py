@@ -26,6 +26,7 @@ HYSTERESIS = 0.15  # speech ends where the probability falls this far below the 
 SHORTEST_SPEECH_MS, SHORTEST_GAP_MS = 100, 60
 EDGE_MS = 160  # how far the level may move an edge
 FLOOR_SHARE, SPEECH_SHARE = 10, 90  # percentiles of levels that stand for noise and speech
+NOTHING_DB, QUIET_ROOM_DB = -120.0, 50.0
 LEAST_RANGE_DB = 6.0  # a recording with less between noise and speech has no speech by its loudness
 LOST, CUT, SHORT_CUT, LONG_GAP = 20.0, 0.3, 2.0, 1.0  # costs, by seconds; see `_cost`
 GOOD_CUT_S = 0.5
@@ -145,17 +146,21 @@ def _first_above(levels_L: np.ndarray, loud: float) -> int:
 
 
 def _loud(decibels_L: np.ndarray) -> list[Span]:
-    """Speech by loudness: windows nearer to the level of speech than to that of the pauses."""
-    quiet, loud = (
-        np.percentile(decibels_L[decibels_L > -120], (FLOOR_SHARE, SPEECH_SHARE))
-        if (decibels_L > -120).any()
-        else (0.0, 0.0)
-    )
-    if loud - quiet < LEAST_RANGE_DB and (decibels_L > -120).mean() > 0.99:
+    """Speech by loudness: runs that reach the middle between the levels of pauses and of speech, and what adjoins them.
+
+    Silence of zeros counts as a room that is `QUIET_ROOM_DB` below the speech.
+    """
+    audible_L = decibels_L[decibels_L > NOTHING_DB]
+    if not len(audible_L):
+        return []
+    loud = float(np.percentile(audible_L, SPEECH_SHARE))
+    floored_L = np.maximum(decibels_L, loud - QUIET_ROOM_DB)
+    quiet = float(np.percentile(floored_L, FLOOR_SHARE))
+    if loud - quiet < LEAST_RANGE_DB and len(audible_L) > 0.99 * len(decibels_L):
         return []
     quiet = min(quiet, loud - 3 * LEAST_RANGE_DB)
-    smooth_L = np.convolve(np.pad(decibels_L, 2, mode="edge"), np.ones(5) / 5, mode="valid")
-    windows = _hysteresis(smooth_L, quiet + (loud - quiet) * 0.5, quiet + (loud - quiet) * 0.35)
+    smooth_L = np.convolve(np.pad(floored_L, 1, mode="edge"), np.ones(3) / 3, mode="valid")
+    windows = _hysteresis(smooth_L, quiet + (loud - quiet) * 0.5, quiet + (loud - quiet) * 0.25)
     return [Span(begin * LEVEL_MS, end * LEVEL_MS) for begin, end in windows]
 
 
