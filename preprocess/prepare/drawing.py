@@ -5,7 +5,7 @@ Units: drawings are 400 wide; a chart's bars stand on the line y = 125 and are a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from higgs_tune.preprocess.prepare.records import Segment
@@ -32,8 +32,22 @@ def hue(number: int) -> int:
     return round(number * 137.508 + 210) % 360
 
 
-def drawn(histogram: Histogram, bounds: Sequence[float]) -> dict[str, Any]:
-    """Bars of a histogram, kept below rejected, and the thresholds as marks."""
+def pairs(count: float) -> str:
+    """A number of pairs of segments."""
+    return f"{count:,.0f} pairs"
+
+
+def drawn(
+    histogram: Histogram,
+    bounds: Sequence[float],
+    sides: tuple[str, str] = ("kept", "not"),
+    shown: Callable[[float], str] = amount,
+) -> dict[str, Any]:
+    """Bars of a histogram, kept below rejected, and the thresholds as marks.
+
+    Args:
+        sides: words for kept and rejected. shown: a bar's height in words.
+    """
     low, high = histogram.edges[0], histogram.edges[-1]
     heights = [kept + rejected for kept, rejected in zip(histogram.kept, histogram.rejected, strict=True)]
     peak = max(heights, default=0.0) or 1.0
@@ -49,10 +63,10 @@ def drawn(histogram: Histogram, bounds: Sequence[float]) -> dict[str, Any]:
             "x": x(start), "width": round(x(end) - x(start) - 1, 2),
             "kept": round(kept_high, 2), "kept_y": round(BASE - kept_high, 2),
             "rejected": round(rejected_high, 2), "rejected_y": round(BASE - kept_high - rejected_high, 2),
-            "title": f"{plain(start)} to {plain(end)}: {amount(kept)} kept, {amount(rejected)} not",
+            "title": f"{plain(start)} to {plain(end)}: {shown(kept)} {sides[0]}, {shown(rejected)} {sides[1]}",
         })  # fmt: skip
     marks = [{"x": x(value), "label": plain(value), "anchor": _anchor(x(value))} for value in bounds]
-    top = "" if any(mark["x"] > 250 for mark in marks) else f"highest: {amount(peak)}"
+    top = "" if any(mark["x"] > 250 for mark in marks) else f"highest: {shown(peak)}"
     return {"bars": bars, "marks": marks, "low": plain(low), "high": plain(high), "top": top}
 
 

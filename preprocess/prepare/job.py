@@ -11,7 +11,7 @@ from higgs_tune.preprocess.prepare.listen import Vad
 from higgs_tune.preprocess.prepare.segment import Cutting
 from higgs_tune.preprocess.prepare.stages import Stages
 
-VERSION = 1  # of the stages' algorithms: a change makes every stored result an old one
+VERSION = 2  # of the stages' algorithms: a change makes every stored result an old one
 
 
 @dataclass(frozen=True)

@@ -41,13 +41,14 @@ from higgs_tune.preprocess.prepare.records import (
     write_lines,
 )
 from higgs_tune.preprocess.prepare.report import write_report
+from higgs_tune.preprocess.prepare.speakers import EMBEDDINGS, read_embeddings
 from higgs_tune.preprocess.prepare.stages import PARTS, WORK
 from higgs_tune.shards import durable
 from higgs_tune.shards.errors import UserError
 from higgs_tune.shards.lock import locked
 
 COMMAND = "higgs-prepare"
-MEASURED, EMBEDDINGS = "measured.jsonl", "embeddings.npy"
+MEASURED = "measured.jsonl"
 
 
 def prepare(config: PrepareConfig) -> dict[str, Any]:
@@ -100,7 +101,9 @@ def decide_again(config: PrepareConfig) -> dict[str, Any]:
         durable.write_bytes(out / CONFIG, _saved(config, saved["judges"], saved["vad"]))
         if out.absolute() != source.absolute() and (source / DECISIONS).is_file() and not (out / DECISIONS).exists():
             durable.write_bytes(out / DECISIONS, (source / DECISIONS).read_bytes())
-        return _decide_and_write(config, out, segments, read_embeddings(source), recordings)
+        embeddings_ND = read_embeddings(source)
+        _write_embeddings(out, embeddings_ND)
+        return _decide_and_write(config, out, segments, embeddings_ND, recordings)
 
 
 def saved_config(folder: Path) -> PrepareConfig:
@@ -118,15 +121,6 @@ def saved_config(folder: Path) -> PrepareConfig:
     if saved.get("command") != COMMAND or not isinstance(saved.get("options"), dict):
         raise UserError("the config is of another command", where=file, expected=COMMAND)
     return from_saved(saved["options"], file)
-
-
-def read_embeddings(folder: Path) -> np.ndarray | None:
-    """float16 [N, D]: a row for each segment, zero where its voice was not measured; None without voices."""
-    try:
-        embeddings_ND = np.load(folder / EMBEDDINGS, allow_pickle=False)
-    except OSError:
-        return None
-    return embeddings_ND if embeddings_ND.size else None
 
 
 def _own_folder(config: PrepareConfig) -> Path:

@@ -20,11 +20,12 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
+import numpy as np
 import soundfile
 from higgs_tune.preprocess.html import policy
 from higgs_tune.preprocess.judges.edits import differences
 from higgs_tune.preprocess.prepare.config import PrepareConfig, from_saved
-from higgs_tune.preprocess.prepare.drawing import amount, drawn, hue, map_points, shown_edge
+from higgs_tune.preprocess.prepare.drawing import amount, drawn, hue, map_points, pairs, shown_edge
 from higgs_tune.preprocess.prepare.reading import RATE_HZ, read_cut, usable_file
 from higgs_tune.preprocess.prepare.records import (
     ACCOUNTING,
@@ -36,6 +37,7 @@ from higgs_tune.preprocess.prepare.records import (
     read_recordings,
     read_segments,
 )
+from higgs_tune.preprocess.prepare.speakers import read_embeddings, voice_distances
 from higgs_tune.preprocess.prepare.thresholds import edges_of, histogram
 from higgs_tune.preprocess.reject import Reject
 from higgs_tune.shards.durable import atomic_file, from_json
@@ -178,6 +180,7 @@ def _thresholds(prepared: Prepared) -> dict[str, Any]:
     config = prepared.config
     edges = [shown_edge(edge) for edge in edges_of(prepared.segments, config)]
     plain = [_lengths(prepared)] if prepared.segments else []
+    plain += _distances(prepared)
     return {"edges": edges, "plain_charts": plain}
 
 
@@ -187,6 +190,21 @@ def _lengths(prepared: Prepared) -> dict[str, Any]:
     chart = drawn(histogram(seconds, seconds, [segment.keep for segment in segments], bounds), bounds)
     sentence = "--min_seconds and --max_seconds; other values cut the recordings anew."
     return {"title": "Length of segments (s)", "sentence": sentence, "chart": chart}
+
+
+def _distances(prepared: Prepared) -> list[dict[str, Any]]:
+    """Distances of voices, with the threshold of clustering."""
+    embeddings_ND, segments = read_embeddings(prepared.folder), prepared.segments
+    if embeddings_ND is None or len(embeddings_ND) != len(segments):
+        return []
+    numbers = [i for i, one in enumerate(segments) if one.keep and np.any(embeddings_ND[i])]
+    values, same = voice_distances(embeddings_ND[numbers], [segments[i].speaker or "" for i in numbers])
+    if not len(values):
+        return []
+    bounds = (prepared.config.speaker_distance,)
+    chart = drawn(histogram(values, np.ones(len(values)), same, bounds), bounds, ("of one speaker", "of two"), pairs)
+    sentence = "--speaker_distance; pairs of kept segments, of one speaker (blue) and of two (orange)."
+    return [{"title": "Distance of voices (cosine)", "sentence": sentence, "chart": chart}]
 
 
 def _voices(segments: Sequence[Segment]) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from higgs_tune.preprocess.prepare.reading import RATE_HZ
 WINDOW_MS, LEVEL_MS = WINDOW * 1000 // RATE_HZ, LEVEL * 1000 // RATE_HZ
 HYSTERESIS = 0.15  # speech ends where the probability falls this far below the threshold
 SHORTEST_SPEECH_MS, SHORTEST_GAP_MS = 100, 60
-EDGE_MS = 160  # how far the level may move an edge
+EDGE_MS, FAR_EDGE_MS = 160, 400  # how far the level may move an edge; and where there is no pause so near
 FLOOR_SHARE, SPEECH_SHARE = 10, 90  # percentiles of levels that stand for noise and speech
 NOTHING_DB, QUIET_ROOM_DB = -120.0, 50.0
 LEAST_RANGE_DB = 6.0  # a recording with less between noise and speech has no speech by its loudness
@@ -122,16 +122,25 @@ def _joined(spans: list[Span]) -> list[Span]:
 
 
 def _sharpened(span: Span, decibels_L: np.ndarray) -> Span:
-    """The span with its edges where the level rises from that of the pause, within `EDGE_MS`."""
-    reach, begin, end = EDGE_MS // LEVEL_MS, span.start // LEVEL_MS, span.end // LEVEL_MS
+    """The span with its edges where the level rises from that of the pause, within `EDGE_MS`, or `FAR_EDGE_MS`."""
+    begin, end = span.start // LEVEL_MS, span.end // LEVEL_MS
     inside_L = decibels_L[begin:end]
     if not len(inside_L):
         return span
     loud = float(np.percentile(inside_L, SPEECH_SHARE))
-    before_L, after_L = decibels_L[max(0, begin - reach) : begin + reach], decibels_L[max(0, end - reach) : end + reach]
-    start = max(0, begin - reach) + _first_above(before_L, loud)
-    stop = max(0, end - reach) + len(after_L) - _first_above(after_L[::-1], loud)
+    start = _edge(decibels_L, begin, loud)
+    stop = len(decibels_L) - _edge(decibels_L[::-1], len(decibels_L) - end, loud)
     return Span(start * LEVEL_MS, stop * LEVEL_MS) if stop > start else span
+
+
+def _edge(levels_L: np.ndarray, begin: int, loud: float) -> int:
+    """The first window of speech that was found to begin at `begin`; it is looked for farther away if need be."""
+    for reach in (EDGE_MS // LEVEL_MS, FAR_EDGE_MS // LEVEL_MS):
+        first = max(0, begin - reach)
+        found = _first_above(levels_L[first : begin + reach], loud)
+        if found or not first:
+            return first + found
+    return max(0, begin - EDGE_MS // LEVEL_MS)
 
 
 def _first_above(levels_L: np.ndarray, loud: float) -> int:

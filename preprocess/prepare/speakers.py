@@ -9,10 +9,22 @@ Shapes: N segments, D embedding dimensions.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 
 MOST_AT_ONCE = 4000
+MOST_COMPARED = 1000  # segments of a histogram of distances
+EMBEDDINGS = "embeddings.npy"
+
+
+def read_embeddings(folder: Path) -> np.ndarray | None:
+    """float16 [N, D]: a row for each segment, zero where its voice was not measured; None without voices."""
+    try:
+        embeddings_ND = np.load(folder / EMBEDDINGS, allow_pickle=False)
+    except OSError:
+        return None
+    return embeddings_ND if embeddings_ND.size else None
 
 
 def cluster_voices(embeddings_ND: np.ndarray, recordings: Sequence[str], distance: float) -> list[int]:
@@ -57,6 +69,17 @@ def _linked(unit_ND: np.ndarray, distance: float) -> np.ndarray:
 def _renumbered(labels_N: np.ndarray) -> list[int]:
     numbers: dict[int, int] = {}
     return [numbers.setdefault(label, len(numbers)) for label in labels_N.tolist()]
+
+
+def voice_distances(embeddings_ND: np.ndarray, speakers: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+    """Cosine distances of pairs of segments, and which pairs are of one speaker: float64 and bool [pairs].
+
+    Of many segments, `MOST_COMPARED` evenly chosen ones.
+    """
+    every = max(1, -(-len(embeddings_ND) // MOST_COMPARED))
+    unit_ND, names = unit_rows(embeddings_ND[::every]), np.array(list(speakers)[::every])
+    one, two = np.triu_indices(len(unit_ND), 1)
+    return np.clip(1 - (unit_ND @ unit_ND.T)[one, two], 0, 2), names[one] == names[two]
 
 
 def voice_map(embeddings_ND: np.ndarray) -> list[tuple[float, float]]:

@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
+import numpy.typing as npt
 from higgs_tune.preprocess.prepare.config import PrepareConfig
 from higgs_tune.preprocess.prepare.decide import FINAL, pace_fences
 from higgs_tune.preprocess.prepare.records import Segment
@@ -154,11 +155,9 @@ def _edge(metric: Metric, segments: Sequence[Segment], config: PrepareConfig, mi
     )
 
 
-def histogram(
-    values: Sequence[float], seconds: Sequence[float], keep: Sequence[bool], bounds: Sequence[float]
-) -> Histogram:
+def histogram(values: npt.ArrayLike, seconds: npt.ArrayLike, keep: npt.ArrayLike, bounds: Sequence[float]) -> Histogram:
     """Seconds by value, kept and not, between the 1st and 99th percentile and around the bounds."""
-    values_N, seconds_N, keep_N = np.array(values), np.array(seconds), np.array(keep, np.bool_)
+    values_N, seconds_N, keep_N = np.asarray(values), np.asarray(seconds), np.asarray(keep, np.bool_)
     low, high = np.percentile(values_N, (1, 99))
     low, high = float(min(low, *bounds)) if bounds else float(low), float(max(high, *bounds)) if bounds else float(high)
     margin = 0.05 * (high - low) or abs(high) * 0.1 or 0.5
