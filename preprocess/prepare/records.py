@@ -7,6 +7,7 @@
         manifest.jsonl      the kept segments, for higgs-preprocess
         rejects.jsonl       one line a segment or recording that was left out: why, value, threshold
         decisions.jsonl     one Decision a line: what people said in review; later lines win; a rerun applies them
+        report.html         the page
         work/               results of single stages, by content
 
 Every file but decisions.jsonl is derived: it is written anew by each run, in full. Nothing heavy is imported here.
@@ -24,7 +25,9 @@ from higgs_tune.shards import durable
 from higgs_tune.shards.errors import UserError
 
 SEGMENTS, RECORDINGS, DECISIONS = "segments.jsonl", "recordings.jsonl", "decisions.jsonl"
-ACCOUNTING, CONFIG, MANIFEST, REJECTS = "accounting.json", "config.json", "manifest.jsonl", "rejects.jsonl"
+ACCOUNTING, CONFIG, MANIFEST, REJECTS, REPORT = (
+    *("accounting.json", "config.json", "manifest.jsonl", "rejects.jsonl", "report.html"),
+)
 TextSource = Literal["given", "aligned", "asr"]
 Split = Literal["train", "val"]
 Verdict = Literal["accept", "reject"]
