@@ -33,7 +33,7 @@ def on_the_toy(page: str) -> list[str]:
 @pytest.mark.fast
 def test_each_page_shows_commands_on_the_toy() -> None:
     assert {page: len(on_the_toy(page)) for page in PAGES} == {
-        "training": 1, "whisper": 2, "what_trains": 1, "preprocessing": 5, "recipe": 2, "moving": 1, "inspect": 2,
+        "training": 2, "whisper": 2, "what_trains": 1, "preprocessing": 5, "recipe": 2, "moving": 1, "inspect": 2,
         "released_checkpoints": 1,
     }  # fmt: skip
     for page in PAGES:
@@ -66,6 +66,7 @@ def test_the_commands_run(
     said, runs = capsys.readouterr(), place / "runs"
     if page == "training":
         assert {line["set"] for line in metrics_of(runs / "guarded") if line["kind"] == "eval"} == {"held_out", "again"}
+        assert "largest pack that fits" in said.out
     elif page == "whisper":
         assert "Whisper features: text" in said.out
         assert (place / "OUT" / "whisper_tower.json").is_file()
