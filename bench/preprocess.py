@@ -138,14 +138,18 @@ def run_boson(tokenizer: Any, data: Data) -> tuple[float, dict[str, float], list
 
 
 class Loops:
-    """Processes that each run boson's loop over their share of the samples, ready before the clock starts."""
+    """Processes that each run boson's loop over their share of the samples, ready before the clock starts.
+
+    A build of ours ends every child of this process, so they live from one build to the next.
+    """
 
     def __init__(self, count: int, device: str) -> None:
         context, self.pipes = multiprocessing.get_context("spawn"), [multiprocessing.Pipe() for _ in range(count)]
         self.processes = [context.Process(target=_loop, args=(there, device)) for _, there in self.pipes]
         for process in self.processes:
             process.start()
-        for here, _ in self.pipes:
+        for here, there in self.pipes:
+            there.close()  # so that a process that dies is no endless wait
             here.recv()
 
     def run(self, data: Data) -> float:
@@ -196,7 +200,7 @@ def cpu_seconds() -> float:
     return sum(os.times()[:4])
 
 
-def compare(share: int, tokenizer: Any, loops: Loops | None, folder: Path, options: Options) -> dict[str, Any]:
+def compare(share: int, tokenizer: Any, loops: int, folder: Path, options: Options) -> dict[str, Any]:
     """One scenario: all rounds, then its lines."""
     data = make_data(folder / f"data-{share}", share, options)
     tiny = make_data(folder / f"tiny-{share}", 1, Options(samples=2, seconds=0.5, voices=options.voices))
@@ -205,8 +209,7 @@ def compare(share: int, tokenizer: Any, loops: Loops | None, folder: Path, optio
     spent: dict[str, dict[str, float]] = {}
     codes: list[np.ndarray] = []
     run_boson(tokenizer, tiny)  # the first calls set things up
-    took |= {"loops": []} if loops else {}
-    _ = loops and loops.run(tiny)
+    took |= {"loops": []} if loops > 1 else {}
     for number in range(options.rounds):
         at = [cpu_seconds()]
         took["start-up"].append(run_ours(tiny.manifest, folder / f"tiny-{share}-{number}", folder, options, 16)[0])
@@ -220,8 +223,11 @@ def compare(share: int, tokenizer: Any, loops: Loops | None, folder: Path, optio
         took["boson"].append(seconds)
         for name, used in zip(("start-up", "ours", "boson"), np.diff([*at, cpu_seconds()]).tolist(), strict=True):
             cpu[name].append(used)
-        if loops:
-            took["loops"].append(loops.run(data))
+        if loops > 1:
+            processes = Loops(loops, options.device)
+            processes.run(tiny)
+            took["loops"].append(processes.run(data))
+            processes.close()
     built = ShardSet(folder / f"out-{share}-0")
     ours_KT = np.concatenate([built.read(row).codes_KT for row in range(len(built))], axis=1)
     equal = float((ours_KT == np.concatenate(codes, axis=1)).mean())
@@ -232,7 +238,7 @@ def compare(share: int, tokenizer: Any, loops: Loops | None, folder: Path, optio
     count = len(data.pairs)
     print(f"\neach reference serves {share}: {count} samples, {data.seconds:.0f} s, {data.distinct_s:.0f} s distinct")
     sides = [("boson's loop", took["boson"]), ("ours", steady)]
-    sides += [(f"{len(loops.pipes)} such loops", took["loops"])] if loops else []
+    sides += [(f"{loops} such loops", took["loops"])] if loops > 1 else []
     for name, found in sides:
         middle = statistics.median(found)
         speed = f"{count / middle:.2f} samples/s, {data.seconds / middle:.2f} hours of samples' audio an hour"
@@ -241,7 +247,7 @@ def compare(share: int, tokenizer: Any, loops: Loops | None, folder: Path, optio
     print(f"{'start-up':<14}{statistics.median(took['start-up']):>8.1f} s")
     steady_cpu = [a - b for a, b in zip(cpu["ours"], cpu["start-up"], strict=True)]
     work = [theirs / ours for theirs, ours in zip(cpu["boson"], steady_cpu, strict=True)]
-    to_loops = [("to the loops", apart)] if loops else []
+    to_loops = [("to the loops", apart)] if loops > 1 else []
     for name, found in (("ratio", ratios), ("with start-up", whole), ("of CPU time", work), *to_loops):
         print(f"{name:<14}{statistics.median(found):>8.2f}x ({min(found):.2f} to {max(found):.2f})")
     for name, parts in spent.items():
@@ -271,11 +277,9 @@ def main() -> None:
         tokenizer = boson_tokenizer(HubertConfig(), resample=resample)
         save_boson(tokenizer, folder / "codec")
         tokenizer.to(options.device).device = options.device
-        count = options.loops or len(os.sched_getaffinity(0))
-        loops = Loops(count, options.device) if count > 1 else None
+        loops = options.loops or len(os.sched_getaffinity(0))
         with torch.inference_mode():
             results = [compare(share, tokenizer, loops, folder, options) for share in options.shares]
-        _ = loops and loops.close()
     print(json.dumps(results))
 
 
