@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# Everything at the released sizes on one GPU: training step side by side, the whole trainer, growth, roofline,
-# simulated scale. Random weights and synthetic samples; needs no network. Writes one JSON, with hardware and versions.
+# Everything at the released sizes on one GPU: training step side by side, by eager, compiled and Triton kernels; the
+# whole trainer, by the fastest of them; growth, roofline, simulated scale. Random weights and synthetic samples; needs no
+# network. Writes one JSON, with hardware and versions; its `kernels` is the choice for --kernels.
 #
 #     bench/gpu.sh [OUT] [SIZE]        (OUT: gpu.json; SIZE: 3b; tiny is for a machine without a GPU)
 #
@@ -41,25 +42,28 @@ else
     packs=(2048 4096 8192 16384 32768) lengths=(128 512 2048 4096) length_pack=16384 samples=66 pairs=5
     steps=40 loop_pack=16384
 fi
-part step 180 train_step.py --size "$size" --samples "$samples" --pairs "$pairs" --tokens_per_pack "$loop_pack"
-part loop 170 train_loop.py --size "$size" --steps "$steps" --tokens_per_pack "$loop_pack"
+part step 200 train_step.py --size "$size" --samples "$samples" --pairs "$pairs" --tokens_per_pack "$loop_pack" \
+    --kernels compiled triton
+choice=$("$python" -c 'import json, sys; print(json.load(open(sys.argv[1]))["choice"])' "$work/step.json" 2>/dev/null)
+part loop 160 train_loop.py --size "$size" --steps "$steps" --tokens_per_pack "$loop_pack" --kernels "${choice:-auto}"
 (
     export CUDA_VISIBLE_DEVICES= # arithmetic and simulation, beside the GPU's work
     part roofline 60 -m models.roofline
     part scale 90 -m models.scale_sim --samples 100000
 ) &
-part growth 120 growth.py --size "$size" --packs "${packs[@]}" --lengths "${lengths[@]}" --length_pack "$length_pack"
-part growth_compiled 120 growth.py --size "$size" --packs "${packs[@]}" --lengths "${lengths[0]}" \
-    --length_pack "$length_pack" --compile
+part growth 120 growth.py --size "$size" --packs "${packs[@]}" --lengths "${lengths[@]}" --length_pack "$length_pack" \
+    --kernels "${choice:-auto}"
+part growth_eager 120 growth.py --size "$size" --packs "${packs[@]}" --lengths "${lengths[0]}" \
+    --length_pack "$length_pack" --kernels eager
 wait
 
-"$python" - "$work" "$out" "$size" <<'PYTHON'
+"$python" - "$work" "$out" "$size" "$choice" <<'PYTHON'
 import json, sys
 from pathlib import Path
 from machine import describe_machine
 
 work, out = Path(sys.argv[1]), Path(sys.argv[2])
-result = {"machine": describe_machine(), "size": sys.argv[3]}
+result = {"machine": describe_machine(), "size": sys.argv[3], "kernels": sys.argv[4] or None}
 for seconds in sorted(work.glob("*.seconds")):
     name = seconds.stem
     done, failed = work / f"{name}.json", work / f"{name}.failed"

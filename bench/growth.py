@@ -1,6 +1,6 @@
 """How cost grows: useful tokens/s and memory of forward and backward against pack size, and against sample length.
 
-    python bench/growth.py --size small [--packs 2048 4096 8192] [--lengths 128 512 2048] [--compile]
+    python bench/growth.py --size small [--packs 2048 4096 8192] [--lengths 128 512 2048] [--kernels triton]
 
 Pack sizes use the stated length distribution; sample lengths use packs of equal samples, three tenths of them text.
 Memory: the peak beyond the weights; and what autograd keeps for each position and layer, beside the estimate of
@@ -14,7 +14,7 @@ import statistics
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import tyro
@@ -24,6 +24,7 @@ from higgs_tune.train.data.batch import Batch, collate
 from higgs_tune.train.metrics import PeakMemory
 from higgs_tune.train.model.forward import Checkpointing, ExecOptions, hidden_states, label_states
 from higgs_tune.train.model.fused_linear import stack_layer
+from higgs_tune.train.model.kernel_choice import choose_kernels
 from higgs_tune.train.model.load import HiggsAudioModel
 from higgs_tune.train.model.loss import LossOptions, pack_loss
 from higgs_tune.train.model.memory import activation_bytes
@@ -48,12 +49,16 @@ class Options:
     """Positions of a pack while sample lengths vary."""
     repeats: int = 3
     """Steps timed of each; the median counts."""
-    compile: bool = False
-    """Compile the layers."""
+    kernels: Literal["auto", "eager", "compiled", "triton"] = "auto"
+    """As the trainer's --kernels."""
     checkpointing: Checkpointing = "none"
     """Activation checkpointing."""
     out: Path | None = None
     """JSON file of the results."""
+
+
+def exec_options_of(options: Options, device: torch.device) -> ExecOptions:
+    return ExecOptions(choose_kernels(options.kernels, device), options.checkpointing)
 
 
 def pack_of(positions: int) -> list[Arrays]:
@@ -94,7 +99,7 @@ def measure(model: HiggsAudioModel, samples: list[Arrays], options: Options) -> 
     device = next(model.parameters()).device
     batch: Batch = collate(samples, 0.0, IDS).to(device)
     counts = torch.cat([batch["label_counts"], batch["pairs"]])
-    weights, exec_options = LOSS.per_label(counts.float()), ExecOptions(options.compile, options.checkpointing)
+    weights, exec_options = LOSS.per_label(counts.float()), exec_options_of(options, device)
 
     def step() -> float:
         """Forward and backward; returns seconds."""
@@ -118,7 +123,7 @@ def measure(model: HiggsAudioModel, samples: list[Arrays], options: Options) -> 
         "tokens_per_second": batch.positions / time_s, "peak_memory_gb": memory.more_gb,
         "kept_bytes_per_position_and_layer": kept / batch.positions / layers,
         "estimated_bytes_per_position_and_layer": activation_bytes(
-            model, options.checkpointing, compiled=options.compile) / layers,
+            model, options.checkpointing, compiled=exec_options.kernels == "compiled") / layers,
     }  # fmt: skip
 
 
@@ -134,9 +139,10 @@ def main() -> None:
         stack_layer(layer)
     machine = describe_machine()
     print(machine)
-    print(f"{options.size}, {dtype}, compile {options.compile}, checkpointing {options.checkpointing}")
+    kernels = exec_options_of(options, device).kernels
+    print(f"{options.size}, {dtype}, kernels {kernels}, checkpointing {options.checkpointing}")
     print(f"{'':<22}{'samples':>8}{'tokens/s':>11}{'peak GB':>9}{'kept B/pos/layer':>18}{'estimate':>10}")
-    result: dict[str, Any] = {"size": options.size, "machine": machine, "packs": {}, "lengths": {}}
+    result: dict[str, Any] = {"size": options.size, "kernels": kernels, "machine": machine, "packs": {}, "lengths": {}}
     cases = [("packs", size, pack_of(size)) for size in options.packs]
     cases += [("lengths", length, equal_pack(options.length_pack, length)) for length in options.lengths]
     for kind, size, samples in cases:

@@ -3,7 +3,8 @@
     python bench/lora_kinds.py --size small [--pairs 5] [--out kinds.json]
 
 One base model holds an adapter of every kind; a round runs forward and backward of each over the same pack, so the
-ratio of a round compares steps that ran one after the other.
+ratio of a round compares steps that ran one after the other. Without a GPU the ratio of CPU time stands beside it:
+other programs on the same cores change it less.
 """
 
 from __future__ import annotations
@@ -86,30 +87,35 @@ def main() -> None:
     batch = collate(pack_of(options.positions), 0.0, IDS).to(device)
     weights = LOSS.per_label(torch.cat([batch["label_counts"], batch["pairs"]]).float())
     seconds: dict[str, list[float]] = {kind: [] for kind in KINDS}
+    cpu_seconds: dict[str, list[float]] = {kind: [] for kind in KINDS}
     memory: dict[str, tuple[float, float]] = {}
     for number in range(options.pairs + 1):
         for kind, name in zip(KINDS, "abcde", strict=True):
             peft_model.set_adapter(name)
             model.zero_grad(set_to_none=True)
-            began = time.perf_counter()
+            began, cpu_began = time.perf_counter(), time.process_time()
             pack_loss(model, label_states(model, batch), batch, weights, LOSS, at_labels=True).total.backward()
             if device.type == "cuda":
                 torch.cuda.synchronize()
             if number:  # the first round sets things up
                 seconds[kind].append(time.perf_counter() - began)
+                cpu_seconds[kind].append(time.process_time() - cpu_began)
             else:
                 text_share = 1 - batch["codes_KA"].shape[1] / batch.positions
                 kept = kept_bytes(model, batch, ExecOptions()) / batch.positions
                 memory[kind] = (kept, activation_bytes(model, text_share=text_share))
     print(describe_machine())
     print(f"{options.size}, {batch.positions} positions, rank {options.rank}; {options.pairs} pairs")
-    print(f"{'':<20}{'s a step':>10}{'ratio':>8}{'spread':>16}{'kept B/position':>17}{'estimate':>10}")
+    heads = {"s a step": 10, "ratio": 8, "spread": 16, "of CPU time": 22, "kept B/position": 17, "estimate": 10}
+    print(" " * 20 + "".join(f"{head:>{width}}" for head, width in heads.items()))
     result: dict[str, Any] = {}
     for kind, values in seconds.items():
-        ratios = [a / b for a, b in zip(values, seconds["LoRA"], strict=True)]
+        ratios, of_cpu = ([a / b for a, b in zip(of[kind], of["LoRA"], strict=True)] for of in (seconds, cpu_seconds))
         spread, (kept, estimate) = f"{min(ratios):.2f} to {max(ratios):.2f}", memory[kind]
-        result[kind] = {"seconds": values, "ratios": ratios, "kept": kept, "estimate": estimate}
-        print(f"{kind:<20}{statistics.median(values):>10.2f}{statistics.median(ratios):>7.2f}x{spread:>16}"
+        result[kind] = {"seconds": values, "cpu_seconds": cpu_seconds[kind], "ratios": ratios, "cpu_ratios": of_cpu,
+                        "kept": kept, "estimate": estimate}  # fmt: skip
+        cpu = f"{statistics.median(of_cpu):.2f}x {min(of_cpu):.2f} to {max(of_cpu):.2f}"
+        print(f"{kind:<20}{statistics.median(values):>10.2f}{statistics.median(ratios):>7.2f}x{spread:>16}{cpu:>22}"
               f"{kept:>17,.0f}{estimate:>10,.0f}")  # fmt: skip
     if options.out:
         options.out.write_text(json.dumps({"options": vars(options), "kinds": result}, indent=1, default=str) + "\n")

@@ -1,6 +1,6 @@
 """The whole trainer at work: tokens/s, step time, MFU and the share of time that steps wait for data.
 
-    python bench/train_loop.py --size small [--steps 40] [--tokens_per_pack 4096] [--compile] [--out loop.json]
+    python bench/train_loop.py --size small [--steps 40] [--tokens_per_pack 4096] [--kernels eager] [--out loop.json]
 
 Writes a checkpoint of the size (random weights) and a set of synthetic samples of the stated lengths to a temporary
 folder, then runs the training command on every GPU, or on one process without: loader processes, optimizer, all-reduce,
@@ -19,7 +19,7 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import tyro
@@ -50,8 +50,8 @@ class Options:
     """Positions of a pack."""
     samples: int = 2000
     """Samples of the set."""
-    compile: bool = False
-    """Compile the layers."""
+    kernels: Literal["auto", "eager", "compiled", "triton"] = "auto"
+    """As the trainer's --kernels."""
     out: Path | None = None
     """JSON file of the results."""
 
@@ -99,7 +99,7 @@ def train(folder: Path, options: Options, ranks: int) -> list[dict[str, Any]]:
              "output_dir": folder / "out", "max_steps": options.steps, "tokens_per_pack": options.tokens_per_pack,
              "logging_steps": 1, "save_steps": options.steps // 2, "eval_steps": 0}  # fmt: skip
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
-    command += ["-m", "higgs_tune.train", "--profile", *(["--compile"] if options.compile else [])]
+    command += ["-m", "higgs_tune.train", "--profile", "--kernels", options.kernels]
     for name, value in flags.items():
         command += [f"--{name}", str(value)]
     environment = os.environ | {"TOKENIZERS_PARALLELISM": "false"}
@@ -124,7 +124,7 @@ def measure(options: Options) -> dict[str, Any]:
     found = {name: [line[name] for line in lines if name in line] for name in NAMES}
     return {
         "size": options.size, "ranks": ranks, "tokens_per_pack": options.tokens_per_pack, "steps": len(lines),
-        "compile": options.compile, "profile": table.splitlines(),
+        "kernels": options.kernels, "profile": table.splitlines(),
         **{name: {"median": statistics.median(values), "least": min(values), "most": max(values)}
            for name, values in found.items() if values},
     }  # fmt: skip
@@ -135,7 +135,7 @@ def main() -> None:
     result: dict[str, Any] = measure(options) | {"machine": describe_machine()}
     print(result["machine"])
     print(f"{result['size']}, {result['ranks']} processes, packs of {result['tokens_per_pack']:,}, "
-          f"{result['steps']} steps after the profiled ones, compile {result['compile']}")  # fmt: skip
+          f"{result['steps']} steps after the profiled ones, kernels {result['kernels']}")  # fmt: skip
     print(f"{'':<20}{'median':>12}{'least':>12}{'most':>12}")
     for name in NAMES:
         if name in result:

@@ -1,19 +1,20 @@
 """The training step, side by side with the public one: same weights, samples, LoRA targets and rank, alternating.
 
-    python bench/train_step.py --size small [--pairs 5] [--lengths long | --shards SET] [--parts] [--out step.json]
+    python bench/train_step.py --size small [--pairs 5] [--lengths long | --shards SET] [--kernels triton] [--parts]
 
 (a) public: batches of 2 samples padded by boson's collator, boson's forward, PEFT's layers, the text head at every
 position, float32 logits, cross entropy. (b) packed peer: the strongest public technique (`models/packed_peer.py`), the
-same samples as packs. (c) ours: the same packs, eager. (d) ours, layers compiled. With --parts, ours by plain
-operations under autograd besides: from (b) to it, the order of rows and the last layer's labelled rows change; from it
-to (c), the fused layers.
+same samples as packs. (c) ours: the same packs, eager; and by the other `--kernels` that are named here. With --parts,
+ours by plain operations under autograd besides: from (b) to it, the order of rows and the last layer's labelled rows
+change; from it to (c), the fused layers.
 
 A round runs forward and backward of every side over the same samples and adds up their gradients, each label weighted
 by one over the labels of all samples, so loss and gradients must agree: a relative difference above 1e-3 in float32, or
 2e-2 in bfloat16, of the loss, the gradient norm, or all gradients together ends the run. Batches are made beforehand (a
 loader does that), and the optimizer, equal for all, is left out. Useful tokens are positions that are no padding. On a
 CPU ours keeps the memory that it frees, as the trainer does; the public step and the peer leave that to the C library,
-as a plain script does.
+as a plain script does. Without a GPU the ratio of CPU time stands beside that of time: other programs on the same
+cores change it less.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F  # noqa: N812
 import tyro
+from higgs_tune.shards.errors import UserError
 from higgs_tune.shards.format import Arrays
 from higgs_tune.shards.memory import keep_memory
 from higgs_tune.shards.sequence import SpecialIds
@@ -38,6 +40,7 @@ from higgs_tune.train.data.batch import Batch, collate
 from higgs_tune.train.metrics import PeakMemory
 from higgs_tune.train.model.forward import ExecOptions, label_states
 from higgs_tune.train.model.fused_linear import stack_layer
+from higgs_tune.train.model.kernel_choice import KernelName, choose_kernels
 from higgs_tune.train.model.load import HiggsAudioModel
 from higgs_tune.train.model.loss import LossOptions, pack_loss
 from higgs_tune.train.model.reference import boson_inputs
@@ -81,8 +84,8 @@ class Options:
     """Lengths of synthetic samples: as `models/synthetic.py` states, or long-form (40 to 80 s in all)."""
     shards: str | None = None
     """Shard set to take samples from, in place of synthetic ones."""
-    compiled: bool = True
-    """Run the compiled side too."""
+    kernels: tuple[KernelName, ...] = ()
+    """Run ours with these --kernels, too: compiled, triton (on a GPU, or with TRITON_INTERPRET=1)."""
     parts: bool = False
     """Run ours by plain operations too."""
     dtype: Literal["float32", "bfloat16"] | None = None
@@ -103,6 +106,7 @@ class Side:
     step: Callable[[Any], torch.Tensor]
     keeps_memory: bool = True
     seconds: list[float] = field(default_factory=list)
+    cpu_seconds: list[float] = field(default_factory=list)
     loss: float = 0.0
     grad_norm: float = 0.0
     gradient: torch.Tensor | None = None
@@ -114,12 +118,13 @@ class Side:
             parameter.grad = None
         if device.type == "cpu":
             (keep_memory if self.keeps_memory else usual_memory)()
-        began = time.perf_counter()
+        began, cpu_began = time.perf_counter(), time.process_time()
         total = torch.zeros((), device=device)
         for batch in self.batches:
             total += self.step(batch)
         wait(device)
         self.seconds.append(time.perf_counter() - began)
+        self.cpu_seconds.append(time.process_time() - cpu_began)
         self.loss = float(total)
         self.gradient = torch.cat([p.grad.flatten() for p in parameters if p.grad is not None])
         self.grad_norm = float(self.gradient.norm())
@@ -131,6 +136,7 @@ class Side:
             self.run(parameters, device)
         self.memory_gb = memory.more_gb
         self.seconds.clear()
+        self.cpu_seconds.clear()
 
 
 def wait(device: torch.device) -> None:
@@ -198,10 +204,14 @@ def make_sides(
         Side("packed peer", batches, lambda batch: peer_step(model, weights, batch), keeps_memory=False),
         Side("ours", batches, lambda batch: our_step(model, weights, batch, ExecOptions())),
     ]
-    for name, wanted, way in (("ours, plain", options.parts, ExecOptions(plain=True)),
-                              ("ours, compiled", options.compiled, ExecOptions(compiled=True))):  # fmt: skip
-        if wanted:
-            sides.append(Side(name, batches, partial(our_step, model, weights, exec_options=way)))
+    ways = {"ours, plain": ExecOptions(plain=True)} if options.parts else {}
+    for name in options.kernels:
+        try:
+            ways[f"ours, {name}"] = ExecOptions(choose_kernels(name, device))
+        except UserError as error:
+            print(f"left out: {error}")
+    for name, way in ways.items():
+        sides.append(Side(name, batches, partial(our_step, model, weights, exec_options=way)))
     return sides, sum(pack.positions for pack in packs)
 
 
@@ -247,18 +257,32 @@ def measure(options: Options, device: torch.device) -> dict[str, Any]:
         for side in sides:
             side.run(parameters, device)
     apart = differences(sides)
-    public, peer = (side.seconds for side in sides[:2])
+    public, peer = sides[:2]
     return {
         "size": options.size, "parameters": size, "dtype": name, "samples": len(samples),
         "useful_tokens": useful, "packs": len(sides[2].batches), "vocabulary": options.vocabulary,
         "lengths": options.shards or options.lengths, "pairs": options.pairs,
-        "sides": {side.name: {"seconds": side.seconds, "loss": side.loss, "grad_norm": side.grad_norm,
+        "sides": {side.name: {"seconds": side.seconds, "cpu_seconds": side.cpu_seconds,
+                              "loss": side.loss, "grad_norm": side.grad_norm,
                               "peak_memory_gb": side.memory_gb,
                               "tokens_per_second": useful / statistics.median(side.seconds)} for side in sides},
-        "ratios": {side.name: [a / b for a, b in zip(public, side.seconds, strict=True)] for side in sides[1:]},
-        "peer_ratios": {side.name: [a / b for a, b in zip(peer, side.seconds, strict=True)] for side in sides[2:]},
-        "relative_differences": apart, "tolerance": tolerance, "failed_sides": failed,
+        "ratios": {side.name: ratios(public.seconds, side.seconds) for side in sides[1:]},
+        "peer_ratios": {side.name: ratios(peer.seconds, side.seconds) for side in sides[2:]},
+        "cpu_ratios": {side.name: ratios(public.cpu_seconds, side.cpu_seconds) for side in sides[1:]},
+        "cpu_peer_ratios": {side.name: ratios(peer.cpu_seconds, side.cpu_seconds) for side in sides[2:]},
+        "choice": fastest(sides), "relative_differences": apart, "tolerance": tolerance, "failed_sides": failed,
     }  # fmt: skip
+
+
+def ratios(theirs: Sequence[float], ours: Sequence[float]) -> list[float]:
+    return [a / b for a, b in zip(theirs, ours, strict=True)]
+
+
+def fastest(sides: Sequence[Side]) -> str:
+    """The `--kernels` of ours whose median round is shortest."""
+    medians = {side.name: statistics.median(side.seconds) for side in sides if side.name.startswith("ours")}
+    medians.pop("ours, plain", None)
+    return min(medians, key=lambda name: medians[name]).removeprefix("ours").removeprefix(", ") or "eager"
 
 
 def narrow(samples: list[Arrays], ids: SpecialIds, vocabulary: int) -> tuple[list[Arrays], SpecialIds]:
@@ -281,12 +305,16 @@ def show(result: dict[str, Any]) -> None:
           f"{result['useful_tokens']:,} useful tokens in {result['packs']} packs; {result['pairs']} pairs")  # fmt: skip
     print(f"{'':<16}{'tokens/s':>10}{'ratio':>8}{'spread':>16}{'peak GB':>9}{'loss':>12}{'grad norm':>12}")
     for name, side in result["sides"].items():
-        ratios = result["ratios"].get(name, [1.0])
-        spread = f"{min(ratios):.2f} to {max(ratios):.2f}"
-        print(f"{name:<16}{side['tokens_per_second']:>10,.0f}{statistics.median(ratios):>7.2f}x{spread:>16}"
+        found = result["ratios"].get(name, [1.0])
+        spread = f"{min(found):.2f} to {max(found):.2f}"
+        print(f"{name:<16}{side['tokens_per_second']:>10,.0f}{statistics.median(found):>7.2f}x{spread:>16}"
               f"{side['peak_memory_gb']:>9.2f}{side['loss']:>12.6f}{side['grad_norm']:>12.6f}")  # fmt: skip
-    for name, ratios in result["peer_ratios"].items():
-        print(f"{name} to the packed peer: {statistics.median(ratios):.2f}x ({min(ratios):.2f} to {max(ratios):.2f})")
+    of_cpu = "of CPU time, " if not torch.cuda.is_available() else None
+    for key, what, to in (("peer_ratios", "", "the packed peer"), ("cpu_ratios", of_cpu, "the public step"),
+                          ("cpu_peer_ratios", of_cpu, "the packed peer")):  # fmt: skip
+        for name, found in result[key].items() if what is not None else ():
+            print(f"{what}{name} to {to}: {statistics.median(found):.2f}x ({min(found):.2f} to {max(found):.2f})")
+    print(f"fastest of ours: --kernels {result['choice']}")
     for name, found in result["relative_differences"].items():
         print(f"{name}: loss differs by {found['loss']:.1e}, gradient norm by {found['grad_norm']:.1e}, all "
               f"gradients by {found['gradients']:.1e} (relative)")  # fmt: skip

@@ -21,6 +21,8 @@ ROOT = Path(__file__).parents[1]
 EXAMPLES = ROOT / "examples" / "arabic" / "chatml.json"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the programs that tests start; see _one_thread
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read as triton is imported: test_triton_kernels.py runs on a CPU
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -223,5 +223,5 @@ def test_what_is_not_fused_is_printed(toy: Path, shards: ShardSet) -> None:
     (line,) = [line for line in describe_paths(model, ExecOptions()) if BY_PEFT in line]
     assert line.split()[:2] == ["self_attn", "o_proj"]
     assert all("boson's forward" in line for line in describe_paths(model, ExecOptions(), reference=True))
-    compiled = describe_paths(model, ExecOptions(compiled=True))
+    compiled = describe_paths(model, ExecOptions("compiled"))
     assert any("q_proj" in line and " compiled " in line for line in compiled)

@@ -195,9 +195,9 @@ def test_the_released_base_in_4_bits_fits_12_gb(capfd: Any) -> None:
 @pytest.mark.fast
 def test_refusals_are_named(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     required = ["--training_stage", "single", "--model_path", "M", "--train_data_dir", "S", "--output_dir", "O"]
-    for flag in ("--full_finetune", "--compile"):
+    for flag in ("--full_finetune", "--kernels compiled"):
         with pytest.raises(UserError, match=f"--quantize_base and {flag} exclude each other"):
-            parse_arguments([*required, "--quantize_base", "nf4", flag])
+            parse_arguments([*required, "--quantize_base", "nf4", *flag.split()])
     with pytest.raises(UserError, match="Here it is --quantize_base nf4"):
         parse_arguments([*required, "--load_in_4bit"])
     monkeypatch.setattr(quantized, "find_spec", lambda name: None)

@@ -101,7 +101,7 @@ def test_stacked_weights_change_no_number(toy: Path, shards: ShardSet, dora: boo
 @needs_compiler
 def test_compiled_layers_agree_and_are_not_compiled_again(toy: Path, shards: ShardSet) -> None:
     """Two batches warm up; other row and sample counts then find everything compiled."""
-    model, exec_options = with_lora(toy), ExecOptions(compiled=True)
+    model, exec_options = with_lora(toy), ExecOptions("compiled")
     for rows in (range(3), range(2, 7)):
         assert_same(step(model, batch_of(shards, rows), exec_options), step(model, batch_of(shards, rows)), 1e-3)
     with torch._dynamo.config.patch(error_on_recompile=True):

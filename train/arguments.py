@@ -87,7 +87,7 @@ ELSEWHERE = {
     "local_rank": "torchrun sets the rank in the environment.",
     "load_in_4bit": "Here it is --quantize_base nf4.",
     "load_in_8bit": "Here it is --quantize_base int8.",
-    "torch_compile": "Here it is --compile.",
+    "torch_compile": "Here it is --kernels compiled.",
     "freeze_audio_tower": "The tower is frozen unless --train_audio_tower is given.",
 }
 

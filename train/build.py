@@ -17,6 +17,7 @@ from higgs_tune.train.model.adapter import merge_adapter, read_adapter
 from higgs_tune.train.model.forward import Checkpointing, ExecOptions
 from higgs_tune.train.model.fsdp import shard, train_in_full
 from higgs_tune.train.model.fused_linear import stack_layer
+from higgs_tune.train.model.kernel_choice import choose_kernels
 from higgs_tune.train.model.load import HiggsAudioModel, Loaded, load_model
 from higgs_tune.train.model.lora import add_lora, describe_trainable, trainable
 from higgs_tune.train.model.loss import LossOptions
@@ -120,7 +121,7 @@ def wrap(
     """The module that a step calls: DDP around what trains, or FSDP around everything."""
     several = context.world.size > 1
     if config.lora.full_finetune and several:
-        module = PackModel(model, None, loss, ExecOptions(config.model.compile, "none"))
+        module = PackModel(model, None, loss, ExecOptions(choose_kernels(config.model.asked_kernels, context.device)))
         compute = torch.bfloat16 if context.device.type == "cuda" else torch.float32
         shard(model, module, context.device, compute)
         return module
@@ -131,16 +132,18 @@ def wrap(
 
 
 def choose_execution(config: TrainConfig, context: DistContext, model: HiggsAudioModel) -> ExecOptions:
-    """Compiled or not, and the checkpointing that is asked for or that fits; the same on every rank."""
+    """The kernels, and the checkpointing that is asked for or that fits; the same on every rank."""
+    kernels = choose_kernels(config.model.asked_kernels, context.device)
+    compiled = kernels == "compiled"
     if config.model.activation_checkpointing != "auto":
-        return ExecOptions(config.model.compile, config.model.activation_checkpointing)
+        return ExecOptions(kernels, config.model.activation_checkpointing)
     modes: list[Checkpointing] = ["none", "selective", "full"]
     free = free_bytes(context.device) / (1 if context.device.type == "cuda" else context.world.local_size)
-    mine = modes.index(choose_checkpointing(model, config.data.tokens_per_pack, free, compiled=config.model.compile))
+    mine = modes.index(choose_checkpointing(model, config.data.tokens_per_pack, free, compiled=compiled))
     worst = int(context.gather(torch.tensor([mine])).max())
     if worst and context.is_main:
         print(f"--activation_checkpointing {modes[worst]}: {free / 1e9:.1f} GB are free", flush=True)
-    return ExecOptions(config.model.compile, modes[worst])
+    return ExecOptions(kernels, modes[worst])
 
 
 def count_steps(run: Run, state: dict[str, Any]) -> int:
@@ -174,4 +177,5 @@ def describe_run(run: Run, checkpoint: Path | None) -> str:
         f"{run.context.device.type}{base}{begun}"
     )
     paths = describe_paths(run.model, run.exec_options, reference=run.config.model.forward == "reference")
-    return "\n".join([line, *describe_trainable(run.parameters), "which way each kind of layer runs:", *paths])
+    ways = f"which way each kind of layer runs, with --kernels {run.exec_options.kernels}:"
+    return "\n".join([line, *describe_trainable(run.parameters), ways, *paths])

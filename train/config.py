@@ -120,7 +120,10 @@ class TrainConfig:
                  "names or a regular expression", "all-linear", hint)  # fmt: skip
         trackers = self.reports.report_to
         _require(not ("none" in trackers and len(trackers) > 1), "--report_to none stands alone", "none", trackers)
-        for flag, excluded in (("--full_finetune", lora.full_finetune), ("--compile", self.model.compile)):
+        _require(not self.model.compile or self.model.kernels in ("auto", "compiled"),
+                 "--compile is --kernels compiled", "one of the two", f"--kernels {self.model.kernels}")  # fmt: skip
+        compiles = self.model.asked_kernels == "compiled"
+        for flag, excluded in (("--full_finetune", lora.full_finetune), ("--kernels compiled", compiles)):
             _require(not (self.model.quantize_base and excluded), f"--quantize_base and {flag} exclude each other",
                      "one of the two", "both")  # fmt: skip
         planning = self.planning

@@ -202,7 +202,7 @@ def estimate_lines(config: TrainConfig, gpu: Gpu, planned: Planned, amount: Amou
     memory = memory_of(config, planned, mode)
     modes = MODES if planned.ranks == 1 else MODES[:1]
     free -= _gathered_bytes(planned)
-    largest = {one: largest_pack(planned.model, one, free, compiled=config.model.compile) for one in modes}
+    largest = {one: largest_pack(planned.model, one, free, compiled=_compiles(config)) for one in modes}
     count = sum(parameter.numel() for parameter in planned.peft_model.parameters())
     training = sum(parameter.numel() for parameter in trainable(planned.peft_model).values())
     verdict = "fits" if positions <= largest[mode] else "DOES NOT FIT"
@@ -229,7 +229,11 @@ def _checkpointing(config: TrainConfig, planned: Planned, free: float) -> Checkp
     asked = config.model.activation_checkpointing
     if asked != "auto":
         return asked
-    return choose_checkpointing(planned.model, config.data.tokens_per_pack, free, compiled=config.model.compile)
+    return choose_checkpointing(planned.model, config.data.tokens_per_pack, free, compiled=_compiles(config))
+
+
+def _compiles(config: TrainConfig) -> bool:
+    return config.model.asked_kernels == "compiled"
 
 
 def memory_of(
@@ -243,7 +247,7 @@ def memory_of(
     """
     model, count = planned.model, config.data.tokens_per_pack if positions is None else positions
     share = {} if text_share is None else {"text_share": text_share}
-    kept = count * activation_bytes(model, mode, compiled=config.model.compile, **share)
+    kept = count * activation_bytes(model, mode, compiled=_compiles(config), **share)
     return Memory(planned.states, kept, working_bytes(model, count, mode) + _gathered_bytes(planned), reserve)
 
 

@@ -35,10 +35,17 @@ class ModelArgs:
     and heads stay as they are. Needs bitsandbytes, an optional extra."""
     forward: Literal["packed", "reference"] = "packed"
     """packed: ours. reference: boson's padded forward and collator, several times slower, for anyone who doubts."""
+    kernels: Literal["auto", "eager", "compiled", "triton"] = "auto"
+    """What runs beside the matrix products: PyTorch's operations (eager), the layers' parts by torch.compile (compiled;
+    the first steps take a minute more), or one Triton kernel each (triton). auto: triton on a GPU, eager elsewhere."""
     compile: bool = False
-    """Compile the layers (torch.compile), which pays on a GPU; the first steps take a minute more."""
+    """Short for --kernels compiled."""
     activation_checkpointing: Literal["none", "selective", "full", "auto"] = "auto"
     """What backward computes again to save memory: nothing, each FFN, each layer, or the least that fits."""
+
+    @property
+    def asked_kernels(self) -> Literal["auto", "eager", "compiled", "triton"]:
+        return "compiled" if self.compile else self.kernels
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,7 @@ from higgs_tune.train.dist.context import DistContext
 from higgs_tune.train.eval_sets import SAMPLES, parse_guard, parse_metric, parse_sets
 from higgs_tune.train.model.adapter import read_adapter, read_adapter_config
 from higgs_tune.train.model.base import resolve_model
+from higgs_tune.train.model.kernel_choice import choose_kernels
 from higgs_tune.train.model.load import Loaded, load_config
 from higgs_tune.train.model.loss import LossOptions
 from higgs_tune.train.model.quantized import require_bitsandbytes
@@ -69,6 +70,7 @@ def resolve_inputs(config: TrainConfig, context: DistContext) -> Inputs:
         UserError: paths or options are bad, or checkpoint, adapter and shard sets do not fit together.
     """
     base, adapter = resolve_model(config.model_path, config.model.base_model)
+    choose_kernels(config.model.asked_kernels, context.device)
     if config.model.quantize_base:
         require_bitsandbytes("--quantize_base")
     if config.optim.optim == "adamw8bit":

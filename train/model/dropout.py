@@ -29,6 +29,21 @@ def drop(x_NH: torch.Tensor, share: float, seed: int) -> torch.Tensor:
     return x_NH * kept_elements(x_NH, share, seed)
 
 
+class Mask:
+    """The mask of a seed over rows [N, H] of a tensor's dtype, for its uses in one pass."""
+
+    def __init__(self, seed: int, x_NH: torch.Tensor, share: float) -> None:
+        self._kept_NH = kept_elements(x_NH, share, seed)
+
+    def drop(self, x_NH: torch.Tensor) -> torch.Tensor:
+        """The rows with the dropped elements at zero; the others are not scaled up."""
+        return x_NH * self._kept_NH
+
+    def add_dropped(self, into_NH: torch.Tensor, x_NH: torch.Tensor) -> torch.Tensor:
+        """`into_NH` plus `drop(x_NH)`, in place."""
+        return into_NH.addcmul_(x_NH, self._kept_NH)
+
+
 def kept_elements(x_NH: torch.Tensor, share: float, seed: int) -> torch.Tensor:
     """1 where an element stays, 0 where it is dropped, each decided by 16 random bits: [N, H]."""
     generator = torch.Generator(x_NH.device).manual_seed(seed)

@@ -13,7 +13,7 @@ audio rows before the shared attention.
 To check it against boson's, read this file from `decoder_layer` on as `ExecOptions(plain=True)` runs it: linear layers
 by `linear.plain_project`, norms and gates by the `forward` methods of `layer_input.py`, attention by
 `attention.plain_attention`, rotary embeddings by `attention.plain_rope_and_reorder`. The faster kernels (fused,
-blocked, compiled) stand behind the same calls.
+blocked, compiled, Triton's) stand behind the same calls.
 
 Shapes: N positions (P text rows, then A audio rows), H hidden, D head size, h heads.
 """
@@ -36,6 +36,7 @@ from higgs_tune.train.model.attention import (
 )
 from higgs_tune.train.model.embed import embed_audio, embed_text
 from higgs_tune.train.model.fused_linear import fused_project
+from higgs_tune.train.model.kernel_choice import KernelName
 from higgs_tune.train.model.layer_input import Gated, Normed, Rows
 from higgs_tune.train.model.linear import AnyLayer, layers_of, plain_project
 from higgs_tune.train.model.load import HiggsAudioModel
@@ -50,12 +51,12 @@ Checkpointing = Literal["none", "selective", "full"]
 class ExecOptions:
     """How layers are run; none of it changes a number beyond rounding.
 
-    compiled: through torch.compile, with row counts that may change from batch to batch. checkpointing: which parts
-    backward recomputes instead of saving them: `none`, `selective` (each FFN) or `full` (each layer). plain: by plain
-    PyTorch operations under autograd, slower; for reading and for tests.
+    kernels: see `kernel_choice.py`; compiled ones take row counts that change from batch to batch. checkpointing: which
+    parts backward recomputes instead of saving them: `none`, `selective` (each FFN) or `full` (each layer). plain: by
+    plain PyTorch operations under autograd, slower; for reading and for tests.
     """
 
-    compiled: bool = False
+    kernels: KernelName = "eager"
     checkpointing: Checkpointing = "none"
     plain: bool = False
 
@@ -272,13 +273,18 @@ def kernels_of(exec_options: ExecOptions) -> Kernels:
     if exec_options.plain:
         qkv = partial(_qkv, plain_project, plain_rope_and_reorder)
         return Kernels(plain_project, partial(_attend, plain_attention), qkv, partial(_ffn, plain_project))
-    if exec_options.compiled:  # the compiler sees by itself what to fuse and what to recompute
-        qkv, ffn = partial(_compiled(_qkv), plain_project, rope_and_reorder), partial(_compiled(_ffn), plain_project)
+    project, rope = fused_project, rope_and_reorder
+    if exec_options.kernels == "triton":
+        from higgs_tune.train.model.triton_kernels import TRITON, triton_rope_and_reorder
+
+        project, rope = partial(fused_project, elementwise=TRITON), triton_rope_and_reorder
+    if exec_options.kernels == "compiled":  # the compiler sees by itself what to fuse and what to recompute
+        qkv, ffn = partial(_compiled(_qkv), plain_project, rope), partial(_compiled(_ffn), plain_project)
     else:
-        qkv, ffn = partial(_qkv, fused_project, rope_and_reorder), partial(_ffn, fused_project)
+        qkv, ffn = partial(_qkv, project, rope), partial(_ffn, project)
     if exec_options.checkpointing == "selective":
         ffn = partial(checkpoint, ffn, use_reentrant=False)
-    return Kernels(fused_project, partial(_attend, causal_attention), qkv, ffn)
+    return Kernels(project, partial(_attend, causal_attention), qkv, ffn)
 
 
 @cache

@@ -14,29 +14,48 @@ Shapes: N rows, H input width, O output width.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from functools import partial
 from itertools import chain, islice, pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from higgs_tune.train.model.dropout import new_seed
-from higgs_tune.train.model.layer_input import Grads, Source
+from higgs_tune.train.model.dropout import Mask, new_seed
+from higgs_tune.train.model.layer_input import Gated, Grads, Normed, Source
 from higgs_tune.train.model.linear import AnyLayer, Layer, any_dropout, layer_of, plain_project
-from higgs_tune.train.model.lora_math import Kept, layer_grads, run_layers
+from higgs_tune.train.model.lora_math import Kept, MaskMaker, layer_grads, run_layers
 from higgs_tune.train.model.quantized import QuantizedWeight
 from torch import nn
 
 
+class Elementwise(NamedTuple):
+    """What runs beside the products: norms, gated products and the mask of dropout."""
+
+    normed: type[Normed]
+    gated: type[Gated]
+    mask: type[Mask]
+
+    def kind_of(self, source: Source) -> type[Source]:
+        return self.normed if isinstance(source, Normed) else self.gated if isinstance(source, Gated) else type(source)
+
+
+EAGER = Elementwise(Normed, Gated, Mask)
+
+
 def fused_project(
-    source: Source, layers: Sequence[AnyLayer], residual_NO: torch.Tensor | None = None
+    source: Source,
+    layers: Sequence[AnyLayer],
+    residual_NO: torch.Tensor | None = None,
+    *,
+    elementwise: Elementwise = EAGER,
 ) -> list[torch.Tensor]:
     """`plain_project` with less memory and fewer operations; see the top of this file."""
     simple = fusible(layers)
     if simple is None:
         return plain_project(source, layers, residual_NO)
     stacked = _stacked([layer.weight_OH for layer in simple])
-    seed = new_seed() if any_dropout(simple) else 0
+    mask_of = partial(elementwise.mask, new_seed()) if any_dropout(simple) else None
     fields = (field for part in (source, *simple) for field in part)
-    return list(_FusedProject.apply(type(source), stacked, residual_NO, seed, *fields))
+    return list(_FusedProject.apply(elementwise.kind_of(source), stacked, residual_NO, mask_of, *fields))
 
 
 def fusible(layers: Sequence[AnyLayer]) -> list[Layer] | None:
@@ -96,12 +115,12 @@ class _FusedProject(torch.autograd.Function):
         kind: type[Source],
         stacked: torch.Tensor | None,
         residual_NO: torch.Tensor | None,
-        seed: int,
+        mask_of: MaskMaker | None,
         *fields: Any,
     ) -> tuple[torch.Tensor, ...]:
         source, layers = _grouped(kind, fields)
-        outputs, kept = run_layers(source.forward(), layers, stacked, residual_NO, seed)
-        ctx.kind, ctx.seed, ctx.count = kind, seed, len(layers)
+        outputs, kept = run_layers(source.forward(), layers, stacked, residual_NO, mask_of)
+        ctx.kind, ctx.mask_of, ctx.count = kind, mask_of, len(layers)
         _save(ctx, [*fields, kept.low_Nr, *kept.scales, *kept.parts])
         return tuple(outputs)
 
@@ -115,7 +134,7 @@ class _FusedProject(torch.autograd.Function):
         needed_source, needed_layers = _grouped(ctx.kind, needs)
         x_NH, recomputed = source.recompute()
         grad_x_NH, of_layers = layer_grads(
-            grads, x_NH, layers, kept, needed_layers, ctx.seed, needs_input=any(needed_source)
+            grads, x_NH, layers, kept, needed_layers, ctx.mask_of, needs_input=any(needed_source)
         )
         of_source: Grads = [None] * len(needed_source)
         if grad_x_NH is not None:

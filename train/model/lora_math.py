@@ -17,17 +17,18 @@ Shapes: N rows, H input width, O output width, r rank of LoRA.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F  # noqa: N812
-from higgs_tune.train.model.dropout import drop, kept_elements
+from higgs_tune.train.model.dropout import Mask
 from higgs_tune.train.model.layer_input import Grads
 from higgs_tune.train.model.linear import Layer
 from higgs_tune.train.model.products import product
 
 Maybe = torch.Tensor | None
+MaskMaker = Callable[[torch.Tensor, float], Mask]  # from rows like those that are dropped from, and the share
 
 
 class Kept(NamedTuple):
@@ -47,7 +48,7 @@ def run_layers(
     layers: Sequence[Layer],
     stacked: Maybe = None,
     residual_NO: Maybe = None,
-    seed: int = 0,
+    mask_of: MaskMaker | None = None,
     scales: list[Maybe] | None = None,
 ) -> tuple[list[torch.Tensor], Kept]:
     """Outputs of the layers [N, O].
@@ -55,13 +56,14 @@ def run_layers(
     Args:
         stacked: all weights as one tensor, where they lie one behind another.
         residual_NO: added to the output of a single layer.
+        mask_of: makes the dropout mask; needed where a layer has dropout.
         scales: from `dora_scales`, if they are known.
     """
     scales = dora_scales(layers) if scales is None else scales
     share = max(layer.dropout for layer in layers)
     late = residual_NO if scales[0] is not None else None
     outputs = _base_outputs(x_NH, layers, stacked, None if late is not None else residual_NO)
-    read_NH = drop(x_NH, share, seed)
+    read_NH = mask_of(x_NH, share).drop(x_NH) if share and mask_of else x_NH
     low_Nr, parts = _low_rank(read_NH, layers), []
     for number, (layer, low_part_Nr, scale_O) in enumerate(zip(layers, by_rank(low_Nr, layers), scales, strict=True)):
         y_NO, part_NO = outputs[number], None
@@ -91,7 +93,7 @@ def layer_grads(
     layers: Sequence[Layer],
     kept: Kept,
     needed: Sequence[Layer],
-    seed: int = 0,
+    mask_of: MaskMaker | None = None,
     *,
     needs_input: bool = True,
 ) -> tuple[Maybe, list[Grads]]:
@@ -100,10 +102,11 @@ def layer_grads(
     Args:
         grads: of the outputs.
         needed: for each layer and field, whether its gradient is needed.
+        mask_of: that of `run_layers`.
     """
     share = max(layer.dropout for layer in layers)
-    mask_NH = kept_elements(x_NH, share, seed) if share else None
-    read_NH = x_NH if mask_NH is None else x_NH * mask_NH
+    mask = mask_of(x_NH, share) if share and mask_of else None
+    read_NH = x_NH if mask is None else mask.drop(x_NH)
     scaled = [
         grad_NO if scale_O is None else grad_NO * scale_O.to(grad_NO.dtype)
         for grad_NO, scale_O in zip(grads, kept.scales, strict=True)
@@ -123,13 +126,13 @@ def layer_grads(
     if not has_lora:
         return grad_x_NH, of_layers
     stacked_rH = _stacked_a(layers).to(x_NH.dtype)
-    if mask_NH is None:
+    if mask is None:
         return grad_x_NH.addmm_(grad_low_Nr, stacked_rH), of_layers
     is_dora = [number for number, scale_O in enumerate(kept.scales) if scale_O is not None]
     extra = [(scaled[number] - grads[number]).mul_(1 / (1 - share)) for number in is_dora]
     grad_read_NH = _sum_of_products(extra, [layers[number] for number in is_dora])
     low_NH = grad_low_Nr @ stacked_rH if grad_read_NH is None else grad_read_NH.addmm_(grad_low_Nr, stacked_rH)
-    return grad_x_NH.addcmul_(low_NH, mask_NH), of_layers
+    return mask.add_dropped(grad_x_NH, low_NH), of_layers
 
 
 @torch.no_grad()

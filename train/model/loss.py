@@ -17,12 +17,13 @@ Shapes: n label rows, K codebooks (1 for text), V classes, H hidden, S samples.
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F  # noqa: N812
 from higgs_tune.train.data.batch import Batch
-from higgs_tune.train.model.dropout import new_seed
+from higgs_tune.train.model.dropout import Mask, new_seed
 from higgs_tune.train.model.linear import Layer, layer_of, linear, normed
 from higgs_tune.train.model.load import HiggsAudioModel
 from higgs_tune.train.model.lora_math import dora_scales, layer_grads, run_layers
@@ -94,7 +95,8 @@ class _HeadCrossEntropy(torch.autograd.Function):
         for start in range(0, len(hidden_nH), step):
             rows_nH = hidden_nH[start : start + step]
             target_nK = targets_nK[start : start + step].long()
-            (logits_nV,), kept = run_layers(rows_nH, [used], seed=seed + start, scales=scales)
+            mask_of = partial(Mask, seed + start)
+            (logits_nV,), kept = run_layers(rows_nH, [used], mask_of=mask_of, scales=scales)
             log_share_nKV, part_5K = _label_losses(logits_nV.float(), target_nK, smoothing, marked)
             stats_5K += part_5K
             if not any(ctx.needs_input_grad):
@@ -106,7 +108,7 @@ class _HeadCrossEntropy(torch.autograd.Function):
             grad_nKV.scatter_add_(-1, index_nK1, grad_nKV.new_full(index_nK1.shape, smoothing - 1.0))
             grad_nV = grad_nKV.mul_((labelled_nK * weights_K)[..., None]).flatten(1).to(hidden_nH.dtype)
             part_nH, (parts,) = layer_grads(
-                [grad_nV], rows_nH, [used], kept, [needed], seed + start, needs_input=grad_hidden is not None
+                [grad_nV], rows_nH, [used], kept, [needed], mask_of, needs_input=grad_hidden is not None
             )
             if grad_hidden is not None and part_nH is not None:
                 grad_hidden[start : start + step] = part_nH

@@ -11,6 +11,7 @@ from typing import Any
 
 from higgs_tune.train.model.forward import ExecOptions
 from higgs_tune.train.model.fused_linear import fusible
+from higgs_tune.train.model.kernel_choice import KernelName
 from higgs_tune.train.model.linear import Layer, layers_of
 from higgs_tune.train.model.load import HiggsAudioModel
 from peft.tuners.lora import LoraLayer
@@ -28,7 +29,7 @@ def describe_paths(model: HiggsAudioModel, exec_options: ExecOptions, *, referen
     """
     counts: Counter[tuple[str, str, str]] = Counter()
     for kind, modules, may_compile in _kinds(model):
-        path = BY_BOSON if reference else _path(modules, compiled=may_compile and exec_options.compiled)
+        path = BY_BOSON if reference else _path(modules, exec_options.kernels, may_compile=may_compile)
         counts[kind, path, _what_trains(modules)] += 1
     rows = [(kind, path, trains, f"x{count}") for (kind, path, trains), count in counts.items()]
     widths = [max((len(row[column]) for row in rows), default=0) for column in range(3)]
@@ -39,7 +40,7 @@ def describe_paths(model: HiggsAudioModel, exec_options: ExecOptions, *, referen
 
 
 def _kinds(model: HiggsAudioModel) -> Iterator[tuple[str, list[nn.Module], bool]]:
-    """Groups of linear layers that run together: name, modules, and whether `--compile` compiles them."""
+    """Groups of linear layers that run together: name, modules, and whether `--kernels compiled` compiles them."""
     layers: Any = model.layers
     for layer in layers:
         for block in ("audio_attn", "self_attn", "mlp", "audio_mlp"):
@@ -59,11 +60,11 @@ def _kinds(model: HiggsAudioModel) -> Iterator[tuple[str, list[nn.Module], bool]
             yield name, [module], False
 
 
-def _path(modules: Sequence[nn.Module], *, compiled: bool) -> str:
+def _path(modules: Sequence[nn.Module], kernels: KernelName, *, may_compile: bool) -> str:
     layers = fusible(layers_of(*modules))
     if layers is None:
         return BY_PEFT
-    return "compiled" if compiled else "fused"
+    return "compiled" if kernels == "compiled" and may_compile else "fused"
 
 
 def _what_trains(modules: Sequence[nn.Module]) -> str:

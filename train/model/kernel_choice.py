@@ -1,0 +1,34 @@
+"""--kernels: what runs beside the matrix products and the attention, chosen before anything is loaded.
+
+eager: PyTorch's operations. compiled: the parts of a layer by torch.compile. triton: one kernel for each norm, gated
+product, rotary embedding and dropout (`triton_kernels.py`).
+"""
+
+from __future__ import annotations
+
+import os
+from importlib.util import find_spec
+from typing import Literal
+
+import torch
+from higgs_tune.shards.errors import UserError
+
+KernelName = Literal["eager", "compiled", "triton"]
+
+
+def choose_kernels(asked: Literal["auto", "eager", "compiled", "triton"], device: torch.device) -> KernelName:
+    """The kernels of a run. `auto` is triton on a GPU where it is installed, eager elsewhere.
+
+    Raises:
+        UserError: triton is asked for and missing, or cannot run on this device.
+    """
+    is_installed = find_spec("triton") is not None
+    if asked == "auto":
+        return "triton" if device.type == "cuda" and is_installed else "eager"
+    if asked == "triton" and not is_installed:
+        hint = "It comes with torch's CUDA builds; pip install triton."
+        raise UserError("--kernels triton needs triton, which is not installed", hint=hint)
+    if asked == "triton" and device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        hint = "For a test, TRITON_INTERPRET=1 runs them on a CPU, slowly."
+        raise UserError("--kernels triton needs a GPU", expected="--kernels auto or eager", got=device.type, hint=hint)
+    return asked
