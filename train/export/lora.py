@@ -38,4 +38,4 @@ class MergedWeight:
         merged.addmm_(self.up[start:stop], self.down, alpha=self.scaling)
         if self.magnitude is None:
             return merged
-        return merged * (self.magnitude[start:stop] / torch.linalg.vector_norm(merged, dim=1))[:, None]
+        return merged.mul_((self.magnitude[start:stop] / torch.linalg.vector_norm(merged, dim=1))[:, None])
