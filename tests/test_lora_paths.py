@@ -2,32 +2,28 @@
 
 from __future__ import annotations
 
-import gc
 import itertools
-import weakref
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from helpers.kept import kept_share
 from higgs_tune.shards.reader import ShardSet
 from higgs_tune.train.data.batch import Batch, collate
-from higgs_tune.train.model import forward, fused_linear, linear
+from higgs_tune.train.model import fused_linear, linear
 from higgs_tune.train.model.dropout import drop
-from higgs_tune.train.model.forward import Checkpointing, ExecOptions, hidden_states, label_states
+from higgs_tune.train.model.forward import Checkpointing, ExecOptions, label_states
 from higgs_tune.train.model.fused_linear import fused_project, stack_frozen_weights, stack_layer
 from higgs_tune.train.model.layer_input import Gated, Normed, Rows, Source
 from higgs_tune.train.model.linear import layer_of, layers_of, plain_project
 from higgs_tune.train.model.load import HiggsAudioModel, load_model
 from higgs_tune.train.model.lora import TrainableOptions, add_lora, trainable
 from higgs_tune.train.model.loss import LossOptions, pack_loss
-from higgs_tune.train.model.memory import activation_bytes
 from higgs_tune.train.model.paths import BY_PEFT, describe_paths
+from higgs_tune.train.presets import PRESETS
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
-from torch.utils._pytree import tree_leaves
-from torch.utils.checkpoint import checkpoint
 
 LOSS, SEED = LossOptions(), 1234567
 KINDS: dict[str, dict[str, Any]] = {
@@ -40,6 +36,7 @@ KINDS: dict[str, dict[str, Any]] = {
 PLACES: dict[str, dict[str, Any]] = {
     "every preset layer": {},
     "heads and norms": {"extra": ("heads",), "norms": True},
+    "much in full": {"heads": True, "norms": True, "text_embeddings": True, "audio_embeddings": True},
     "attention alone": {"preset": "attention_only"},
     "text alone": {"preset": "text_only"},
     "queries of one layer": {"pattern": r"layers\.1\.self_attn\.q_proj"},
@@ -153,43 +150,6 @@ def step(model: HiggsAudioModel, batch: Batch, exec_options: ExecOptions) -> dic
     return found | {"loss": total.detach()}
 
 
-@dataclass(eq=False)
-class Held:
-    """A tensor that autograd keeps; it is gone when autograd lets it go."""
-
-    value: torch.Tensor
-
-
-def kept_share(model: HiggsAudioModel, batch: Batch, mode: Checkpointing, monkeypatch: pytest.MonkeyPatch) -> float:
-    """What autograd and checkpoints keep for backward, but for parameters and the batch, over the estimate."""
-    owned = {value.untyped_storage().data_ptr() for value in (*model.parameters(), *model.buffers(), batch.flat)}
-    held: weakref.WeakSet[Held] = weakref.WeakSet()
-    arguments: list[Held] = []
-
-    def keep(value: torch.Tensor) -> Held:
-        held.add(box := Held(value))
-        return box
-
-    def checkpointed(function: Any, *args: Any, **options: Any) -> torch.Tensor:
-        """A checkpoint holds the arguments, out of sight of autograd's hooks."""
-        out = checkpoint(function, *args, **options)
-        assert isinstance(out, torch.Tensor)
-        for value in tree_leaves(args) if out.requires_grad else ():
-            if isinstance(value, torch.Tensor):
-                arguments.append(keep(value))
-        return out
-
-    monkeypatch.setattr(forward, "checkpoint", checkpointed)
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda box: box.value):
-        states = hidden_states(model, batch, ExecOptions(checkpointing=mode))
-    text_share = 1 - batch["codes_KA"].shape[1] / batch.positions
-    estimate = activation_bytes(model, mode, text_share=text_share)
-    gc.collect()  # what a checkpoint without gradient held is gone
-    kept = {box.value.untyped_storage().data_ptr(): box.value.untyped_storage().nbytes() for box in held}
-    del states
-    return sum(size for at, size in kept.items() if at not in owned) / (batch.positions * estimate)
-
-
 @pytest.mark.parametrize("options", COMBINATIONS, ids=str)
 def test_every_combination_runs_fused_as_printed_and_keeps_what_is_estimated(
     options: dict[str, Any], toy: Path, shards: ShardSet, monkeypatch: pytest.MonkeyPatch
@@ -207,7 +167,35 @@ def test_every_combination_runs_fused_as_printed_and_keeps_what_is_estimated(
         assert got.keys() == expected.keys()
         for name, value in expected.items():
             assert (got[name] - value).abs().max() <= 1e-5 * value.abs().max() + 1e-9, (mode, name)
-        assert kept_share(model, batch, mode, monkeypatch) == pytest.approx(1, abs=0.1), mode
+        assert kept_share(model, batch, ExecOptions(checkpointing=mode), monkeypatch) == pytest.approx(1, abs=0.1), mode
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.25])
+def test_several_adapters_run_fused_and_keep_what_is_estimated(
+    dropout: float, toy: Path, shards: ShardSet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two active at once, as PEFT has them, of different rank and layers."""
+    model, batch = (
+        load_model(toy / "model", device=torch.device("cpu"), dtype=torch.float32).model,
+        batch_of(shards, range(4)),
+    )
+    torch.manual_seed(0)
+    every = LoraConfig(r=4, lora_dropout=dropout, target_modules=PRESETS["comprehensive"].pattern)
+    peft_model = get_peft_model(model, every)  # pyright: ignore[reportArgumentType]
+    assert isinstance(peft_model, PeftModel)
+    peft_model.add_adapter("other", LoraConfig(r=2, lora_dropout=dropout, target_modules=["q_proj", "down_proj"]))
+    peft_model.base_model.set_adapter(["default", "other"])  # pyright: ignore[reportCallIssue]
+    for name, parameter in model.named_parameters():
+        if ".lora_B." in name:
+            nn.init.normal_(parameter, std=0.02)
+    peft_model.train()
+    assert all(" fused " in line for line in describe_paths(model, ExecOptions()))
+    expected = step(model, batch, ExecOptions(plain=True))
+    for mode in MODES:
+        got = step(model, batch, ExecOptions(checkpointing=mode))
+        for name, value in expected.items():
+            assert (got[name] - value).abs().max() <= 1e-5 * value.abs().max() + 1e-9, (mode, name)
+        assert kept_share(model, batch, ExecOptions(checkpointing=mode), monkeypatch) == pytest.approx(1, abs=0.1), mode
 
 
 @pytest.mark.fast

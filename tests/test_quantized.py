@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from helpers.kept import kept_share
 from helpers.samples import random_sample
 from helpers.tiny import ids_of, run_train, write_checkpoint, write_set
 from higgs_tune.shards.errors import UserError
@@ -83,8 +84,9 @@ def step(model: HiggsAudioModel, batch: Batch, exec_options: ExecOptions) -> dic
 @pytest.mark.parametrize("options", [{}, {"dora": True, "dropout": 0.25}, {"norms": True, "heads": True}], ids=str)
 @pytest.mark.parametrize("kind", KINDS)
 def test_loss_and_gradients_are_those_of_dequantized_weights(
-    kind: Quantization, options: dict[str, Any], folder: Path
+    kind: Quantization, options: dict[str, Any], folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """And backward keeps what is estimated: no weight that was made whole."""
     shards = ShardSet(folder / "data")
     batch = collate([shards.read(row) for row in range(8)], 0.0, shards.special_ids)
     plain = load_model(folder / "model", device=CPU, dtype=torch.float32).model
@@ -106,6 +108,8 @@ def test_loss_and_gradients_are_those_of_dequantized_weights(
         assert got.keys() == wanted.keys()
         for name, value in wanted.items():
             assert (got[name] - value).abs().max() <= 1e-4 * value.abs().max() + 1e-9, name
+        if not exec_options.plain:
+            assert kept_share(model, batch, exec_options, monkeypatch) == pytest.approx(1, abs=0.1)
 
 
 def state_of(folder: Path) -> dict[str, torch.Tensor]:

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.kept import kept_share
 from higgs_tune.shards.reader import ShardSet
 from higgs_tune.train import loop
 from higgs_tune.train.config import TrainConfig
@@ -99,14 +100,17 @@ def test_stacked_weights_change_no_number(toy: Path, shards: ShardSet, dora: boo
 
 
 @needs_compiler
-def test_compiled_layers_agree_and_are_not_compiled_again(toy: Path, shards: ShardSet) -> None:
-    """Two batches warm up; other row and sample counts then find everything compiled."""
+def test_compiled_layers_agree_and_are_not_compiled_again(
+    toy: Path, shards: ShardSet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two batches warm up; other row and sample counts then find everything compiled. What is kept is as estimated."""
     model, exec_options = with_lora(toy), ExecOptions("compiled")
     for rows in (range(3), range(2, 7)):
         assert_same(step(model, batch_of(shards, rows), exec_options), step(model, batch_of(shards, rows)), 1e-3)
     with torch._dynamo.config.patch(error_on_recompile=True):
         for rows in (range(8), range(5, 6), range(1, 12)):
             assert_same(step(model, batch_of(shards, rows), exec_options), step(model, batch_of(shards, rows)), 1e-3)
+    assert kept_share(model, batch_of(shards, range(8)), exec_options, monkeypatch) == pytest.approx(1, abs=0.1)
 
 
 class Operators(TorchDispatchMode):

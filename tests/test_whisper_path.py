@@ -15,6 +15,7 @@ import pytest
 import soundfile
 import torch
 from conftest import ROOT
+from helpers.kept import kept_share
 from helpers.ranks import ask
 from helpers.real_whisper import PARTS, join_parts, write_encoder
 from helpers.samples import random_entry, random_sample, serve_entry
@@ -25,10 +26,11 @@ from higgs_tune.shards.errors import UserError
 from higgs_tune.shards.format import Sample
 from higgs_tune.train.export.merge import ExportConfig, export, load_adapter
 from higgs_tune.train.model.embed import embed_whisper
-from higgs_tune.train.model.forward import ExecOptions, hidden_states, label_states
+from higgs_tune.train.model.forward import Checkpointing, ExecOptions, hidden_states, label_states
 from higgs_tune.train.model.load import HiggsAudioConfig, HiggsAudioModel, load_model
 from higgs_tune.train.model.lora import add_lora, trainable
 from higgs_tune.train.model.loss import LossOptions, pack_loss
+from higgs_tune.train.model.paths import describe_paths
 from higgs_tune.train.model.reference import reference_loss
 from higgs_tune.train.model.trainable import TrainableOptions
 from higgs_tune.train.optim import learning_rates, make_optimizer
@@ -527,3 +529,21 @@ def test_real_whisper_weights(real_whisper: tuple[Path, Path], place: Place) -> 
     cosine = torch.nn.functional.cosine_similarity(ours, torch.from_numpy(np.array(theirs))[0], dim=-1)
     print(f"least cosine with CTranslate2's encoder over {len(cosine)} frames: {float(cosine.min()):.6f}")
     assert float(cosine.min()) > 0.999
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.25])
+def test_a_projector_with_lora_runs_fused_and_keeps_what_is_estimated(
+    dropout: float, place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Over stored features, beside the heads."""
+    model, tower = attach(place), Tower(place.whisper, "cpu")
+    options = TrainableOptions(r=2, dropout=dropout, features="encoder", extra=("heads", "projector"))
+    add_lora(model, options, "single", place.base, None)
+    samples = [encoded(sample, tower) for sample in place.samples]
+    batch = Case(model, samples, ids_of(place.base), "encoder").batch()
+    lines = describe_paths(model, ExecOptions())
+    assert all(" fused " in line for line in lines)
+    assert any(line.split()[0] == "audio_encoder_proj" and "LoRA r 2" in line for line in lines)
+    modes: tuple[Checkpointing, ...] = ("none", "selective", "full")
+    for mode in modes:
+        assert kept_share(model, batch, ExecOptions(checkpointing=mode), monkeypatch) == pytest.approx(1, abs=0.1), mode
