@@ -213,3 +213,19 @@ def test_what_is_not_fused_is_printed(toy: Path, shards: ShardSet) -> None:
     assert all("boson's forward" in line for line in describe_paths(model, ExecOptions(), reference=True))
     compiled = describe_paths(model, ExecOptions("compiled"))
     assert any("q_proj" in line and " compiled " in line for line in compiled)
+
+
+@pytest.mark.parametrize("kind", ["dropout", "DoRA", "DoRA, dropout"])
+def test_dropout_and_dora_are_not_compiled(
+    kind: str, toy: Path, shards: ShardSet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Compiled code would keep masks (a third more than estimated), so they run fused, as the run prints."""
+    model, batch = model_with(toy, **KINDS[kind]), batch_of(shards, range(4))
+    expected, compiled = step(model, batch, ExecOptions()), ExecOptions("compiled")
+    assert describe_paths(model, compiled) == describe_paths(model, ExecOptions())
+    got = step(model, batch, compiled)
+    assert all(torch.equal(got[name], value) for name, value in expected.items())
+    assert kept_share(model, batch, compiled, monkeypatch) == pytest.approx(1, abs=0.1)
+    partly = describe_paths(model_with(toy, pattern=r".*\.down_proj", **KINDS[kind]), compiled)
+    found = {line.split("  ")[1]: " compiled " in line for line in partly if "mlp" in line or "q_proj" in line}
+    assert found["mlp gate_proj, up_proj"] is False and found["self_attn q_proj, k_proj, v_proj"] is True

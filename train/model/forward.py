@@ -38,7 +38,7 @@ from higgs_tune.train.model.embed import embed_audio, embed_text
 from higgs_tune.train.model.fused_linear import fused_project
 from higgs_tune.train.model.kernel_choice import KernelName
 from higgs_tune.train.model.layer_input import Gated, Normed, Rows
-from higgs_tune.train.model.linear import AnyLayer, layers_of, plain_project
+from higgs_tune.train.model.linear import AnyLayer, layers_of, may_compile, plain_project
 from higgs_tune.train.model.load import HiggsAudioModel
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
@@ -278,13 +278,18 @@ def kernels_of(exec_options: ExecOptions) -> Kernels:
         from higgs_tune.train.model.triton_kernels import TRITON, triton_rope_and_reorder
 
         project, rope = partial(fused_project, elementwise=TRITON), triton_rope_and_reorder
+    qkv, ffn = partial(_qkv, project, rope), partial(_ffn, project)
     if exec_options.kernels == "compiled":  # the compiler sees by itself what to fuse and what to recompute
-        qkv, ffn = partial(_compiled(_qkv), plain_project, rope), partial(_compiled(_ffn), plain_project)
-    else:
-        qkv, ffn = partial(_qkv, project, rope), partial(_ffn, project)
+        qkv = partial(_compiled_or_not, partial(_compiled(_qkv), plain_project, rope), qkv)
+        ffn = partial(_compiled_or_not, partial(_compiled(_ffn), plain_project), ffn)
     if exec_options.checkpointing == "selective":
         ffn = partial(checkpoint, ffn, use_reentrant=False)
     return Kernels(project, partial(_attend, causal_attention), qkv, ffn)
+
+
+def _compiled_or_not(compiled: Callable[..., Any], fused: Callable[..., Any], source: Normed, *arguments: Any) -> Any:
+    layers = [layer for group in arguments if type(group) is tuple for layer in group]
+    return (compiled if may_compile(layers) else fused)(source, *arguments)
 
 
 @cache

@@ -102,6 +102,11 @@ def plain_project(
     return outputs if residual_NO is None else [residual_NO + outputs[0]]
 
 
+def may_compile(layers: Sequence[AnyLayer]) -> bool:
+    """Whether `--kernels compiled` compiles them: with dropout or DoRA, compiled code would keep masks and copies."""
+    return not any(isinstance(layer, Layer) and (layer.dropout or layer.magnitude_O is not None) for layer in layers)
+
+
 def any_dropout(layers: Sequence[AnyLayer]) -> bool:
     """Whether LoRA drops a share of these layers' input."""
     return any(isinstance(layer, Layer) and layer.dropout for layer in layers)

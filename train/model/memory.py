@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from higgs_tune.train.model.embed import stream_dtype
 from higgs_tune.train.model.forward import Checkpointing
-from higgs_tune.train.model.linear import Layer, layer_of
+from higgs_tune.train.model.linear import Layer, layer_of, layers_of, may_compile
 from higgs_tune.train.model.load import HiggsAudioModel
 from higgs_tune.train.model.loss import CHUNK_ELEMENTS
 from higgs_tune.train.model.quantized import QuantizedWeight, stored_bytes
@@ -49,9 +49,8 @@ def activation_bytes(
         normalisers += 4 * shared.num_heads * (1 + audio_share * len(audio))
         if checkpointing == "none":
             for name, share in (("mlp", text_share), ("audio_mlp", audio_share)):
-                values += share * _ffn_values(getattr(layer, name, layer.mlp))
-        if compiled:
-            values += 2 * width + shared.config.intermediate_size if checkpointing == "none" else width
+                values += share * _ffn_values(getattr(layer, name, layer.mlp), compiled=compiled)
+        values += width * (compiled and _compiles(shared, "q_proj", "k_proj", "v_proj"))
     return values * size + normalisers + size * (1 - text_share) * _projector_values(model)
 
 
@@ -74,9 +73,16 @@ def _attention_values(module: Any) -> float:
     return 2 * inner + 2 * keys + _lora_values(projections) + _lora_values([module.o_proj])
 
 
-def _ffn_values(module: Any) -> float:
+def _compiles(module: Any, *names: str) -> bool:
+    return may_compile(layers_of(*(getattr(module, name) for name in names)))
+
+
+def _ffn_values(module: Any, *, compiled: bool) -> float:
     gate_up = [module.gate_proj, module.up_proj]
-    return 2 * module.gate_proj.out_features + _lora_values(gate_up, are_kept=True) + _lora_values([module.down_proj])
+    inputs = module.gate_proj.in_features + module.down_proj.in_features  # compiled, they are kept
+    again = inputs if compiled and _compiles(module, "gate_proj", "up_proj", "down_proj") else 0
+    added = _lora_values(gate_up, are_kept=True) + _lora_values([module.down_proj])
+    return again + 2 * module.gate_proj.out_features + added
 
 
 def _projector_values(model: HiggsAudioModel) -> float:

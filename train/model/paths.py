@@ -11,13 +11,14 @@ from typing import Any
 
 from higgs_tune.train.model.forward import ExecOptions
 from higgs_tune.train.model.fused_linear import fusible
-from higgs_tune.train.model.kernel_choice import KernelName
-from higgs_tune.train.model.linear import Layer, layers_of
+from higgs_tune.train.model.linear import Layer, layers_of, may_compile
 from higgs_tune.train.model.load import HiggsAudioModel
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
 _GROUPS = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",))
+_FFN = ("gate_proj", "up_proj", "down_proj")
+_COMPILED_WITH = {("o_proj",): (), ("gate_proj", "up_proj"): _FFN, ("down_proj",): _FFN}
 BY_PEFT, BY_BOSON = "PEFT's forward", "boson's forward"
 
 
@@ -28,8 +29,8 @@ def describe_paths(model: HiggsAudioModel, exec_options: ExecOptions, *, referen
         reference: boson's forward runs everything.
     """
     counts: Counter[tuple[str, str, str]] = Counter()
-    for kind, modules, may_compile in _kinds(model):
-        path = BY_BOSON if reference else _path(modules, exec_options.kernels, may_compile=may_compile)
+    for kind, modules, part in _kinds(model):
+        path = BY_BOSON if reference else _path(modules, part if exec_options.kernels == "compiled" else [])
         counts[kind, path, _what_trains(modules)] += 1
     rows = [(kind, path, trains, f"x{count}") for (kind, path, trains), count in counts.items()]
     widths = [max((len(row[column]) for row in rows), default=0) for column in range(3)]
@@ -39,15 +40,16 @@ def describe_paths(model: HiggsAudioModel, exec_options: ExecOptions, *, referen
     ]
 
 
-def _kinds(model: HiggsAudioModel) -> Iterator[tuple[str, list[nn.Module], bool]]:
-    """Groups of linear layers that run together: name, modules, and whether `--kernels compiled` compiles them."""
+def _kinds(model: HiggsAudioModel) -> Iterator[tuple[str, list[nn.Module], list[nn.Module]]]:
+    """Groups of linear layers that run together: name, modules, those that are compiled together with them."""
     layers: Any = model.layers
     for layer in layers:
         for block in ("audio_attn", "self_attn", "mlp", "audio_mlp"):
+            inside: Any = getattr(layer, block, None)
             for names in _GROUPS:
-                modules = [getattr(getattr(layer, block, None), name, None) for name in names]
-                if all(modules):
-                    yield f"{block} {', '.join(names)}", [m for m in modules if m is not None], names != ("o_proj",)
+                if all(hasattr(inside, name) for name in names):
+                    together = [getattr(inside, name) for name in _COMPILED_WITH.get(names, names)]
+                    yield f"{block} {', '.join(names)}", [getattr(inside, name) for name in names], together
     heads = model.audio_decoder_proj
     projectors: dict[str, Any] = {
         "text_lm_head": heads.text_lm_head,
@@ -57,14 +59,15 @@ def _kinds(model: HiggsAudioModel) -> Iterator[tuple[str, list[nn.Module], bool]
     }
     for name, module in projectors.items():
         if module is not None:
-            yield name, [module], False
+            yield name, [module], []
 
 
-def _path(modules: Sequence[nn.Module], kernels: KernelName, *, may_compile: bool) -> str:
+def _path(modules: Sequence[nn.Module], part: Sequence[nn.Module]) -> str:
+    """How the modules run. part: those that are compiled together with them, if any are."""
     layers = fusible(layers_of(*modules))
     if layers is None:
         return BY_PEFT
-    return "compiled" if kernels == "compiled" and may_compile else "fused"
+    return "compiled" if part and may_compile(layers_of(*part)) else "fused"
 
 
 def _what_trains(modules: Sequence[nn.Module]) -> str:
