@@ -7,18 +7,25 @@ torchrun --nproc_per_node 8 -m higgs_tune.evaluate …    the same on several GP
 
 from __future__ import annotations
 
+import os
+import sys
 from typing import TYPE_CHECKING, Any
 
 import tyro
 from higgs_tune.evaluate.config import EvalConfig
 from higgs_tune.evaluate.ranks import join_ranks
 from higgs_tune.shards.durable import to_json
-from higgs_tune.shards.errors import run_command
+from higgs_tune.shards.errors import few, run_command
 
 if TYPE_CHECKING:
     from higgs_tune.evaluate.judging import Judges
+    from rich.console import Console
+    from rich.table import Table
 
 TABLE = {"wer": True, "wer_mean": True, "cer": True, "sim": False, "quality": False, "run_on_rate": True}
+HALF = 3  # figures of the first table where one is too wide: the error rates
+PIPED_WIDTH = 400  # columns where the output is no terminal: nothing is wrapped
+SHOWN = 10  # ids that a finding spells out
 
 
 def main() -> None:
@@ -54,30 +61,71 @@ def load_judges(config: EvalConfig) -> Judges:
 
 def print_summary(result: dict[str, Any], config: EvalConfig) -> None:
     """The table, what it was measured with, and the findings."""
-    from higgs_tune.evaluate.page import shown_figure
+    from higgs_tune.evaluate.findings import LEAKS, LIST_FINDINGS
+    from higgs_tune.evaluate.judging import BAD_LINE
     from rich.console import Console
-    from rich.table import Table
 
-    rows = [*config.models, *config.folders, *(name for name in ("ceiling", "floor") if name in result)]
-    console = Console(width=None)
-    table = Table("", *TABLE, title=f"{result['about']['lines']} lines, 95 % intervals over utterances")
-    for name in rows:
-        table.add_row(name, *(shown_figure(result[name].get(key), percent) for key, percent in TABLE.items()))
-    for name, given in result["paired"]["minus_base"].items():
-        shown = (shown_figure(given[key], percent, signed=True) for key, percent in TABLE.items())
-        table.add_row(f"{name} - {result['paired']['base']}", *shown)
-    console.print(table)
+    console = Console(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else PIPED_WIDTH)
+
+    def say(text: str) -> None:
+        console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    say(f"{result['about']['lines']} lines; rates in per cent; in brackets 95 % intervals over utterances")
+    _print_figures(console, result, [*config.models, *config.folders])
     for language, systems in result["changes"].items():
         for name, change in systems.items():
             shown = "; ".join(f"{kind}: {', '.join(change[kind]) or 'nothing'}" for kind in ("better", "worse"))
-            console.print(f"{language}, {name} against {result['paired']['base']}: {shown}", markup=False)
+            say(f"{language}, {name} against {result['paired']['base']}: {shown}")
     judges = "; ".join(f"{role} {j['name']} {j['revision']}" for role, j in result["about"]["judges"].items() if j)
-    console.print(f"normaliser {result['about']['normaliser']['name']}; {judges}", markup=False)
+    say(f"normaliser {result['about']['normaliser']['name']}; {judges}")
+    for kind, listed in result["list"].items():
+        if listed:
+            shown = few([f"{fault.get('place') or fault['id']}: {fault['fault']}" for fault in listed], SHOWN)
+            say(f"{LIST_FINDINGS[kind].format(count=len(listed))}: {shown}")
     for name, found in result["findings"].items():
-        for kind, listed in found.items():
+        own = [f"{given['id']} ({given['problem']})" for given in found["problems"] if given["problem"] != BAD_LINE]
+        for kind, listed in (found | {"problems": own}).items():
             if listed:
-                console.print(f"{name}: {len(listed)} {kind.replace('_', ' ')}", markup=False)
+                say(f"{name}: {len(listed)} {kind.replace('_', ' ')}: {few(list(listed), SHOWN)}")
     for leak in result["leakage"]:
-        shared = ", ".join(f"{len(leak[kind])} by {kind}" for kind in ("audio", "text", "speaker"))
-        console.print(f"in the training samples of {leak['set']}: {shared}", markup=False)
-    console.print(f"{config.out}/index.html", markup=False)
+        shared = ", ".join(f"{len(leak[kind])} {title}" for kind, title in LEAKS.items())
+        say(f"the {leak['compared']} training samples of {leak['set']} hold of these lines: {shared}")
+    say(f"{config.out}/index.html")
+
+
+def _print_figures(console: Console, result: dict[str, Any], systems: list[str]) -> None:
+    """One table where it fits into the width; else two, with each interval below its figure."""
+    whole = _table(result, systems, list(TABLE), " ")
+    if console.measure(whole, options=console.options.update(width=PIPED_WIDTH)).maximum <= console.width:
+        console.print(whole)
+        return
+    for names in (list(TABLE)[:HALF], list(TABLE)[HALF:]):
+        console.print(_table(result, systems, names, "\n"))
+
+
+def _table(result: dict[str, Any], systems: list[str], names: list[str], between: str) -> Table:
+    """A row a system and difference.
+
+    Args:
+        between: stands between a figure and its interval.
+    """
+    from higgs_tune.evaluate.page import shown_figure
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False)
+    table.add_column("", overflow="fold")
+    for name in names:
+        table.add_column(name, no_wrap=True, justify="right")
+
+    def add(name: str, given: dict[str, Any], *, signed: bool = False) -> None:
+        shown = (shown_figure(given.get(key), TABLE[key], signed=signed) for key in names)
+        table.add_row(Text(name), *(Text(text.replace(" ", between, 1), justify="right") for text in shown))
+
+    for name in (*systems, *(bound for bound in ("ceiling", "floor") if bound in result)):
+        count = result[name].get("counts", {}).get("utterances")
+        lines = result["about"]["lines"]
+        add(f"{name} ({count} of {lines} lines)" if name == "ceiling" and count < lines else name, result[name])
+    for name, given in result["paired"]["minus_base"].items():
+        add(f"{name} - {result['paired']['base']}", given, signed=True)
+    return table

@@ -10,7 +10,7 @@ from higgs_tune.evaluate.speak.config import VoiceOptions
 from higgs_tune.shards.bounds import AT_LEAST_1, MORE_THAN_0, check_bounds
 from higgs_tune.shards.errors import UserError
 
-RESERVED = ("ceiling", "floor", "paired", "groups", "about", "findings", "leakage", "changes")
+RESERVED = ("ceiling", "floor", "paired", "groups", "about", "findings", "leakage", "changes", "list")
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,9 @@
 """The evaluation: lists → judgements of each system → figures → eval.json, utterances.jsonl, index.html.
 
 In: lists of lines, models and folders of wavs, judges. Out: the three files, and the content of eval.json. Every line
-counts for every system; the rows `ceiling` (the real recordings) and `floor` (transcripts against other lines' texts)
-bound them. Several ranks share the lines; then rank 0 puts the results together as if it continued a killed evaluation.
+counts for every system; the rows `ceiling` (the real recordings, where there is one) and `floor` (transcripts against
+other lines' texts) bound them. Several ranks share the lines; then rank 0 puts the results together as if it continued
+a killed evaluation.
 """
 
 from __future__ import annotations
@@ -19,10 +20,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from higgs_tune.evaluate.bootstrap import LEVEL, RESAMPLES, SEED
 from higgs_tune.evaluate.config import EvalConfig
-from higgs_tune.evaluate.figures import Systems, changes, compare, compare_groups, find_swaps, shuffled
-from higgs_tune.evaluate.held_out import find_leaks, read_split
+from higgs_tune.evaluate.figures import Systems, changes, compare, compare_groups, judged_by, shuffled
+from higgs_tune.evaluate.findings import FLOOR, findings, leakage, list_findings, warn_of_swaps, without_reference
+from higgs_tune.evaluate.held_out import read_split
 from higgs_tune.evaluate.judging import Judgement, Judges, Judging, System, WavFolder
-from higgs_tune.evaluate.lists import Line, check_lines, read_list
+from higgs_tune.evaluate.lists import Line, find_faults, read_list
 from higgs_tune.evaluate.page import write_page
 from higgs_tune.evaluate.ranks import Ranks
 from higgs_tune.evaluate.store import JudgementStore
@@ -31,12 +33,12 @@ from higgs_tune.preprocess.judges.normalisers import Normaliser, normaliser
 from higgs_tune.shards.durable import atomic_file, to_json, write_bytes
 from higgs_tune.shards.errors import few
 from higgs_tune.shards.lock import locked
-from higgs_tune.shards.writer import file_sha256
 
 if TYPE_CHECKING:
     from higgs_tune.evaluate.speaking import SpokenModel
 
-CEILING, FLOOR, LOCK = "ceiling", "floor", ".lock"
+CEILING, LOCK = "ceiling", ".lock"
+SHOWN = 10  # faults of a list that a warning spells out
 PROGRESS_SECONDS = 5.0
 
 
@@ -62,19 +64,22 @@ def evaluate(
 
 def _evaluate(config: EvalConfig, make_judges: Callable[[EvalConfig], Judges], ranks: Ranks) -> dict[str, Any]:
     chosen = normaliser(config.normaliser)
-    lines = read_lines(config)
-    check_lines(lines, chosen, references=bool(config.speaker_model), targets=config.ceiling)
+    lines = find_faults(read_lines(config), chosen)
+    _warn(ranks, "lines cannot be judged, and count as wrong", [f"{x.place}: {x.fault}" for x in lines if x.fault])
     systems: dict[str, System] = {name: WavFolder(path) for name, path in config.folders.items()}
     models = _models(config, lines, ranks)
     systems = {model.name: model for model in models} | systems
     judges = make_judges(config)
     about = {"judges": judges.describe(), "normaliser": {"name": chosen.name, "rules": chosen.rules}}
-    leaks = _leaks(config, lines, chosen) if ranks.is_main else []
+    leaked = leakage(config, lines, chosen) if ranks.is_main else []
     work = _Work(config, lines, systems, models, judges)
     if ranks.is_main:  # an unusable reference is named before hours of speaking
         store = work.merge()
-        Judging(judges, store).embed_references(lines)
+        unusable = without_reference(lines, Judging(judges, store).embed_references(lines))
         store.close()
+        _warn(
+            ranks, "lines have no usable reference, and no similarity", [f"{x['id']}: {x['fault']}" for x in unusable]
+        )
     ranks.wait()
     work.speak_and_judge(ranks)
     ranks.wait()
@@ -82,10 +87,16 @@ def _evaluate(config: EvalConfig, make_judges: Callable[[EvalConfig], Judges], r
         return {}
     store = work.merge()
     judging = Judging(judges, store, config.max_seconds, config.batch_size)
-    said = _judge_all(config, lines, systems, judging, chosen)
+    references = judging.embed_references(lines)
+    said = _judge_all(config, lines, systems, judging, references, chosen)
     store.close()
     result = _figures(said, next(iter(systems)))
-    result |= {"about": about | _settings(config, lines), "leakage": leaks, "findings": _findings(said, systems)}
+    result |= {
+        "about": about | _settings(config, lines) | {"figures": judged_by(result, about)},
+        "list": list_findings(lines, references, said.get(CEILING, [])),
+        "leakage": leaked,
+        "findings": findings(said, systems),
+    }
     _write(config.out, said, result)
     return result
 
@@ -125,6 +136,9 @@ class _Work:
         lines = ranks.share(self.lines)
         for model in self.models:
             model.speak(lines, ranks)
+        errors = [model.error for model in self.models if model.error]
+        if errors and len(errors) == len(self.systems):
+            raise errors[0]
         if ranks.size > 1:
             store = self._store(ranks.part)
             judging = Judging(self.judges, store, self.config.max_seconds, self.config.batch_size)
@@ -157,62 +171,70 @@ def read_lines(config: EvalConfig) -> list[Line]:
     return [replace(line, language=line.language or config.language) for line in lines]
 
 
-def _leaks(config: EvalConfig, lines: list[Line], chosen: Normaliser) -> list[dict[str, Any]]:
-    sets = [*config.leakage, *([config.shards] if config.shards and config.split == "val" else [])]
-    if not sets:
-        return []
-    hashes = {}
-    for line in lines:
-        paths = (Path(path) for path in (line.ref_audio, line.target_audio) if path)
-        hashes[line.id] = [file_sha256(path) for path in paths if path.is_file()]
-    return [find_leaks(lines, hashes, location, chosen) for location in dict.fromkeys(sets)]
-
-
 def _judge_all(
-    config: EvalConfig, lines: list[Line], spoken: dict[str, System], judging: Judging, chosen: Normaliser
+    config: EvalConfig,
+    lines: list[Line],
+    spoken: dict[str, System],
+    judging: Judging,
+    references: dict[str, np.ndarray | str],
+    chosen: Normaliser,
 ) -> Systems:
     """The utterances of every row of the table, ceiling and floor included, in the order of the lines."""
-    references = judging.embed_references(lines)
     paths = _paths(config, spoken)
     judged: dict[str, list[Judgement]] = {}
     for name, path_of in paths.items():
         judging.progress = _progress(name, len(lines))
         judged[name] = judging.judge(lines, path_of)
         if name in spoken:
-            judged[name] = [spoken[name].amend(*pair) for pair in zip(lines, judged[name], strict=True)]
+            pairs = zip(lines, judged[name], strict=True)
+            judged[name] = [given if line.fault else spoken[name].amend(line, given) for line, given in pairs]
     targets = [given.seconds for given in judged[CEILING]] if config.ceiling else [None] * len(lines)
 
     def utterances(
-        judgements: list[Judgement], path_of: Callable[[Line], str], voices: dict[str, np.ndarray] = references
+        judgements: list[Judgement],
+        path_of: Callable[[Line], str],
+        voices: dict[str, np.ndarray | str],
+        *,
+        only_usable: bool = False,
     ) -> list[Utterance]:
         return [
             measure(
                 line,
                 given,
                 chosen,
-                wav=path_of(line),
+                wav="" if line.fault else path_of(line),
                 reference_D=voices.get(line.ref_audio),
                 rates_quality=judging.judges.quality is not None,
                 target_seconds=target,
+                counted=given.usable or not only_usable,
             )
             for line, given, target in zip(lines, judgements, targets, strict=True)
         ]
 
-    systems = {name: utterances(judged[name], path_of) for name, path_of in paths.items()}
+    systems = {
+        name: utterances(judged[name], path_of, references, only_usable=name == CEILING)
+        for name, path_of in paths.items()
+    }
     for name in spoken:
-        _warn_of_swaps(name, systems[name])
-    if len(lines) > 1:
-        source = next(iter(paths))
+        warn_of_swaps(name, systems[name])
+    source = next(iter(paths))
+    if sum(given.usable for given in judged[source]) > 1:
         voices = [line.speaker or line.ref_audio for line in lines]
         floor = _floor(judged[source], [utterance.text for utterance in systems[source]], voices)
-        systems[FLOOR] = utterances(floor, lambda line: "", references if len(set(voices)) > 1 else {})
+        known = references if len(set(voices)) > 1 else {}
+        systems[FLOOR] = utterances(floor, lambda line: "", known, only_usable=True)
     return {name: systems[name] for name in (*spoken, *(name for name in (CEILING, FLOOR) if name in systems))}
 
 
 def _floor(judged: list[Judgement], texts: list[str], voices: list[str]) -> list[Judgement]:
-    """For each line the transcript of another text and the voice of another speaker."""
-    pairs = zip(shuffled(texts), shuffled(voices), strict=True)
-    return [Judgement(judged[text].heard, embedding_D=judged[voice].embedding_D) for text, voice in pairs]
+    """For each line with a usable clip the transcript of another text and the voice of another speaker."""
+    rows = [at for at, given in enumerate(judged) if given.usable]
+    floor = [Judgement()] * len(judged)
+    others = zip(rows, shuffled([texts[at] for at in rows]), shuffled([voices[at] for at in rows]), strict=True)
+    for at, text, voice in others:
+        heard, own = judged[rows[text]], judged[rows[voice]]
+        floor[at] = Judgement(heard.heard, seconds=heard.seconds, embedding_D=own.embedding_D)
+    return floor
 
 
 def _progress(name: str, total: int) -> Callable[[int], None]:
@@ -227,12 +249,9 @@ def _progress(name: str, total: int) -> Callable[[int], None]:
     return show
 
 
-def _warn_of_swaps(name: str, said: list[Utterance]) -> None:
-    swaps = find_swaps(said)
-    if swaps:
-        shown = few([f"{line} speaks {other}" for line, other in swaps.items()])
-        count = f"{len(swaps)} of {len(said)} lines speak another line's text"
-        print(f"warning: {name}: {count}: {shown}. Are the files named by their ids?", file=sys.stderr, flush=True)
+def _warn(ranks: Ranks, what: str, listed: list[str]) -> None:
+    if listed and ranks.is_main:
+        print(f"warning: {len(listed)} {what}: {few(listed, SHOWN)}", file=sys.stderr, flush=True)
 
 
 def _figures(systems: Systems, base: str) -> dict[str, Any]:
@@ -257,28 +276,12 @@ def _settings(config: EvalConfig, lines: list[Line]) -> dict[str, Any]:
     }
 
 
-def _findings(systems: Systems, spoken: dict[str, System]) -> dict[str, Any]:
-    """Faults by system: lines with a problem, files of no line, lines that speak another's text or did not end."""
-    findings = {}
-    for name, said in systems.items():
-        if name == FLOOR:
-            continue
-        problems = [
-            {"id": u.line.id, "problem": u.judged.problem, "detail": u.judged.detail} for u in said if u.judged.problem
-        ]
-        findings[name] = {
-            "problems": problems,
-            "cut_off": [u.line.id for u in said if u.judged.cut_off],
-            "files_of_no_line": spoken[name].strangers([u.line for u in said]) if name in spoken else [],
-            "speaks_other_line": find_swaps(said),
-        }
-    return findings
-
-
 def _write(out: Path, systems: Systems, result: dict[str, Any]) -> None:
+    about = result["about"]["judges"]
+    judges = {role: f"{judge['name']} {judge['revision']}".strip() for role, judge in about.items() if judge}
     with atomic_file(out / "utterances.jsonl") as file:
         for name, said in systems.items():
             if name != FLOOR:
-                file.writelines(to_json(utterance.as_line(name)) + b"\n" for utterance in said)
+                file.writelines(to_json(utterance.as_line(name, judges)) + b"\n" for utterance in said)
     write_page(out, systems, result)
     write_bytes(out / "eval.json", to_json(result, indent=1) + b"\n")

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 from higgs_tune.evaluate.bootstrap import SEED, resample
-from higgs_tune.evaluate.utterances import Utterance
+from higgs_tune.evaluate.utterances import WORST_QUALITY, Utterance
 
 Value = tuple[float, float] | None  # numerator and denominator; None: the line has no value
 
@@ -26,14 +26,14 @@ def _of(value: float | None) -> Value:
 
 
 def _quality(name: str) -> Callable[[Utterance], Value]:
-    return lambda utterance: _of((utterance.quality or {}).get(name))
+    return lambda utterance: _of(None if utterance.quality is None else utterance.quality.get(name, WORST_QUALITY))
 
 
 FIGURES: dict[str, Callable[[Utterance], Value]] = {
     "wer": lambda u: (u.words.errors, u.words.length),
-    "wer_mean": lambda u: _of(u.words.rate),
+    "wer_mean": lambda u: _of(u.wer),
     "cer": lambda u: (u.characters.errors, u.characters.length),
-    "cer_mean": lambda u: _of(u.characters.rate),
+    "cer_mean": lambda u: _of(u.cer),
     "sim": lambda u: _of(u.similarity),
     "quality": _quality("overall"),
     "run_on_rate": lambda u: _of(float(u.runs_on)),
@@ -56,31 +56,52 @@ Systems = dict[str, list[Utterance]]
 
 
 def compare(systems: Systems, base: str, *, seed: int = SEED) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The figures of each system, and of each system minus `base`, on the same resamples."""
+    """The figures of each system, and of each system minus `base`, on the same resamples.
+
+    A difference is over the lines that have a value in both.
+    """
     extra = sorted({name for said in systems.values() for u in said for name in u.quality or ()} - {"overall"})
     functions = FIGURES | {f"quality_{name}": _quality(name) for name in extra}
     pairs = [[_pairs(said, function) for function in functions.values()] for said in systems.values()]
-    table_NM2 = np.array(pairs).reshape(len(systems) * len(functions), -1, 2).transpose(1, 0, 2)
-    resampled = resample(table_NM2[:, :, 0], table_NM2[:, :, 1], seed=seed)
+    columns_MN2 = list(np.array(pairs).reshape(len(systems) * len(functions), -1, 2))
     column = {(system, name): at for at, (system, name) in enumerate((s, name) for s in systems for name in functions)}
+    shared = {
+        (system, name): _shared(columns_MN2, column[system, name], column[base, name])
+        for system in systems
+        if system != base
+        for name in functions
+    }
+    table_NM2 = np.array(columns_MN2).transpose(1, 0, 2)
+    resampled = resample(table_NM2[:, :, 0], table_NM2[:, :, 1], seed=seed)
     figures = {
         system: {name: resampled.interval(column[system, name]) for name in functions} | {"counts": _counts(said)}
         for system, said in systems.items()
     }
     paired = {
-        system: {name: resampled.difference(column[system, name], column[base, name]) for name in functions}
+        system: {name: resampled.difference(*shared[system, name]) for name in functions}
         for system in systems
         if system != base
     }
     return figures, paired
 
 
+def _shared(columns_MN2: list[np.ndarray], one: int, two: int) -> tuple[int, int]:
+    """The two columns with only those lines that have a value in both; adds them where they are not there."""
+    present_one, present_two = (columns_MN2[at][:, 1] > 0 for at in (one, two))
+    if (present_one == present_two).all():
+        return one, two
+    both_N1 = (present_one & present_two)[:, None]
+    columns_MN2 += [columns_MN2[one] * both_N1, columns_MN2[two] * both_N1]
+    return len(columns_MN2) - 2, len(columns_MN2) - 1
+
+
 def _pairs(said: list[Utterance], function: Callable[[Utterance], Value]) -> list[tuple[float, float]]:
-    return [function(utterance) or (0.0, 0.0) for utterance in said]
+    return [(utterance.counted and function(utterance)) or (0.0, 0.0) for utterance in said]
 
 
 def _counts(said: list[Utterance]) -> dict[str, int]:
     """Utterances, those with a problem, and edits."""
+    said = [utterance for utterance in said if utterance.counted]
     counts = {"utterances": len(said), "problems": sum(bool(u.judged.problem) for u in said)}
     for unit in ("words", "characters"):
         edits = [getattr(u, unit) for u in said]
@@ -91,17 +112,41 @@ def _counts(said: list[Utterance]) -> dict[str, int]:
 
 
 def compare_groups(systems: Systems, base: str) -> dict[str, Any]:
-    """`{grouping: {group: {figures, paired}}}`, for each grouping by which the lines differ."""
+    """`{grouping: {group: {figures, paired}}}`, for each grouping that any line names."""
     lines = next(iter(systems.values()))
     groups: dict[str, Any] = {}
     for grouping, name_of in GROUPS.items():
         names = [name_of(utterance) for utterance in lines]
-        if len(set(names)) > 1:
+        if any(names):
             groups[grouping] = {
                 name or "unknown": _compare_part(systems, base, [at for at, own in enumerate(names) if own == name])
                 for name in sorted(set(names))
             }
     return groups
+
+
+def judged_by(figures: dict[str, Any], about: dict[str, Any]) -> dict[str, dict[str, str]]:
+    """`{figure: {judge, revision, normaliser}}`: what each was measured with; empty where there is no such thing.
+
+    Args:
+        figures: by system.
+        about: with `judges` and `normaliser`.
+    """
+    names = list(next(iter(figures.values())))
+    return {name: _origin(name, about) for name in names if name != "counts"}
+
+
+def _origin(name: str, about: dict[str, Any]) -> dict[str, str]:
+    judge = about["judges"].get(_ROLES.get(name.partition("_")[0], "")) or {"name": "", "revision": ""}
+    reads = name.startswith(("wer", "cer", "run_on", "chars"))
+    return {
+        "judge": judge["name"],
+        "revision": judge["revision"] or ("unknown revision" if judge["name"] else ""),
+        "normaliser": about["normaliser"]["name"] if reads else "",
+    }
+
+
+_ROLES = {"wer": "asr", "cer": "asr", "run": "asr", "sim": "speaker", "quality": "quality"}
 
 
 def verdict(name: str, difference: dict[str, float] | None) -> str:
@@ -148,7 +193,7 @@ def find_swaps(said: list[Utterance]) -> dict[str, str]:
     texts = {utterance.line.id: utterance.text for utterance in said}
     swaps = {}
     for utterance in said:
-        if utterance.characters.rate > 0.5 and utterance.heard:
+        if utterance.cer > 0.5 and utterance.heard:
             best = extractOne(utterance.heard, texts, scorer=Levenshtein.normalized_distance, score_cutoff=0.2)
             if best and best[2] != utterance.line.id:
                 swaps[utterance.line.id] = best[2]

@@ -8,27 +8,28 @@ Shapes: S samples, D embedding dimensions.
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
-from higgs_tune.evaluate.lists import SHOWN, Line
+from higgs_tune.evaluate.lists import SHOWN, Line, line_name
 from higgs_tune.evaluate.store import JudgementStore, pack_vector, unpack_vector
 from higgs_tune.preprocess.audio.audio import load_clip
 from higgs_tune.preprocess.audio.clip import Clip, Waveform
 from higgs_tune.preprocess.audio.levels import quiet_share
 from higgs_tune.preprocess.audio.options import AudioOptions
-from higgs_tune.preprocess.input.arrow import arrow_cell
+from higgs_tune.preprocess.audio.source import audio_sha256
 from higgs_tune.preprocess.judges.interface import SAMPLE_RATE_HZ, Judge, QualityModel, Recogniser, SpeakerEncoder
 from higgs_tune.preprocess.reject import Reject
 from higgs_tune.shards.errors import UserError, few
-from higgs_tune.shards.writer import file_sha256
 
 SUFFIXES = (".wav", ".flac", ".mp3", ".ogg", ".opus")
 SILENCE_DBFS = -45.0  # a 20 ms window below this level is silent, as in the trainer's samples
 REFERENCE_SECONDS = 600.0  # longest reference clip
+BAD_LINE = "bad_line"  # problem of a line whose list does not tell what to speak
 
 
 @dataclass(frozen=True)
@@ -109,11 +110,11 @@ class WavFolder:
         if not folder.is_dir():
             raise UserError("no such folder of wavs", where=folder)
         self.folder = folder
-        self._files: dict[str, Path] = {}
+        self._files: dict[str, Path] = {}  # by id, composed: some file systems decompose letters with marks
         twice = []
         for path in sorted(folder.rglob("*")):
             if path.suffix.lower() in SUFFIXES and path.is_file():
-                key = path.relative_to(folder).with_suffix("").as_posix()
+                key = _composed(path.relative_to(folder).with_suffix("").as_posix())
                 twice += [key] if key in self._files else []
                 self._files[key] = path
         if twice:
@@ -121,7 +122,8 @@ class WavFolder:
 
     def path(self, line: Line) -> str:
         """The line's file; where there is none, the path that was expected."""
-        return str(self._files.get(line.id, self.folder / f"{line.id}.wav"))
+        name = line_name(line.id)
+        return str(self._files.get(_composed(name), self.folder / f"{name}.wav"))
 
     def amend(self, line: Line, given: Judgement) -> Judgement:
         """The judgement as it is: nothing else is known of a file."""
@@ -129,7 +131,11 @@ class WavFolder:
 
     def strangers(self, lines: Iterable[Line]) -> list[str]:
         """Ids of files that belong to no line."""
-        return sorted(self._files.keys() - {line.id for line in lines})
+        return sorted(self._files.keys() - {_composed(line_name(line.id)) for line in lines})
+
+
+def _composed(key: str) -> str:
+    return unicodedata.normalize("NFC", key)
 
 
 @dataclass
@@ -153,7 +159,7 @@ class Judging:
         judged: dict[int, Judgement] = {}
         waiting: list[tuple[int, Line, Waveform]] = []
         for number, line in enumerate(lines):
-            known = self._known(path_of(line), line)
+            known = Judgement(problem=BAD_LINE, detail=line.fault) if line.fault else self._known(path_of(line), line)
             if known is None:
                 loaded = self._load(path_of(line), self.max_seconds)
                 if isinstance(loaded, Waveform):
@@ -170,28 +176,13 @@ class Judging:
         self.progress(len(judged))
         return [judged[number] for number in range(len(lines))]
 
-    def embed_references(self, lines: list[Line]) -> dict[str, np.ndarray]:
-        """The embedding of each line's reference clip, by path.
-
-        Raises:
-            UserError: a reference cannot be read or has no voice; names it.
-        """
-        embeddings: dict[str, np.ndarray] = {}
-        bad: list[str] = []
-        for line in lines if self.judges.speaker else ():
-            if line.ref_audio in embeddings:
-                continue
-            embedding_D = self._embed_reference(line.ref_audio)
-            if isinstance(embedding_D, str):
-                bad.append(f"{line.id}: {embedding_D}")
-            else:
-                embeddings[line.ref_audio] = embedding_D
-        if bad:
-            raise UserError(f"{len(bad)} reference clips cannot be used: {few(bad, SHOWN)}")
-        return embeddings
+    def embed_references(self, lines: list[Line]) -> dict[str, np.ndarray | str]:
+        """The embedding of each line's reference clip, by path, or why there is none; empty without an encoder."""
+        if not self.judges.speaker:
+            return {}
+        return {path: self._embed_reference(path) for path in dict.fromkeys(line.ref_audio for line in lines)}
 
     def _embed_reference(self, path: str) -> np.ndarray | str:
-        """The embedding, or why there is none."""
         assert self.judges.speaker
         sha256 = _hash(path)
         known = sha256 and self.store.get(f"reference {sha256}")
@@ -221,6 +212,8 @@ class Judging:
 
     def _load(self, path: str, max_seconds: float) -> Waveform | Judgement:
         """The waveform, or the judgement that there is none."""
+        if not path:
+            return Judgement(problem="missing_audio", detail="the list names none")
         try:
             wave = load_clip(Clip(path, path), SAMPLE_RATE_HZ, AudioOptions(0.0, max_seconds))
         except Reject as reject:
@@ -267,8 +260,8 @@ class Judging:
 
 
 def _hash(path: str) -> str:
-    """SHA-256 of a file; empty where there is no such file, or it is inside another."""
+    """SHA-256 of a clip; empty where there is none."""
     try:
-        return "" if arrow_cell(path) or not Path(path).is_file() else file_sha256(Path(path))
-    except OSError:
+        return audio_sha256(path) if path else ""
+    except Reject:
         return ""

@@ -1,7 +1,7 @@
 """Evaluation lists: the lines that every system speaks, from each form that the field uses.
 
-In: a file or folder. Out: `Line`s in the list's order, paths absolute. A list with bad lines is refused as a whole, and
-every bad line is named; no line is left out.
+In: a file or folder. Out: `Line`s in the list's order, paths absolute. A bad line keeps its place, with its fault: it
+counts as wrong, and costs no other line.
 
 | form | told by | ids |
 |---|---|---|
@@ -17,15 +17,14 @@ from __future__ import annotations
 
 import json
 import re
-from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from higgs_tune.preprocess.input.arrow import arrow_cell, read_rows
+from higgs_tune.preprocess.input.arrow import read_rows
 from higgs_tune.preprocess.input.text_file import open_text
-from higgs_tune.preprocess.judges.normalisers import Normaliser, empty_after
+from higgs_tune.preprocess.judges.normalisers import Normaliser
 from higgs_tune.shards.errors import UserError, few
 
 NOT_UTF8 = "the line is not UTF-8"
@@ -49,6 +48,8 @@ class Line:
         target_audio: a real recording of the text in that voice.
         language: a code; empty: unknown. speaker, dialect: to group by.
         other_references: (audio, text) of more voices, for a text with several speakers.
+        place: in the list.
+        fault: why it cannot be judged.
         Absent values are empty.
     """
 
@@ -61,9 +62,11 @@ class Line:
     speaker: str = ""
     dialect: str = ""
     other_references: tuple[tuple[str, str], ...] = ()
+    place: str = field(default="", compare=False)
+    fault: str = ""
 
 
-_STRINGS = tuple(name for name in Line.__dataclass_fields__ if name != "other_references")
+_STRINGS = tuple(name for name in Line.__dataclass_fields__ if name not in ("other_references", "place", "fault"))
 
 
 class BadLine(Exception):
@@ -71,15 +74,15 @@ class BadLine(Exception):
 
 
 def read_list(path: Path) -> list[Line]:
-    """All lines of a list.
+    """All lines of a list, the bad ones with their faults (see `find_faults`).
 
     Raises:
-        UserError: no such list, or lines that cannot be used; names them.
+        UserError: no such list, or an empty one.
     """
-    usable = refuse_bad(list_lines(path), path)
-    if not usable:
+    lines = placed(list_lines(path), path.name)
+    if not lines:
         raise UserError("the list holds no lines", where=path)
-    return usable
+    return lines
 
 
 def list_lines(path: Path) -> Iterator[tuple[str, Line | BadLine]]:
@@ -113,73 +116,52 @@ def _lines_of(path: Path) -> Iterator[tuple[str, Line | BadLine]]:
     return _seedtts(path)
 
 
-def refuse_bad(lines: Iterable[tuple[str, Line | BadLine]], where: object) -> list[Line]:
-    """The lines of (place, line) pairs.
-
-    Raises:
-        UserError: some cannot be used: they are bad, have an unusable or another line's id, or no text.
-    """
-    usable: list[Line] = []
-    bad: list[str] = []
-    place_of: dict[str, str] = {}
-    for place, line in lines:
-        fault = str(line) if isinstance(line, BadLine) else line_fault(line, place_of)
-        if fault:
-            bad.append(f"{place}: {fault}")
-        elif isinstance(line, Line):
-            usable.append(line)
-            place_of[line.id] = place
-    if bad:
-        raise UserError(f"{len(bad)} lines cannot be used: {few(bad, SHOWN)}", where=where)
-    return usable
+def placed(lines: Iterable[tuple[str, Line | BadLine]], name: str) -> list[Line]:
+    """The lines of (place, line) pairs of the list `name`; one that cannot be read is called by its place."""
+    listed = [(f"{name} {place}", line) for place, line in lines]
+    return [
+        Line(place, "", place=place, fault=str(line)) if isinstance(line, BadLine) else replace(line, place=place)
+        for place, line in listed
+    ]
 
 
-def line_fault(line: Line, place_of: dict[str, str]) -> str:
-    """Why a line cannot be used: its id is no file name or another line's, or it has no text; empty where it can.
-
-    Args:
-        place_of: places of the lines before it, by id.
-    """
+def line_fault(line: Line) -> str:
+    """Why a line cannot be used: its id is no file name, or it has no text; empty where it can."""
     parts = PurePosixPath(line.id).parts
     if not parts or "\0" in line.id or ".." in parts or line.id.startswith("/"):
         return f"id {line.id!r:.60} is no file name"
-    if line.id in place_of:
-        return f"duplicate id {line.id}, also in {place_of[line.id]}"
     return "" if line.text.strip() else f"empty text (id {line.id})"
 
 
-def check_lines(lines: list[Line], chosen: Normaliser, *, references: bool, targets: bool) -> None:
-    """Make sure that all lines can be judged.
-
-    Args:
-        references, targets: whether reference clips, real recordings are needed.
+def find_faults(lines: list[Line], chosen: Normaliser) -> list[Line]:
+    """The lines of all lists, each with its fault: it could not be read, its id is no file name or another line's too
+    (then neither can be told from the other), or the normaliser leaves nothing of its text.
 
     Raises:
-        UserError: texts of which the normaliser leaves nothing, missing files, ids in two lists.
+        UserError: no line can be used; names them.
     """
-    twice = [key for key, count in Counter(line.id for line in lines).items() if count > 1]
-    if twice:
-        raise UserError(f"{len(twice)} ids are in more than one list: {few(twice, SHOWN)}")
-    nothing = empty_after(((line.id, line.text) for line in lines), chosen)
-    if nothing:
-        raise UserError(f"normaliser {chosen.name} leaves nothing of {len(nothing)} texts: {few(nothing, SHOWN)}")
-    for wanted, name, needed_by in (
-        (references, "ref_audio", "--speaker_model"),
-        (targets, "target_audio", "--ceiling"),
-    ):
-        if not wanted:
-            continue
-        missing = [f"{line.id} ({getattr(line, name) or 'none given'})" for line in lines if not _is_there(line, name)]
-        if missing:
-            raise UserError(
-                f"{name} is missing in {len(missing)} lines: {few(missing, SHOWN)}", hint=f"{needed_by} needs it."
-            )
+    places: dict[str, list[str]] = {}
+    for line in lines:
+        places.setdefault(line_name(line.id), []).append(line.place)
+    found = [replace(line, fault=line.fault or _fault(line, places[line_name(line.id)], chosen)) for line in lines]
+    if all(line.fault for line in found):
+        bad = [f"{line.place}: {line.fault}" for line in found]
+        raise UserError(f"none of {len(bad)} lines can be used: {few(bad, SHOWN)}")
+    return found
 
 
-def _is_there(line: Line, name: str) -> bool:
-    path = getattr(line, name)
-    cell = arrow_cell(path)
-    return bool(path) and Path(cell[0] if cell else path).is_file()
+def _fault(line: Line, places: list[str], chosen: Normaliser) -> str:
+    others = [place for place in places if place != line.place]
+    if fault := line_fault(line):
+        return fault
+    if others:
+        return f"duplicate id {line.id}, also in {few(others)}"
+    return "" if chosen.words(line.text) else f"normaliser {chosen.name} leaves nothing of the text (id {line.id})"
+
+
+def line_name(key: str) -> str:
+    """The name of a line's file by its id, without its ending; `/` stands for folders."""
+    return str(PurePosixPath(key))
 
 
 def _text_lines(path: Path) -> Iterator[tuple[str, str]]:

@@ -13,6 +13,7 @@ from urllib.parse import quote
 
 import jinja2
 from higgs_tune.evaluate.figures import Systems, verdict
+from higgs_tune.evaluate.findings import LEAKS, LIST_FINDINGS
 from higgs_tune.evaluate.utterances import Utterance
 from higgs_tune.preprocess.judges.edits import differences
 from higgs_tune.shards.durable import atomic_file
@@ -46,7 +47,9 @@ def write_page(out: Path, systems: Systems, result: dict[str, Any]) -> None:
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=jinja2.StrictUndefined
     )
+    judged_by = {name: ", ".join(filter(None, given.values())) for name, given in result["about"]["figures"].items()}
     environment.globals.update(shown=shown_figure, columns=COLUMNS, counted=COUNTED, verdict=verdict)
+    environment.globals.update(judged_by=judged_by, leaks=LEAKS, list_findings=LIST_FINDINGS)
     spoken = {name: said for name, said in systems.items() if name != "floor"}
     rows = sorted(zip(*spoken.values(), strict=True), key=_badness, reverse=True)
     stream = environment.get_template("page.html").stream(
@@ -63,7 +66,7 @@ def write_page(out: Path, systems: Systems, result: dict[str, Any]) -> None:
 def _badness(row: tuple[Utterance, ...]) -> tuple[float, float]:
     """Sorts lines: the highest character error rate of any system, then the lowest similarity."""
     near = [utterance.similarity for utterance in row if utterance.similarity is not None]
-    return max(utterance.characters.rate for utterance in row), -min(near, default=0.0)
+    return max((utterance.cer for utterance in row if utterance.counted), default=0.0), -min(near, default=0.0)
 
 
 def _cell(utterance: Utterance, out: Path) -> dict[str, Any]:
@@ -73,16 +76,21 @@ def _cell(utterance: Utterance, out: Path) -> dict[str, Any]:
         "problem": judged.problem,
         "detail": judged.detail,
         "differences": differences(utterance.text.split(), utterance.heard.split()),
-        "wer": utterance.words.rate,
-        "cer": utterance.characters.rate,
-        "sim": utterance.similarity,
-        "quality": (utterance.quality or {}).get("overall"),
+        "counted": utterance.counted,
+        "wer": utterance.wer,
+        "cer": utterance.cer,
+        "sim": utterance.similarity if utterance.counted else None,
+        "quality": (utterance.quality or {}).get("overall") if utterance.counted else None,
         "seconds": judged.seconds,
         "wav": _link(utterance.wav, out) if judged.seconds is not None or judged.problem == "too_long" else "",
         "reference": _link(line.ref_audio, out),
+        "reference_fault": utterance.reference_fault,
     }
 
 
 def _link(path: str, out: Path) -> str:
     """A file's address from the page; empty for none, and for audio inside another file."""
-    return quote(os.path.relpath(path, out)) if path and Path(path).is_file() else ""
+    try:
+        return quote(os.path.relpath(path, out)) if path and Path(path).is_file() else ""
+    except (OSError, ValueError):  # a path that no file can have
+        return ""

@@ -7,19 +7,21 @@ be spoken keeps its reason, and counts as wrong.
 from __future__ import annotations
 
 import gc
+import sys
 from collections.abc import Iterable
 from dataclasses import fields, replace
 from pathlib import Path
 
 from higgs_tune.evaluate.config import EvalConfig
 from higgs_tune.evaluate.judging import Judgement
-from higgs_tune.evaluate.lists import Line
+from higgs_tune.evaluate.lists import Line, line_name
 from higgs_tune.evaluate.ranks import Ranks
 from higgs_tune.evaluate.speak.config import SpeakConfig, VoiceOptions
-from higgs_tune.evaluate.speak.plan import line_name, plan
+from higgs_tune.evaluate.speak.plan import Failure, plan
 from higgs_tune.evaluate.speak.run import speak_into
 from higgs_tune.evaluate.speak.settings import resolve_settings
 from higgs_tune.evaluate.speak.store import SpokenFolder, merge_parts
+from higgs_tune.shards.errors import UserError
 from higgs_tune.train.model.whisper_tower import TOWER_FILE
 
 
@@ -49,18 +51,26 @@ class SpokenModel:
         )
         self.settings = resolve_settings(self.config)
         self.notes = [f"{name}: {note}" for note in self.settings.notes]
-        self.utterances, self.refused = plan([(line.id, line) for line in lines], self.config, self.settings)
+        self.utterances, self.refused = plan(
+            [(line.id, line) for line in lines if not line.fault], self.config, self.settings
+        )
+        self.error: UserError | None = None
         self._reasons: dict[str, str] = {}
         self._cut_off: set[str] = set()
 
     def speak(self, lines: list[Line], ranks: Ranks) -> None:
-        """Speak those of the lines that are not spoken yet."""
-        wanted = {line_name(line) for line in lines}
+        """Speak those of the lines that are not spoken yet; where the model cannot be loaded, all of them fail."""
+        wanted = {line_name(line.id) for line in lines}
         spoken = SpokenFolder(self.folder, ranks.part)
-        failures = [failure for failure in self.refused if line_name(failure) in wanted]
+        failures = [failure for failure in self.refused if line_name(failure.id) in wanted]
         mine = [utterance for utterance in self.utterances if utterance.id in wanted]
         rank = f" (rank {ranks.rank})" if ranks.size > 1 else ""
-        speak_into(spoken, self.config, self.settings, mine, failures, f"{self.name}{rank}: ")
+        try:
+            speak_into(spoken, self.config, self.settings, mine, failures, f"{self.name}{rank}: ")
+        except UserError as error:
+            self.error, reason = error, f"the model cannot be loaded: {error}"
+            failures += [Failure(given.id, given.id, reason) for given in mine if not spoken.has(given)]
+            print(f"warning: {self.name}: {reason}", file=sys.stderr, flush=True)
         spoken.close(failures)
         gc.collect()  # the next model needs the memory
 
@@ -68,19 +78,19 @@ class SpokenModel:
         """Join what all ranks spoke; none of them may be at work."""
         self.folder.mkdir(parents=True, exist_ok=True)
         spoken, failures = merge_parts(self.folder)
-        self._reasons = {line_name(failure): failure.reason for failure in failures}
+        self._reasons = {line_name(failure.id): failure.reason for failure in failures}
         self._cut_off = {utterance.id for utterance in self.utterances if spoken.is_cut_off(utterance.id)}
 
     def path(self, line: Line) -> str:
         """The line's file, whether it is there or not."""
-        return str(self.folder / f"{line_name(line)}.wav")
+        return str(self.folder / f"{line_name(line.id)}.wav")
 
     def amend(self, line: Line, given: Judgement) -> Judgement:
         """The judgement of a line's file, with what speaking tells of it."""
-        reason = self._reasons.get(line_name(line))
+        reason = self._reasons.get(line_name(line.id))
         if reason is not None:
             return Judgement(problem="not_spoken", detail=reason)
-        return replace(given, cut_off=True) if line_name(line) in self._cut_off else given
+        return replace(given, cut_off=True) if line_name(line.id) in self._cut_off else given
 
     def strangers(self, lines: Iterable[Line]) -> list[str]:
         """None: the folder is ours."""

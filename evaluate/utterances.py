@@ -1,7 +1,8 @@
 """One utterance as measured: errors, similarity, quality and timing of one line as one system spoke it.
 
 In: a line, its judgement, a normaliser. Out: an `Utterance`, and its line of `utterances.jsonl`. A line that the system
-did not speak counts as wrong: every word deleted, similarity 0, quality 1 (the lowest of its scale).
+did not speak counts as wrong: every word deleted (one without text: rate 1), similarity 0, quality 1 (the lowest of its
+scale).
 """
 
 from __future__ import annotations
@@ -28,9 +29,11 @@ class Utterance:
     """One line as one system spoke it.
 
     Attributes:
-        similarity: cosine to the reference voice; None without a speaker encoder.
+        similarity: cosine to the reference voice; None without a speaker encoder, or a usable reference.
         quality: predicted scores; None without a quality model.
         target_seconds: of the real recording; None without one.
+        reference_fault: why there is no similarity.
+        counted: whether it has figures; a line without a real recording has none of them.
     """
 
     line: Line
@@ -40,6 +43,8 @@ class Utterance:
     similarity: float | None = None
     quality: dict[str, float] | None = None
     target_seconds: float | None = None
+    reference_fault: str = ""
+    counted: bool = True
 
     @cached_property
     def text(self) -> str:
@@ -60,6 +65,16 @@ class Utterance:
     def characters(self) -> Edits:
         """Character errors; spaces count."""
         return count_edits(self.text, self.heard)
+
+    @property
+    def wer(self) -> float:
+        """Word errors over words of the text; 1 where there is no text."""
+        return self.words.rate if self.text else 1.0
+
+    @property
+    def cer(self) -> float:
+        """Character errors over characters of the text; 1 where there is no text."""
+        return self.characters.rate if self.text else 1.0
 
     @property
     def duration_ratio(self) -> float | None:
@@ -86,8 +101,12 @@ class Utterance:
         count = len(self.text.split())
         return next((name for most, name in LENGTHS if count <= most), "over 40 words")
 
-    def as_line(self, system: str) -> dict[str, Any]:
-        """The line of `utterances.jsonl`."""
+    def as_line(self, system: str, judges: dict[str, str]) -> dict[str, Any]:
+        """The line of `utterances.jsonl`.
+
+        Args:
+            judges: name and revision of each.
+        """
         return {
             "id": self.line.id,
             "system": system,
@@ -104,16 +123,21 @@ class Utterance:
             "differences": differences(self.text.split(), self.heard.split()),
             "word_edits": asdict(self.words),
             "character_edits": asdict(self.characters),
-            "wer": round(self.words.rate, 6),
-            "cer": round(self.characters.rate, 6),
-            "sim": _rounded(self.similarity),
-            "quality": self.quality,
+            "counted": self.counted,
+            "wer": _rounded(self.wer if self.counted else None),
+            "cer": _rounded(self.cer if self.counted else None),
+            "sim": _rounded(self.similarity if self.counted else None),
+            "reference_fault": self.reference_fault,
+            "quality": self.quality if self.counted else None,
             "run_on": self.runs_on,
             "cut_off": self.judged.cut_off,
             "silence": self.judged.silence,
             "seconds": self.judged.seconds,
             "chars_per_second": _rounded(self.characters_per_second),
             "duration_ratio": _rounded(self.duration_ratio),
+            "length": self.length_group,
+            "normaliser": self.chosen.name,
+            "judges": judges,
         }
 
 
@@ -127,20 +151,22 @@ def measure(
     chosen: Normaliser,
     *,
     wav: str = "",
-    reference_D: np.ndarray | None = None,
+    reference_D: np.ndarray | str | None = None,
     rates_quality: bool = False,
     target_seconds: float | None = None,
+    counted: bool = True,
 ) -> Utterance:
     """Measure one line.
 
     Args:
-        reference_D: embedding of the reference voice; None: no similarity is measured.
+        reference_D: embedding of the reference voice, or why there is none; None: no similarity is measured.
         rates_quality: whether a quality model was at work.
     """
     similarity = quality = None
-    if reference_D is not None:
+    if isinstance(reference_D, np.ndarray):
         near = None if judged.embedding_D is None else cosine(reference_D, judged.embedding_D)
         similarity = WORST_SIMILARITY if near is None else near
     if rates_quality:
         quality = judged.quality or {"overall": WORST_QUALITY}
-    return Utterance(line, judged, wav, chosen, similarity, quality, target_seconds)
+    fault = reference_D if isinstance(reference_D, str) else ""
+    return Utterance(line, judged, wav, chosen, similarity, quality, target_seconds, fault, counted)

@@ -216,6 +216,7 @@ class Server(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), Handler)
         self.failures: list[int] = []
         self.answer: bytes | None = None
+        self.raw: bytes | None = None  # in place of HTTP
         self.requests: list[tuple[str, str | None]] = []
         self.url = f"http://127.0.0.1:{self.server_port}/v1"
 
@@ -234,6 +235,9 @@ class Handler(BaseHTTPRequestHandler):
             fields[head.split(b'name="')[1].split(b'"')[0].decode()] = value
         samples, rate = soundfile.read(io.BytesIO(fields["file"]))
         text = f"{len(samples) / rate:.1f} s {fields.get('language', b'').decode()} {fields['model'].decode()}"
+        if self.server.raw is not None:
+            self.wfile.write(self.server.raw)
+            return
         self.send_response(status)
         self.end_headers()
         self.wfile.write(self.server.answer or json.dumps({"text": text}).encode())
@@ -282,6 +286,12 @@ def test_endpoint_faults(server: Server) -> None:
         server.answer = answer
         with pytest.raises(UserError, match="the endpoint answers in another form"):
             judge.transcribe([noise(0.1)], "")
+    half = b'HTTP/1.1 200 OK\r\nContent-Length: 50\r\n\r\n{"te'
+    for server.raw, fault in ((b"hello\r\n\r\n", "hello"), (b"", "closed"), (half, "IncompleteRead")):
+        with pytest.raises(UserError, match=f"the endpoint fails 4 times: .*{fault}"):
+            judge.transcribe([noise(0.1)], "")
+    with pytest.raises(UserError, match="no such address"):
+        load_recogniser("http://127.0.0.1:port/v1").transcribe([noise(0.1)], "")
     with pytest.raises(UserError, match=r"the endpoint fails 4 times: .*refused"):
         load_recogniser("http://127.0.0.1:9/v1").transcribe([noise(0.1)], "")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -18,12 +19,14 @@ from helpers.samples import random_sample
 from helpers.speaking import write_list
 from helpers.stub_judge import Stub
 from helpers.tiny import ids_of, run_train, write_checkpoint, write_set
+from higgs_tune.evaluate import speaking
 from higgs_tune.evaluate.config import EvalConfig
 from higgs_tune.evaluate.evaluate import evaluate
 from higgs_tune.evaluate.judging import Judges
 from higgs_tune.evaluate.speak import run as speak_run
 from higgs_tune.shards.errors import UserError
 from higgs_tune.shards.reader import ShardSet
+from safetensors.torch import load_file, save_file
 from transformers import PreTrainedTokenizerBase
 
 pytest.importorskip("rapidfuzz")
@@ -202,11 +205,59 @@ def test_a_model_that_is_none_is_named_before_the_judges_load(toy: Path, lists: 
         evaluate(EvalConfig(**given), lambda _config: pytest.fail("judges were loaded"))
 
 
-def test_an_unusable_reference_is_named_before_anything_is_spoken(trained: Path, toy: Path, tmp_path: Path) -> None:
+def test_an_unusable_reference_is_named_before_anything_is_spoken(
+    trained: Path, toy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A missing one: no model can speak its line. One of zeros: there is no similarity to it. The others are done."""
     soundfile.write(tmp_path / "zeros.wav", np.zeros(16_000), 16_000)
-    write_list(tmp_path / "ar.jsonl", [{"id": "a", "text": "مرحبا", "ref_audio": "zeros.wav", "ref_text": "نعم"}])
-    (tmp_path / "en.jsonl").write_text((tmp_path / "ar.jsonl").read_text("utf-8").replace('"a"', '"b"'), "utf-8")
+    voice = {"ref_audio": str(CLIPS / "zayd-01.flac"), "ref_text": "قَالَ"}
+    lines = [
+        {"id": "a", "text": "مرحبا", "ref_audio": "zeros.wav", "ref_text": "نعم"},
+        {"id": "b", "text": "نعم", "ref_audio": "none.wav"},
+        {"id": "c", "text": "مرحبا بكم", **voice},
+    ]
+    write_list(tmp_path / "ar.jsonl", lines)
+    write_list(tmp_path / "en.jsonl", [{"id": "d", "text": "yes", **voice}])
     given: dict[str, Any] = arguments(trained, toy, tmp_path, tmp_path / "eval") | {"speaker_model": "stub"}
-    with pytest.raises(UserError, match="2 reference clips cannot be used: a: silent_audio"):
-        evaluate(EvalConfig(**given), lambda _config: Judges(Listener(), Stub(())))
-    assert not list((tmp_path / "eval").rglob("*.wav"))
+    config = EvalConfig(**(given | {"model_path": (str(trained / "base"),)}))
+
+    class OneVoice(Stub):
+        def embed(self, wave_S: np.ndarray) -> np.ndarray:
+            return np.ones(2, np.float32)
+
+    shown: list[str] = []
+
+    def speak(*given: Any) -> Any:
+        shown.append(capsys.readouterr().err)
+        return original(*given)
+
+    original = speaking.speak_into
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(speaking, "speak_into", speak)
+        result = evaluate(config, lambda _config: Judges(Listener(), OneVoice(())))
+    assert "2 lines have no usable reference" in shown[0] and "a: silent_audio" in shown[0]
+    assert [fault["id"] for fault in result["list"]["without_reference"]] == ["a", "b"]
+    assert result["base"]["sim"]["n"] == 2 and result["base"]["wer"]["n"] == 4
+    failed = {fault["id"]: fault["detail"] for fault in result["findings"]["base"]["problems"]}
+    assert "none.wav" in failed["b"]
+
+
+def test_a_model_whose_weights_cannot_be_loaded_costs_no_other(
+    trained: Path, toy: Path, lists: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """All its lines count as wrong, with the reason; alone it is an error."""
+    broken = tmp_path / "broken"
+    shutil.copytree(trained / "base", broken)
+    tensors = load_file(broken / "model.safetensors")
+    tensors.pop("norm.weight")
+    save_file(tensors, broken / "model.safetensors", {"format": "pt"})
+    given: dict[str, Any] = arguments(trained, toy, lists, tmp_path / "eval")
+    config = EvalConfig(**(given | {"model_path": (str(trained / "base"), str(broken))}))
+    result = evaluate(config, judges)
+    problems = result["findings"]["broken"]["problems"]
+    assert len(problems) == 8 and result["broken"]["wer"]["mean"] == 1
+    assert sum("cannot be loaded" in fault["detail"] for fault in problems) == 6
+    assert "warning: broken: the model cannot be loaded" in capsys.readouterr().err
+    assert not any("cannot be loaded" in fault["detail"] for fault in result["findings"]["base"]["problems"])
+    with pytest.raises(UserError, match="norm"):
+        evaluate(EvalConfig(**(given | {"model_path": (str(broken),), "out": tmp_path / "other"})), judges)

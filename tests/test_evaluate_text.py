@@ -8,7 +8,7 @@ import unicodedata
 import numpy as np
 import pytest
 from higgs_tune.preprocess.judges.edits import count_edits, differences
-from higgs_tune.preprocess.judges.normalisers import NORMALISERS, empty_after, normaliser
+from higgs_tune.preprocess.judges.normalisers import NORMALISERS, normaliser
 from higgs_tune.shards.errors import UserError
 
 pytest.importorskip("rapidfuzz")
@@ -72,7 +72,6 @@ def test_normalisers_are_chosen_by_name() -> None:
     assert list(NORMALISERS) == list(PAIRS)
     with pytest.raises(UserError, match="unknown normaliser, expected seedtts_en, omnivoice, habibi, got whisper"):
         normaliser("whisper")
-    assert empty_after([("a", "!?"), ("b", "نعم"), ("c", " ")], normaliser("omnivoice")) == ["a", "c"]
 
 
 def test_every_mark_of_seedtts_is_deleted() -> None:

@@ -11,16 +11,17 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from higgs_tune.evaluate.lists import NOT_UTF8, BadLine, Line, is_utf8, line_fault, list_lines
+from higgs_tune.evaluate.lists import NOT_UTF8, BadLine, Line, is_utf8, line_fault, line_name, list_lines
 from higgs_tune.evaluate.speak.config import SpeakConfig
 from higgs_tune.evaluate.speak.sentences import SPEAKER_TAG, split_text
 from higgs_tune.evaluate.speak.settings import Settings, digest
+from higgs_tune.preprocess.audio.source import audio_sha256
+from higgs_tune.preprocess.input.arrow import arrow_cell
 from higgs_tune.preprocess.input.chatml import usable_text
 from higgs_tune.preprocess.input.text_file import open_text
 from higgs_tune.preprocess.reject import Reject
 from higgs_tune.preprocess.text_normalization import TextOptions
 from higgs_tune.shards.errors import UserError
-from higgs_tune.shards.writer import file_sha256
 
 MAX_CHARS = 1_000_000  # of one text
 MAX_NAME = 240  # bytes of a file's name without its suffix
@@ -95,7 +96,7 @@ def plan(
     lines: list[tuple[str, Line | BadLine]], config: SpeakConfig, settings: Settings
 ) -> tuple[list[Utterance], list[Failure]]:
     """What can be spoken, and what cannot; together they are all lines."""
-    counts = Counter(line_name(line) for _, line in lines if isinstance(line, Line) and line.id)
+    counts = Counter(line_name(line.id) for _, line in lines if isinstance(line, Line) and line.id)
     fingerprint, hashes = settings.fingerprint(), dict[str, str]()
     utterances: list[Utterance] = []
     failures: list[Failure] = []
@@ -103,11 +104,11 @@ def plan(
         if isinstance(line, BadLine):
             failures.append(Failure("", place, str(line)))
             continue
-        fault = line_fault(line, {})
+        fault = line_fault(line)
         if not fault and len(PurePosixPath(line.id).name.encode("utf-8", "replace")) > MAX_NAME:
             fault = f"id {line.id!r:.60} is too long for a file name"
-        if not fault and counts[line_name(line)] > 1:
-            fault = f"duplicate id {line.id}: {counts[line_name(line)]} lines have it, none of them is spoken"
+        if not fault and counts[line_name(line.id)] > 1:
+            fault = f"duplicate id {line.id}: {counts[line_name(line.id)]} lines have it, none of them is spoken"
         try:
             if fault:
                 raise Reject("line", fault)
@@ -115,11 +116,6 @@ def plan(
         except Reject as reject:
             failures.append(Failure(line.id, place, reject.detail))
     return utterances, failures
-
-
-def line_name(line: Line | Failure) -> str:
-    """The name of a line's file, without its ending; `/` stands for folders."""
-    return str(PurePosixPath(line.id))
 
 
 def _utterance(
@@ -143,18 +139,18 @@ def _utterance(
             hashes[path] = _hash(path)
     pieces = tuple(split_text(text, config.max_chars))
     key = digest([pieces, [[hashes[path], said] for path, said in references], fingerprint])
-    return Utterance(line_name(line), text, pieces, tuple(references), key)
+    return Utterance(line_name(line.id), text, pieces, tuple(references), key)
 
 
 def _hash(path: str) -> str:
-    """SHA-256 of a reference file.
+    """SHA-256 of a reference, a file or a cell of a datasets folder.
 
     Raises:
         Reject: it is not there, or cannot be read.
     """
     try:
-        if not Path(path).is_file():
+        if not arrow_cell(path) and not Path(path).is_file():
             raise Reject("missing_audio", f"no such reference: {path}", path)
-        return file_sha256(Path(path))
+        return audio_sha256(path)
     except (OSError, ValueError) as error:
         raise Reject("unreadable_audio", f"cannot read the reference: {error}", path) from error

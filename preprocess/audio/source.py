@@ -53,6 +53,15 @@ def _resolve_path(path: str, source: str, options: AudioOptions) -> Path:
     return Path(path)
 
 
+def audio_sha256(path: str) -> str:
+    """SHA-256 of the audio at a path, which may be a cell of a datasets folder.
+
+    Raises:
+        Reject: it is missing, or cannot be read.
+    """
+    return source_sha256(clip_source(Clip(path, path), AudioOptions(0.0, float("inf"))), path)
+
+
 def source_sha256(source: Path | bytes, name: str) -> str:
     """SHA-256 of a file's bytes."""
     if isinstance(source, bytes):

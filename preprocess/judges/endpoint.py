@@ -14,6 +14,7 @@ import urllib.request
 import uuid
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from http.client import HTTPException, InvalidURL
 from urllib.parse import urlsplit
 
 import numpy as np
@@ -79,8 +80,10 @@ class EndpointRecogniser:
                 fault = f"{error.code} {error.reason}: {error.read(200).decode('utf-8', 'replace')}"
                 if error.code not in AGAIN:
                     raise UserError(f"the endpoint refuses: {fault}", where=self.url) from error
-            except OSError as error:
-                fault = str(getattr(error, "reason", error))
+            except InvalidURL as error:
+                raise UserError(f"no such address: {error}", where=self.url) from error
+            except (OSError, HTTPException) as error:  # no connection, no answer in time, an answer that is not HTTP
+                fault = str(getattr(error, "reason", error)) or type(error).__name__
             time.sleep(PAUSE_S * 2**attempt if attempt + 1 < ATTEMPTS else 0)
         hint = "The same command continues when it answers."
         raise UserError(f"the endpoint fails {ATTEMPTS} times: {fault}", where=self.url, hint=hint)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import string
 import unicodedata
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from higgs_tune.shards.errors import UserError
@@ -109,8 +109,3 @@ def normaliser(name: str) -> Normaliser:
 def compact(text: str, apply: Apply) -> str:
     """A text as its characters are compared: normalised, without spaces."""
     return apply(text).replace(" ", "")
-
-
-def empty_after(texts: Iterable[tuple[str, str]], chosen: Normaliser) -> list[str]:
-    """Ids of the (id, text) pairs of whose text nothing is left."""
-    return [key for key, text in texts if not chosen.words(text)]
