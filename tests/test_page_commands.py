@@ -15,31 +15,36 @@ from helpers.doc_commands import commands, run_command
 from helpers.tiny import metrics_of, run_train
 from higgs_tune.inspect.cli import main as higgs_inspect
 from higgs_tune.preprocess.cli import main as higgs_preprocess
+from higgs_tune.preprocess.prepare.cli import main as higgs_prepare
 from higgs_tune.shards.reader import ShardSet
 from higgs_tune.train.__main__ import main as train
 
-PAGES = ("training", "whisper", "what_trains", "preprocessing", "recipe", "moving", "released_checkpoints", "inspect")
+PAGES = ("training", "whisper", "what_trains", "preprocessing", "recipe", "moving", "released_checkpoints", "inspect",
+         "prepare")  # fmt: skip
 PROGRAMS: dict[str, Callable[[], Any]] = {
     "higgs_tune.train": train, "higgs-preprocess": higgs_preprocess, "higgs-inspect": higgs_inspect,
+    "higgs-prepare": higgs_prepare,
 }  # fmt: skip
 LONG, SHORT = "--max_steps 20 --eval_steps 10", "--max_steps 4 --eval_steps 2"
 
 
 def on_the_toy(page: str) -> list[str]:
-    """The commands of a page that name the toy's files; the others have placeholders."""
-    return [command for command in commands(f"{page}.md") if re.search(r"\bruns/(toy|demo|both)\b", command)]
+    """The commands of a page on the toy's files and what is made of them; the others have placeholders, or serve."""
+    ours = re.compile(r"\bruns/(toy|demo|both|talks|prepared)\b")
+    return [command for command in commands(f"{page}.md") if ours.search(command) and " review " not in command]
 
 
 @pytest.mark.fast
 def test_each_page_shows_commands_on_the_toy() -> None:
     assert {page: len(on_the_toy(page)) for page in PAGES} == {
         "training": 2, "whisper": 2, "what_trains": 1, "preprocessing": 5, "recipe": 2, "moving": 1, "inspect": 2,
-        "released_checkpoints": 1,
+        "released_checkpoints": 1, "prepare": 7,
     }  # fmt: skip
     for page in PAGES:
         for command in on_the_toy(page):
             words = shlex.split(command)
-            assert words[0] in PROGRAMS or (words[:2] == ["python", "-m"] and words[2] in PROGRAMS), command
+            script = words[0] == "python" and (ROOT / words[1]).is_file()
+            assert words[0] in PROGRAMS or (words[:2] == ["python", "-m"] and words[2] in PROGRAMS) or script, command
 
 
 @pytest.fixture(scope="module")
@@ -85,5 +90,10 @@ def test_the_commands_run(
         assert "no training sample has the prompt layout serve" in said.err
     elif page == "released_checkpoints":
         assert "of disk for 3 checkpoints" in said.out and not (runs / "needed").exists()
+    elif page == "prepare":
+        rows = [json.loads(line) for line in (runs / "prepared" / "manifest.jsonl").read_bytes().splitlines()]
+        assert {row["split"] for row in rows} == {"train", "val"}
+        assert len(ShardSet(runs / "prepared-shards").index) == len(rows)
+        assert (runs / "prepared-2" / "adapter_model.safetensors").is_file()
     else:
         assert (runs / "two.html").is_file()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import runpy
 import shlex
 import sys
 from collections.abc import Callable, Mapping
@@ -37,10 +38,15 @@ def commands(page: str) -> list[str]:
 
 
 def run_command(words: list[str], programs: Programs) -> None:
-    """Run a command in this process; `programs` by the name, or of `python -m NAME` by that."""
-    name, rest = (words[2], words[3:]) if words[:2] == ["python", "-m"] else (words[0], words[1:])
-    with mock.patch.object(sys, "argv", [name, *rest]):
+    """Run a command in this process; `programs` by the name, or of `python -m NAME` by that; `python FILE` as it is."""
+    if words[0] == "python":
+        words = words[2:] if words[1] == "-m" else words[1:]
+    name = words[0]
+    with mock.patch.object(sys, "argv", words):
         try:
-            programs[name]()
+            if name.endswith(".py"):
+                runpy.run_path(name, run_name="__main__")
+            else:
+                programs[name]()
         except SystemExit as ended:
             assert not ended.code, shlex.join(words)
