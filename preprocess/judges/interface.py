@@ -71,6 +71,14 @@ class QualityModel(Judge, Protocol):
         ...
 
 
+class SoundModel(Judge, Protocol):
+    """Tells sounds that are not wanted under speech."""
+
+    def probability(self, wave_S: np.ndarray) -> float:
+        """How likely such a sound is in the clip, 0 to 1."""
+        ...
+
+
 def voice_part(wave_S: np.ndarray) -> np.ndarray:
     """The part of a clip that speaker encoders embed."""
     times = -(-int(SHORTEST_VOICE_S * SAMPLE_RATE_HZ) // len(wave_S))

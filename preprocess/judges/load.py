@@ -7,12 +7,13 @@ ONNX, or a state dict that is read as weights only: no pickles run, no remote co
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from higgs_tune.preprocess.judges.edits import count_edits
 from higgs_tune.preprocess.judges.fetch import locate, locate_file, revision_of
-from higgs_tune.preprocess.judges.interface import QualityModel, Recogniser, SpeakerEncoder
+from higgs_tune.preprocess.judges.interface import QualityModel, Recogniser, SoundModel, SpeakerEncoder
 from higgs_tune.shards.errors import UserError
 
 PACKAGES = ("resemblyzer",)  # speaker encoders that bring their weights
@@ -83,8 +84,11 @@ def load_speaker_encoder(given: str, device: str = "auto") -> SpeakerEncoder:
     return XVectorEncoder(folder, given, revision_of(folder, given), device)
 
 
-def load_quality_model(given: str, device: str = "auto") -> QualityModel:
+def load_quality_model(given: str, device: str = "auto", *, quick: bool = False) -> QualityModel:
     """The quality model that `--quality` names.
+
+    Args:
+        quick: DNSMOS on fewer windows; see `DnsmosModel`.
 
     Raises:
         UserError: it is unknown, or not installed.
@@ -92,12 +96,24 @@ def load_quality_model(given: str, device: str = "auto") -> QualityModel:
     if given == "dnsmos":
         from higgs_tune.preprocess.judges.dnsmos import DnsmosModel
 
-        return DnsmosModel()
+        return DnsmosModel(quick=quick)
     if given == "distillmos":
         from higgs_tune.preprocess.judges.distillmos import DistillMosModel
 
         return DistillMosModel(device)
     raise UserError("unknown quality model", expected=" or ".join(QUALITY_MODELS), got=given)
+
+
+def load_sound_model(given: str, labels: Sequence[str], device: str = "auto") -> SoundModel:
+    """The audio classifier that `--sound_model` names, for the classes of `--sound_labels`.
+
+    Raises:
+        UserError: there is no such checkpoint, it is of another kind, or has no such class.
+    """
+    from higgs_tune.preprocess.judges.sounds import SoundClassifier
+
+    folder = locate(given)
+    return SoundClassifier(folder, given, revision_of(folder, given), labels, device)
 
 
 def check_judges(recogniser: str | None, speaker: str | None) -> None:

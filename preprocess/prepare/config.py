@@ -36,6 +36,8 @@ class Thresholds:
     """Lowest signal-to-noise ratio that is kept, in dB: speech against the pauses around it."""
     max_clipping: Annotated[float, FROM_0_TO_1] = 0.001
     """Largest share of samples at full scale, or on a flat top, that is kept."""
+    max_sound: Annotated[float, FROM_0_TO_1] = 0.5
+    """Largest probability of music or another of --sound_labels that is kept; with --sound_model."""
     pace_fences: Annotated[float, AT_LEAST_0] = 1.5
     """Seconds a character are kept within the quartiles by this many interquartile ranges, by language; 0: all."""
     min_language_probability: Annotated[float, FROM_0_TO_1] = 0.8
@@ -103,6 +105,11 @@ class PrepareConfig(Thresholds):
     """How texts are made alike before errors are counted: seedtts_en, omnivoice, habibi."""
     quality: str = "auto"
     """Quality model: dnsmos, distillmos, none, or auto (dnsmos where it is installed)."""
+    sound_model: str = ""
+    """Audio classifier that hears music, overlapping voices and the like: a folder or Hub name of a checkpoint of
+    transformers, such as MIT/ast-finetuned-audioset-10-10-0.4593."""
+    sound_labels: tuple[str, ...] = ("Music",)
+    """Its classes that are not wanted under speech, by their names in the checkpoint."""
     speaker_model: str = ""
     """Speaker encoder whose embeddings are clustered: resemblyzer, or a WavLM x-vector checkpoint."""
     speaker: str = ""
@@ -168,4 +175,5 @@ def from_saved(saved: dict[str, Any], where: Path) -> PrepareConfig:
         raise UserError("unknown options in the config", where=where, got=", ".join(unknown))
     paths = tuple(Path(path) for path in saved.get("recordings", ()))
     transcripts = Path(saved["transcripts"]) if saved.get("transcripts") else None
-    return PrepareConfig(**saved | {"recordings": paths, "transcripts": transcripts})
+    labels = tuple(saved.get("sound_labels", PrepareConfig.sound_labels))
+    return PrepareConfig(**saved | {"recordings": paths, "transcripts": transcripts, "sound_labels": labels})

@@ -104,6 +104,7 @@ def _checked(
         ("quality", "low_quality", segment.quality, limits.min_quality, _below(segment.quality, limits.min_quality)),
         ("snr", "noise", segment.snr, limits.min_snr, _below(segment.snr, limits.min_snr)),
         ("clipping", "clipped", segment.clipping, limits.max_clipping, _below(limits.max_clipping, segment.clipping)),
+        ("sound", "unwanted_sound", segment.sound, limits.max_sound, _below(limits.max_sound, segment.sound)),
         ("pace", "too_fast", segment.seconds_per_char, fastest, _below(segment.seconds_per_char, fastest)),
         ("pace", "too_slow", segment.seconds_per_char, slowest, _below(slowest, segment.seconds_per_char)),
         ("language", "other_language", segment.language, language, other),

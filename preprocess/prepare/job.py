@@ -10,6 +10,7 @@ from higgs_tune.preprocess.prepare.config import PrepareConfig
 from higgs_tune.preprocess.prepare.listen import Vad
 from higgs_tune.preprocess.prepare.segment import Cutting
 from higgs_tune.preprocess.prepare.stages import Stages
+from higgs_tune.preprocess.prepare.transcripts import Transcript
 
 VERSION = 2  # of the stages' algorithms: a change makes every stored result an old one
 
@@ -20,7 +21,8 @@ class PrepareJob:
 
     Attributes:
         recordings: paths as they are given.
-        judges: identity of the models of `asr`, `second_asr`, `quality` and `speaker_model`; empty where none is.
+        judges: identity of the models of `asr`, `second_asr`, `quality`, `sound_model`, `speaker_model`, where one is
+            used.
     """
 
     config: PrepareConfig
@@ -40,7 +42,11 @@ class PrepareJob:
 
 @dataclass(frozen=True)
 class Facts:
-    """What is known of a recording. error: why it cannot be used. total_ms: 0 where the length is not known."""
+    """What is known of a recording. error: why it cannot be used. total_ms: 0 where the length is not known.
+
+    Attributes:
+        transcript: the one beside it, or `bad_transcript`, why it cannot be used; both None where there is none.
+    """
 
     number: int
     sha256: str = ""
@@ -48,6 +54,7 @@ class Facts:
     rate: int = 0
     channels: int = 0
     error: str | None = None
+    transcript: Transcript | None = None
     bad_transcript: str | None = None
 
 
@@ -56,6 +63,10 @@ def depends_on(job: PrepareJob, cut_key: str, name: str) -> dict[str, Any]:
     depends: dict[str, Any] = {"cut": cut_key, "version": VERSION, "judge": job.judges.get(name, "")}
     if name in ("asr", "second_asr"):
         depends |= {"language": job.config.spoken, "detect": bool(job.config.language)}
+    if name == "sound_model":
+        depends |= {"labels": list(job.config.sound_labels)}
+    if name == "quality":
+        depends |= {"quick": True}  # earlier results are of another rule
     return depends
 
 

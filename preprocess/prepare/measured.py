@@ -16,16 +16,15 @@ from higgs_tune.preprocess.prepare.job import Facts, PrepareJob, depends_on, sto
 from higgs_tune.preprocess.prepare.records import RejectReason, Segment, segment_id
 from higgs_tune.preprocess.prepare.spoken import Spoken, spoken_texts
 from higgs_tune.preprocess.prepare.stages import Result, Stages
-from higgs_tune.preprocess.prepare.work import cut_of, read_given
+from higgs_tune.preprocess.prepare.work import cut_of
 from higgs_tune.preprocess.text_normalization import normalize_text
 
 
 def measured_segments(job: PrepareJob, facts: Facts) -> tuple[list[Segment], np.ndarray | None]:
     """The segments of a recording in the order of time, and their embeddings (float16 [N, D], zero where none)."""
-    stages, path = Stages(job.out), Path(job.recordings[facts.number])
-    transcript, _ = read_given(job, path)
-    cut = cut_of(job, stages, facts, transcript)
-    spoken = spoken_texts(job, stages, cut, transcript, facts.bad_transcript)
+    stages = Stages(job.out)
+    cut = cut_of(job, stages, facts)
+    spoken = spoken_texts(job, stages, cut, facts.transcript, facts.bad_transcript)
     named = _Values(job, stages, cut)
     segments = [_segment(job, facts, named, at, spoken[at]) for at in range(len(cut.meta["segments"]))]
     for name in ("too_short", "no_pause"):
@@ -53,7 +52,7 @@ class _Values:
         self.heard, self.second = (stored_texts(job, stages, cut.key, name) for name in ("asr", "second_asr"))
         found = {
             name: stages.read(name, depends_on(job, cut.key, name))
-            for name in ("asr", "quality", "fingerprint", "speaker_model")
+            for name in ("asr", "quality", "sound_model", "fingerprint", "speaker_model")
             if name == "fingerprint" or job.judges.get(name)
         }
         self._results = {name: result for name, result in found.items() if result}
@@ -92,6 +91,7 @@ def _segment(job: PrepareJob, facts: Facts, named: _Values, at: int, spoken: Spo
         quality=named.value("quality", at),
         snr=named.cut.meta["snr"][at],
         clipping=named.cut.meta["clipping"][at],
+        sound=named.value("sound_model", at),
         seconds_per_char=pace(bare, text) if text else None,
         language=language,
         language_probability=probability,

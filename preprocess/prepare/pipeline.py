@@ -149,7 +149,9 @@ def _saved(config: PrepareConfig, judges: dict[str, str], vad: str) -> bytes:
 
 
 def _make_job(config: PrepareConfig, out: Path) -> Any:
+    from higgs_tune.preprocess.judges.fetch import locate
     from higgs_tune.preprocess.judges.identity import judge_identity
+    from higgs_tune.preprocess.judges.sounds import class_numbers
     from higgs_tune.preprocess.prepare.inputs import list_recordings
     from higgs_tune.preprocess.prepare.job import PrepareJob
     from higgs_tune.preprocess.prepare.listen import choose_vad, vad_revision
@@ -161,7 +163,9 @@ def _make_job(config: PrepareConfig, out: Path) -> Any:
     recordings = tuple(list_recordings(config.recordings, out))
     vad = choose_vad(config.vad)
     named = {"asr": config.asr, "second_asr": config.second_asr, "speaker_model": config.speaker_model}
-    named["quality"] = _quality(config.quality)
+    named |= {"quality": _quality(config.quality), "sound_model": config.sound_model}
+    if config.sound_model:
+        class_numbers(locate(config.sound_model), config.sound_labels)
     judges = {name: judge_identity(given) for name, given in named.items() if given}
     for folder in (out, out / AUDIO, out / WORK, *(out / WORK).glob("*/")):
         durable.remove_leftovers(folder)

@@ -38,8 +38,8 @@ class RejectReason:
     """Why a segment is left out.
 
     Attributes:
-        step: segment, text, quality, snr, clipping, pace, language, agreement, duplicate, speaker or review; the
-            steps of the funnel, in this order (`STEPS`).
+        step: segment, text, quality, snr, clipping, sound, pace, language, agreement, duplicate, speaker or review;
+            the steps of the funnel, in this order (`STEPS`).
         reason: a short fixed name to count by.
         value, threshold: what was measured and the bound that it missed; None where there is no number.
     """
@@ -51,8 +51,8 @@ class RejectReason:
 
 
 STEPS = (
-    *("segment", "text", "quality", "snr", "clipping", "pace", "language", "agreement", "duplicate", "speaker"),
-    "review",
+    *("segment", "text", "quality", "snr", "clipping", "sound", "pace", "language", "agreement", "duplicate"),
+    *("speaker", "review"),
 )
 
 
@@ -83,6 +83,7 @@ class Segment:
         text_source: given (beside the audio, for this stretch), aligned (a piece of a longer text), asr.
         asr_text: what the recogniser heard. cer: character error rate of `text` (or of a second recogniser) against it.
         quality: DNSMOS overall, 1 to 5. snr: dB. clipping: share of samples at full scale.
+        sound: probability of music or another unwanted sound.
         seconds_per_char: duration by characters of the text without spaces.
         language: as the recogniser detected it. language_probability: 0 to 1.
         fingerprint: compact, of the audio; robust to gain and small shifts.
@@ -104,6 +105,7 @@ class Segment:
     quality: float | None = None
     snr: float | None = None
     clipping: float | None = None
+    sound: float | None = None
     seconds_per_char: float | None = None
     language: str | None = None
     language_probability: float | None = None

@@ -50,6 +50,7 @@ METRICS = (
     Metric("quality", "quality", "min_quality", "Quality, DNSMOS overall (1 to 5)", 1, 0.2, (1, 5)),
     Metric("snr", "snr", "min_snr", "Signal-to-noise ratio (dB)", 1, 2.0, (-20, 100)),
     Metric("clipping", "clipping", "max_clipping", "Share of clipped samples", -1, 0.0005, (0, 1)),
+    Metric("sound", "sound", "max_sound", "Probability of music or another unwanted sound", -1, 0.1, (0, 1)),
     Metric(PACE, "pace", "pace_fences", "Seconds a character", -1, 0.5, (0.5, 10)),
     Metric(
         "language_probability", "language", "min_language_probability", "Probability of the language", 1, 0.1, (0, 1)

@@ -20,6 +20,7 @@ from higgs_tune.preprocess.judges.interface import (
     LanguageDetector,
     QualityModel,
     Recogniser,
+    SoundModel,
     SpeakerEncoder,
 )
 from higgs_tune.preprocess.prepare.align import Symbols, realign
@@ -43,7 +44,7 @@ from higgs_tune.preprocess.reject import Reject
 from higgs_tune.shards.writer import file_sha256
 
 PART = 16
-JUDGED = ("asr", "second_asr", "quality", "speaker_model")
+JUDGED = ("asr", "second_asr", "quality", "sound_model", "speaker_model")
 NO_SPEECH = "no_speech: nobody speaks in it"
 
 
@@ -65,9 +66,9 @@ def prepare_recording(job: PrepareJob, number: int) -> Facts:
         return Facts(number, facts.sha256, facts.total_ms, facts.rate, facts.channels, str(reject))
     except OSError as error:
         return Facts(number, error=f"unreadable_audio: {error.strerror}")
-    transcript, bad = read_given(job, path)
-    facts = replace(facts, bad_transcript=bad)
-    cut = cut_of(job, stages, facts, transcript, heard)
+    transcript, bad = _read_given(job, path)
+    facts = replace(facts, transcript=transcript, bad_transcript=bad)
+    cut = cut_of(job, stages, facts, heard)
     spans = [Span(*span) for span in cut.meta["segments"]]
     if not any(cut.meta[name] for name in ("segments", "too_short", "no_pause")):
         return replace(facts, error=NO_SPEECH)
@@ -112,7 +113,7 @@ def _listen(job: PrepareJob, stages: Stages, sha256: str, file: Path, form: Form
     return Listened(**stored.arrays)
 
 
-def read_given(job: PrepareJob, path: Path) -> tuple[Transcript | None, str | None]:
+def _read_given(job: PrepareJob, path: Path) -> tuple[Transcript | None, str | None]:
     """The recording's transcript, or why it cannot be used."""
     file = find_transcript(path, job.config.transcripts)
     try:
@@ -121,10 +122,9 @@ def read_given(job: PrepareJob, path: Path) -> tuple[Transcript | None, str | No
         return None, f"{file}: {bad}"
 
 
-def cut_of(
-    job: PrepareJob, stages: Stages, facts: Facts, transcript: Transcript | None, heard: Listened | None = None
-) -> Result:
+def cut_of(job: PrepareJob, stages: Stages, facts: Facts, heard: Listened | None = None) -> Result:
     """Segments, with what the first pass tells of them: stored, or made from what was heard in it."""
+    transcript = facts.transcript
     depends = {"sha256": facts.sha256, "vad": job.vad, "revision": job.vad_revision, "cutting": vars(job.cutting)}
     places = boundaries(transcript) if transcript else None
     changes = turns(transcript) if transcript else []
@@ -194,6 +194,9 @@ class _Measuring:
         if name == "quality":
             model = _quality(judge.split()[0], device)
             return {"values": [round(model.score(wave_S)["overall"], 4) for wave_S in waves]}, {}
+        if name == "sound_model":
+            sounds = _sounds(self.job.config.sound_model, self.job.config.sound_labels, device)
+            return {"values": [round(sounds.probability(wave_S), 4) for wave_S in waves]}, {}
         if name == "speaker_model":
             encoder = _encoder(self.job.config.speaker_model, device)
             return {}, {"embeddings": np.stack([encoder.embed(wave_S) for wave_S in waves]).astype(np.float16)}
@@ -222,4 +225,11 @@ def _encoder(given: str, device: str) -> SpeakerEncoder:
 def _quality(given: str, device: str) -> QualityModel:
     from higgs_tune.preprocess.judges.load import load_quality_model
 
-    return load_quality_model(given, device)
+    return load_quality_model(given, device, quick=True)
+
+
+@lru_cache(maxsize=1)
+def _sounds(given: str, labels: tuple[str, ...], device: str) -> SoundModel:
+    from higgs_tune.preprocess.judges.load import load_sound_model
+
+    return load_sound_model(given, labels, device)

@@ -62,6 +62,7 @@ def make_prepared(folder: Path, recordings: int = 3, segments: int = 12, seed: i
                 quality=round(rng.gauss(3.3, 0.3), 2),
                 snr=round(rng.gauss(22, 6), 1),
                 clipping=round(max(0.0, rng.gauss(0.0002, 0.0004)), 5),
+                sound=round(rng.uniform(0, 0.7), 3),
                 seconds_per_char=round(rng.gauss(0.09, 0.01), 4),
                 language="ar",
                 language_probability=round(min(1.0, rng.uniform(0.75, 1.1)), 3),

@@ -25,7 +25,7 @@ const field = (text, control, cls = "field") => el("label", { class: cls }, el("
 
 const show = el("select", { onchange: () => restart("show", show.value) }, ...[
   ["", "all segments"], ["kept", "kept"], ["rejected", "not kept"], ["decided", "decided by a person"],
-  ...["quality", "snr", "clipping", "pace", "language", "agreement", "duplicate", "speaker", "text", "review"]
+  ...["quality", "snr", "clipping", "sound", "pace", "language", "agreement", "duplicate", "speaker", "text", "review"]
     .map((step) => [step, `left out by ${step}`])].map(([value, text]) => option(value, text)));
 const sort = el("select", { onchange: () => restart("sort", sort.value) }, ...[
   ["", "as recorded"], ["cer", "worst agreement first"], ["quality", "lowest quality first"], ["pace", "slowest first"],
