@@ -41,7 +41,7 @@ def classifier(tmp_path_factory: pytest.TempPathFactory) -> Path:
         num_conv_pos_embedding_groups=2, classifier_proj_size=16,
         id2label=dict(enumerate((SPEECH, MUSIC, OVERLAP))), label2id={SPEECH: 0, MUSIC: 1, OVERLAP: 2},
     )  # fmt: skip
-    model = Wav2Vec2ForSequenceClassification(config).eval()
+    model: Any = Wav2Vec2ForSequenceClassification(config).eval()
     with torch.no_grad():
         model.classifier.weight.mul_(20)
     model.save_pretrained(folder)
@@ -109,7 +109,7 @@ def test_classes_of_audioset_do_not_exclude_each_other(tmp_path: Path, monkeypat
         num_mel_bins=32, id2label={n: f"sound {n}" for n in range(sounds.AUDIOSET_CLASSES)},
         label2id={f"sound {n}": n for n in range(sounds.AUDIOSET_CLASSES)},
     )  # fmt: skip
-    model = ASTForAudioClassification(config).eval()
+    model: Any = ASTForAudioClassification(config).eval()
     extractor = ASTFeatureExtractor(max_length=64, num_mel_bins=32)
     model.save_pretrained(tmp_path)
     extractor.save_pretrained(tmp_path)
