@@ -224,12 +224,28 @@ def test_every_kernel_compiles_for_gpus(tmp_path: Path) -> None:
     assert done.stdout == "compiled\n", done.stderr
 
 
+@needs_triton
+def test_kernels_that_fail_are_not_chosen(
+    kernels: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """They are compared with the eager operations before `auto` takes them; a wrong value or an error is told."""
+    kernel_choice._triton_works.cache_clear()
+    assert kernel_choice._triton_works(str(DEVICE))
+    assert not capsys.readouterr().err
+    monkeypatch.setattr(kernels.TritonGated, "forward", lambda source: source.gate_NF)
+    kernel_choice._triton_works.cache_clear()
+    assert not kernel_choice._triton_works(str(DEVICE))
+    assert "warning: --kernels eager, because Triton's kernels fail on" in capsys.readouterr().err
+    kernel_choice._triton_works.cache_clear()
+
+
 @pytest.mark.fast
 def test_choice_and_refusals(monkeypatch: pytest.MonkeyPatch) -> None:
     cpu, gpu = torch.device("cpu"), torch.device("cuda")
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    for installed, expected in ((True, "triton"), (None, "eager")):
+    for installed, works, expected in ((True, True, "triton"), (True, False, "eager"), (None, True, "eager")):
         monkeypatch.setattr(kernel_choice, "find_spec", lambda name, installed=installed: installed)
+        monkeypatch.setattr(kernel_choice, "_triton_works", lambda device, works=works: works)
         assert [choose_kernels("auto", device) for device in (cpu, gpu)] == ["eager", expected]
     assert choose_kernels("compiled", cpu) == "compiled"
     with pytest.raises(UserError, match="not installed"):

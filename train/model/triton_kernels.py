@@ -13,6 +13,7 @@ Shapes: N rows, H hidden, F FFN width, D head size, h heads.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -207,6 +208,33 @@ class TritonMask(Mask):
 
 
 TRITON = Elementwise(TritonNormed, TritonGated, TritonMask)
+
+
+def compare_with_eager(device: torch.device) -> None:
+    """Run every kernel once on a device, on small tensors.
+
+    Raises:
+        AssertionError: values or gradients are not those of the eager operations.
+        Exception: the compiler's, for a kernel that cannot run there.
+    """
+    assert_close = partial(torch.testing.assert_close, rtol=1e-4, atol=1e-4)
+    random = torch.Generator().manual_seed(0)
+    left, right, grad = torch.randn(3, 6, 48, generator=random).to(device)
+    sources: Any = Normed(left, right[0], right[1], 2, 1e-5), Gated(left, right)
+    for source, kernels in zip(sources, (TritonNormed(*sources[0]), TritonGated(*sources[1])), strict=True):
+        assert_close(kernels.forward(), source.forward())
+        needed: Any = type(source)(*(False for _ in source))
+        for got, wanted in zip(
+            *(s.backward(grad.clone(), s.recompute()[1], needed) for s in (kernels, source)), strict=True
+        ):
+            assert_close(got, wanted)
+    heads, order = left.unflatten(1, (2, 24)), torch.arange(5, -1, -1, device=device)
+    angles_ND = right[:, :12].repeat(1, 2)
+    angles = angles_ND.cos(), angles_ND.sin()
+    rotated = triton_rope_and_reorder(heads, order, order, *angles)
+    assert_close(rotated, rope_and_reorder(heads, order, order, *angles))
+    mask = TritonMask(1, left, 0.5)
+    assert_close(mask.add_dropped(right.clone(), left), right + mask.drop(left))
 
 
 def triton_rope_and_reorder(
