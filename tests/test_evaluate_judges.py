@@ -274,11 +274,17 @@ def test_endpoint(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.fast
-def test_endpoint_faults(server: Server) -> None:
+def test_endpoint_faults(server: Server, capsys: pytest.CaptureFixture[str]) -> None:
     judge = load_recogniser(server.url)
     server.failures = [401]
     with pytest.raises(UserError, match="the endpoint refuses: 401"):
         judge.transcribe([noise(0.1)], "")
+    server.failures = [400, 400]  # the clip, and the noise that tells whether it is the clip
+    with pytest.raises(UserError, match="the endpoint refuses: 400"):
+        judge.transcribe([noise(0.1)], "")
+    server.failures = [422]
+    assert judge.transcribe([noise(0.1)], "") == [""]
+    assert "nothing is heard in a clip of 0.1 s: the endpoint refuses: 422" in capsys.readouterr().err
     server.failures = [500] * 4
     with pytest.raises(UserError, match="the endpoint fails 4 times: 500"):
         judge.transcribe([noise(0.1)], "")

@@ -8,6 +8,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import sys
 import time
 import urllib.error
 import urllib.request
@@ -28,7 +29,12 @@ KEY_VARIABLE = "OPENAI_API_KEY"
 TIMEOUT_S = 120.0
 ATTEMPTS = 4
 PAUSE_S = 1.0  # before the second attempt; doubled each time
+OF_CLIP = (400, 413, 415, 422)  # answers that may be about the clip: too long, too short, not to be decoded
 AGAIN = (408, 429, 500, 502, 503, 504)  # answers after which another attempt may succeed
+
+
+class _Refusal(UserError):
+    """A refusal that may be about the clip."""
 
 
 class EndpointRecogniser:
@@ -46,13 +52,23 @@ class EndpointRecogniser:
         self.name, self.revision = f"{self.model} at {urlsplit(self.url).netloc}", ""
 
     def transcribe(self, waves_S: Sequence[np.ndarray], language: str) -> list[str]:
-        """One transcript a clip.
+        """One transcript a clip; empty for a clip that the endpoint refuses while it takes half a second of noise.
 
         Raises:
-            UserError: the endpoint cannot be reached, refuses, or answers in another form.
+            UserError: the endpoint cannot be reached, refuses every clip, or answers in another form.
         """
         with ThreadPoolExecutor(max(1, len(waves_S))) as pool:
-            return list(pool.map(lambda wave_S: self._transcribe(wave_S, language), waves_S))
+            return list(pool.map(lambda wave_S: self._transcribe_or_refuse(wave_S, language), waves_S))
+
+    def _transcribe_or_refuse(self, wave_S: np.ndarray, language: str) -> str:
+        try:
+            return self._transcribe(wave_S, language)
+        except _Refusal as refusal:
+            noise_S = np.random.default_rng(0).normal(0, 0.01, SAMPLE_RATE_HZ // 2).astype(np.float32)
+            self._transcribe(noise_S, language)  # refused too: it is not the clip
+            seconds = len(wave_S) / SAMPLE_RATE_HZ
+            print(f"warning: nothing is heard in a clip of {seconds:.1f} s: {refusal}", file=sys.stderr, flush=True)
+            return ""
 
     def _transcribe(self, wave_S: np.ndarray, language: str) -> str:
         fields = {"model": self.model, "response_format": "json", "temperature": "0"}
@@ -79,7 +95,8 @@ class EndpointRecogniser:
             except urllib.error.HTTPError as error:
                 fault = f"{error.code} {error.reason}: {error.read(200).decode('utf-8', 'replace')}"
                 if error.code not in AGAIN:
-                    raise UserError(f"the endpoint refuses: {fault}", where=self.url) from error
+                    kind = _Refusal if error.code in OF_CLIP else UserError
+                    raise kind(f"the endpoint refuses: {fault}", where=self.url) from error
             except InvalidURL as error:
                 raise UserError(f"no such address: {error}", where=self.url) from error
             except (OSError, HTTPException) as error:  # no connection, no answer in time, an answer that is not HTTP
