@@ -57,18 +57,20 @@ def in_digits(text: str) -> str:
 
 
 def _phrase_in_digits(phrase: str) -> str:
-    written, number = [], ""
+    written, number, before = [], "", ""
     for word in re.findall(r"\d+|[^\W\d]+", normaliser("omnivoice").apply(phrase)):
-        value = VALUES.get(word)
+        digits = word if word.isdecimal() else str(VALUES.get(word, ""))
+        joins = before == "and" or not word.isdecimal()  # "200 and 31" is one number, "2 31" need not be
         if word == "hundred" and number:
             number += "00"
-        elif value and _zeros(number) >= len(str(value)):
-            number = str(int(number) + value)
+        elif joins and digits.strip("0") and _zeros(number) >= len(digits):
+            number = str(int(number) + int(digits))
         elif not (word == "and" and number):
             written.append(number)
-            number = "" if value is None else str(value)
-            if value is None and word not in ("st", "nd", "rd", "th"):
+            number = digits
+            if not digits and word not in ("st", "nd", "rd", "th"):
                 written.append(str(ORDINALS.index(word) + 1) if word in ORDINALS else word)
+        before = word
     return "".join([*written, number])
 
 

@@ -5,25 +5,35 @@ set -euo pipefail
 cd "$(dirname "$0")/../.." # names are from the root of the repository
 out=${1:-runs/miniature}
 python=${PYTHON:-.venv/bin/python}
-bin=$(dirname "$python")
 speech() { [ -f "$out/$1/speech.jsonl" ] || "$python" examples/miniature/speech.py --out "$out/$1" "${@:2}"; }
 
-# codec: on all voices and kinds of sentences, then on the base's domain, then the decoder alone
+train_codec() { "$python" examples/miniature/train_codec.py --out "$out/codec" "$@"; }
+
+# codec: on all voices and kinds of sentences, on the base's domain, the decoder alone; then all of it again with a floor
+# under which no burst and no f is lost, and the decoder alone
 speech codec-wide --minutes 4
 speech codec-narrow --minutes 10 --voices slt rms amal karim --kinds digits numbers --seed 3
-"$python" examples/miniature/train_codec.py --speech "$out/codec-wide" --out "$out/codec" --steps 1500 --decay 0
-"$python" examples/miniature/train_codec.py --speech "$out/codec-narrow" --out "$out/codec" --steps 2100 --decay 0
-"$python" examples/miniature/train_codec.py --speech "$out/codec-narrow" --out "$out/codec" --steps 8000 --decay 0.6 --decoder_only
+wide=$out/codec-wide narrow=$out/codec-narrow
+train_codec --speech "$wide" --steps 700 --decay 0 --floor 5e-4 --learning_rate 8e-4
+train_codec --speech "$wide" --steps 1500 --decay 0 --floor 5e-4 --learning_rate 3e-4
+train_codec --speech "$narrow" --steps 2100 --decay 0 --floor 5e-4
+train_codec --speech "$narrow" --steps 3100 --decay 0 --floor 5e-4 --learning_rate 5e-4 --decoder_only
+train_codec --speech "$narrow" --steps 7400 --decay 0.5 --floor 5e-4 --decoder_only
+train_codec --speech "$wide" "$narrow" --steps 8300 --decay 0.06
+train_codec --speech "$wide" "$narrow" --steps 9900 --decay 0 --learning_rate 5e-4 --decoder_only
+train_codec --speech "$wide" "$narrow" --steps 10200 --decay 0.03 --learning_rate 3e-4 --decoder_only
 
 # recogniser
-speech asr-speech --minutes 10 --seed 1
-"$python" examples/miniature/train_recogniser.py --speech "$out/asr-speech" --out "$out/recogniser"
+speech asr-wide --minutes 10 --seed 1
+speech asr-narrow --minutes 8 --kinds digits numbers time date --seed 4
+train_recogniser() { "$python" examples/miniature/train_recogniser.py --out "$out/recogniser" "$@"; }
+train_recogniser --speech "$out/asr-wide" --steps 4000
+train_recogniser --speech "$out/asr-wide" "$out/asr-narrow" --steps 5900 --learning_rate 2e-3
 
 # base
-speech base-speech --minutes 100 --voices slt rms --kinds digits numbers --seed 2
-"$python" examples/miniature/base_data.py --speech "$out/base-speech"
-[ -d "$out/base-untrained" ] || "$python" examples/miniature/make_base.py --out "$out/base-untrained"
-"$bin/higgs-preprocess" --data "$out/base-speech/chatml.jsonl" --out "$out/base-shards" \
-    --model_path "$out/base-untrained" --audio_tokenizer_path "$out/codec/native" --val_fraction 0.02
+[ -d "$out/base-untrained" ] || "$python" examples/miniature/make_base.py --audio_tokenizer_path "$out/codec/native" \
+    --out "$out/base-untrained"
+[ -f "$out/base-data/speech.jsonl" ] || "$python" examples/miniature/compose.py --model_path "$out/base-untrained" \
+    --audio_tokenizer_path "$out/codec/native" --out "$out/base-data"
 "$python" -m higgs_tune.train --config examples/miniature/base.yaml --model_path "$out/base-untrained" \
-    --train_data_dir "$out/base-shards" --output_dir "$out/base"
+    --train_data_dir "$out/base-data/shards" --output_dir "$out/base"

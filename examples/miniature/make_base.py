@@ -1,7 +1,10 @@
 """The base before it is trained: Higgs Audio v2's architecture at small sizes, random weights, its own tokenizer.
 
-    python examples/miniature/make_base.py --out runs/miniature/base-untrained
+    python examples/miniature/make_base.py --audio_tokenizer_path runs/miniature/codec/native \
+        --out runs/miniature/base-untrained
 
+Embeddings and head of the audio codes start from the codec's own vectors, so that codes that sound alike are alike from
+the first step; all other weights are random.
 The tokenizer is a byte-level BPE of the miniature's own sentences in both languages, so that a word is a few tokens.
 Prints the number of parameters.
 """
@@ -12,12 +15,19 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
+from typing import Any
 
+import torch
 import tyro
+from higgs_tune.preprocess.codec.checkpoint import load_codec
+from higgs_tune.preprocess.codec.codec import HiggsCodec
 from higgs_tune.preprocess.input.layout import INSTRUCTION, PLAIN_INSTRUCTION, SYSTEM
 from higgs_tune.train.model.load import HiggsAudioConfig
 from higgs_tune.train.toy import make_model, make_tokenizer, model_config
 from sentences import KINDS, make_sentence
+from torch import nn
+
+VECTOR_STD = 0.05
 
 TEXT_SIZES = {
     "hidden_size": 192,
@@ -38,6 +48,8 @@ AUDIO_SIZES = {
 class BaseSizes:
     """Make the untrained base."""
 
+    audio_tokenizer_path: Path
+    """Codec whose vectors the audio embeddings and the audio head start from."""
     out: Path
     """Folder that receives the checkpoint, in Boson's layout."""
     seed: int = 0
@@ -60,10 +72,25 @@ def base_config() -> tuple[HiggsAudioConfig, object]:
     return HiggsAudioConfig(text_config=text, **fields), tokenizer
 
 
+@torch.no_grad()
+def start_from_codec(model: Any, codec: HiggsCodec) -> None:
+    """Put the codec's vectors, turned at random for each codebook, in the audio embeddings and the audio head."""
+    codes_1N, rows = torch.arange(codec.config.codebook_size)[None], model.audio_codebook_size
+    for k, quantizer in enumerate(codec.quantizers):
+        vectors_NC = quantizer.lookup(codes_1N)[0].T
+        vectors_NC = (vectors_NC - vectors_NC.mean(0)) / vectors_NC.std()
+        turn_HH = nn.init.orthogonal_(torch.empty(TEXT_SIZES["hidden_size"], TEXT_SIZES["hidden_size"]))
+        turned_NH = VECTOR_STD * vectors_NC @ turn_HH[: vectors_NC.shape[1]]
+        for weight in (model.audio_codebook_embeddings.weight, model.audio_decoder_proj.audio_lm_head.weight):
+            weight[k * rows : k * rows + len(turned_NH)] *= 0.3
+            weight[k * rows : k * rows + len(turned_NH)] += turned_NH
+
+
 def main() -> None:
     options = tyro.cli(BaseSizes)
     config, tokenizer = base_config()
     model = make_model(config, options.seed)
+    start_from_codec(model, load_codec(options.audio_tokenizer_path))
     model.save_pretrained(options.out)
     tokenizer.save_pretrained(options.out)  # pyright: ignore[reportAttributeAccessIssue]
     parameters = sum(parameter.numel() for parameter in model.parameters())

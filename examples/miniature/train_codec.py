@@ -29,7 +29,6 @@ from transformers.audio_utils import mel_filter_bank
 
 HOP = 960
 MELS = {2048: 80, 1024: 64, 512: 40, 256: 24, 128: 12}  # window in samples: mel bands
-FLOOR = 5e-4  # added to magnitudes before the logarithm, so that silence need not be exact
 COMMITMENT = 0.02
 
 
@@ -37,8 +36,8 @@ COMMITMENT = 0.02
 class CodecTraining:
     """Train the miniature codec."""
 
-    speech: Path
-    """Folder of `speech.py`."""
+    speech: tuple[Path, ...]
+    """Folders of `speech.py`."""
     out: Path
     """Output folder."""
     steps: int = 4000
@@ -53,6 +52,8 @@ class CodecTraining:
     """Peak learning rate."""
     decoder_only: bool = False
     """Train the decoder alone, so that codes stay as they are."""
+    floor: float = 1e-5
+    """Added to mel magnitudes before the logarithm, so that silence need not be exact; f and s must stay above it."""
     save_steps: int = 100
     """Steps between checkpoints."""
     seed: int = 0
@@ -62,8 +63,9 @@ class CodecTraining:
 class MelLoss(nn.Module):
     """Mean distance of log-mel spectrograms over several window lengths."""
 
-    def __init__(self) -> None:
+    def __init__(self, floor: float) -> None:
         super().__init__()
+        self.floor = floor
         for window, bands in MELS.items():
             bank = mel_filter_bank(window // 2 + 1, bands, 0.0, SAMPLE_RATE_HZ / 2, SAMPLE_RATE_HZ, "slaney")
             self.register_buffer(f"bank_{window}", torch.from_numpy(bank).float())
@@ -78,7 +80,7 @@ class MelLoss(nn.Module):
             power = spectrum.real.square() + spectrum.imag.square()
             mel = (power + 1e-10).sqrt().transpose(1, 2) @ self.get_buffer(f"bank_{size}")
             made, wanted = mel.chunk(2)
-            loss = loss + ((made + FLOOR).log() - (wanted + FLOOR).log()).abs().mean()
+            loss = loss + ((made + self.floor).log() - (wanted + self.floor).log()).abs().mean()
         return loss / len(MELS)
 
 
@@ -90,10 +92,10 @@ class Clip:
     semantic_TC: torch.Tensor
 
 
-def load_clips(folder: Path, split: str, model: MiniatureCodec, shortest: int) -> list[Clip]:
+def load_clips(folders: tuple[Path, ...], split: str, model: MiniatureCodec, shortest: int) -> list[Clip]:
     """The clips of a split that have at least `shortest` frames."""
     clips = []
-    for line in (folder / "speech.jsonl").read_text().splitlines():
+    for folder, line in ((f, line) for f in folders for line in (f / "speech.jsonl").read_text().splitlines()):
         entry = json.loads(line)
         if entry["split"] != split:
             continue
@@ -142,7 +144,7 @@ def save_state(config: CodecTraining, model: MiniatureCodec, optimizer: torch.op
 def main() -> None:
     config = tyro.cli(CodecTraining)
     config.out.mkdir(parents=True, exist_ok=True)
-    model, loss_of, done, saved = MiniatureCodec(config.seed), MelLoss(), 0, config.out / "state.pt"
+    model, loss_of, done, saved = MiniatureCodec(config.seed), MelLoss(config.floor), 0, config.out / "state.pt"
     state = torch.load(saved, weights_only=True) if saved.exists() else None
     if state:
         model.load_state_dict(state["model"])
