@@ -4,7 +4,9 @@
         --speech runs/miniature/codec-speech --asr examples/miniature/recogniser --out runs/miniature/codec-eval
 
 Both sides are compared as they would be written with digits ("three hundred and forty two" is 342), since recognisers
-differ in how they write numbers. Out: `OUT/original` and `OUT/decoded` (wav files), `OUT/eval.json`.
+differ in how they write numbers (`cer`), and by letters (`cer_letters`), for recognisers that write words as said.
+
+Out: `OUT/original` and `OUT/decoded` (wav files), `OUT/eval.json`.
 """
 
 from __future__ import annotations
@@ -91,6 +93,7 @@ def held_out(speech: Path, languages: tuple[str, ...], clips: int) -> list[dict[
 def main() -> None:
     config = tyro.cli(CodecEvaluation)
     codec, recogniser = load_codec(config.codec), load_recogniser(config.asr, "cpu")
+    plain = normaliser("omnivoice").apply
     codes, lines = [], held_out(config.speech, config.languages, config.clips)
     for kind in ("original", "decoded"):
         (config.out / kind).mkdir(parents=True, exist_ok=True)
@@ -103,7 +106,9 @@ def main() -> None:
             soundfile.write(config.out / kind / f"{Path(line['audio']).stem}.wav", wave, rate)
             heard = recogniser.transcribe([resample_soxr(wave, rate, SAMPLE_RATE_HZ)], line["language"])[0]
             edits = count_edits(in_digits(line["text"]), in_digits(heard))
-            line[kind] = {"heard": heard, "errors": edits.errors, "length": edits.length}
+            letters = count_edits(plain(line["text"]), plain(heard))
+            line[kind] = {"heard": heard, "errors": edits.errors, "length": edits.length,
+                          "letter_errors": letters.errors, "letters": letters.length}  # fmt: skip
     figures: dict[str, Any] = {"recogniser": recogniser.name, "bits": entropy_bits(_joined(codes))}
     for language in config.languages:
         chosen = [line for line in lines if line["language"] == language]
@@ -111,7 +116,11 @@ def main() -> None:
             counts = [line[kind] for line in chosen]
             rate = sum(count["errors"] for count in counts) / max(1, sum(count["length"] for count in counts))
             right = sum(not count["errors"] for count in counts)
-            figures[f"{language} {kind}"] = {"cer": round(rate, 4), "right": right, "clips": len(counts)}
+            by_letters = sum(count["letter_errors"] for count in counts) / max(
+                1, sum(count["letters"] for count in counts)
+            )
+            figures[f"{language} {kind}"] = {"cer": round(rate, 4), "cer_letters": round(by_letters, 4),
+                                             "right": right, "clips": len(counts)}  # fmt: skip
     write_bytes(config.out / "eval.json", json.dumps({"figures": figures, "clips": lines}, indent=1).encode())
     print(json.dumps(figures, indent=1))
 

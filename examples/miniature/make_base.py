@@ -76,7 +76,8 @@ def base_config() -> tuple[HiggsAudioConfig, object]:
 def start_from_codec(model: Any, codec: HiggsCodec) -> None:
     """Put the codec's vectors, turned at random for each codebook, in the audio embeddings and the audio head."""
     codes_1N, rows = torch.arange(codec.config.codebook_size)[None], model.audio_codebook_size
-    for k, quantizer in enumerate(codec.quantizers):
+    for k in range(codec.config.codebooks):
+        quantizer: Any = codec.quantizers[k]
         vectors_NC = quantizer.lookup(codes_1N)[0].T
         vectors_NC = (vectors_NC - vectors_NC.mean(0)) / vectors_NC.std()
         turn_HH = nn.init.orthogonal_(torch.empty(TEXT_SIZES["hidden_size"], TEXT_SIZES["hidden_size"]))
