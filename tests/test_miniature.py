@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -12,15 +14,22 @@ import torch
 from conftest import ROOT
 from higgs_tune.preprocess.audio.resample import resample_soxr
 from higgs_tune.preprocess.codec.checkpoint import load_codec
+from higgs_tune.preprocess.judges.edits import count_edits
+from higgs_tune.preprocess.judges.load import load_recogniser
+from higgs_tune.preprocess.judges.normalisers import normaliser
+from higgs_tune.shards.reader import ShardSet
 
 HERE = ROOT / "examples" / "miniature"
 COMMITTED = HERE / "codec"
 sys.path.append(str(HERE))
+import compose  # noqa: E402
+import make_base  # noqa: E402
 from codec_files import write_codec  # noqa: E402
 from codec_model import MiniatureCodec  # noqa: E402
 from evaluate_codec import in_digits  # noqa: E402
 from sentences import arabic_number, english_number  # noqa: E402
 from train_codec import CodecTraining, MelLoss, entropy_bits, learning_rate  # noqa: E402
+from train_recogniser import BANDS, SAMPLE_RATE_HZ, WINDOW, filter_bank  # noqa: E402
 
 
 def arabic_clip(name: str) -> np.ndarray:
@@ -68,7 +77,7 @@ def test_the_codec_that_trains_is_the_codec_that_encodes(tmp_path: Path) -> None
 @pytest.mark.fast
 def test_learning_rate_of_the_codec() -> None:
     """Warm-up, a constant, and a decay to 0 at the last step."""
-    options = CodecTraining(speech=HERE, out=HERE, steps=1000, decay=0.3, learning_rate=1.0)
+    options = CodecTraining(speech=(HERE,), out=HERE, steps=1000, decay=0.3, learning_rate=1.0)
     rates = [learning_rate(options, step) for step in (0, 99, 700, 850, 1000)]
     assert rates == pytest.approx([0.01, 1, 1, 0.5, 0])
 
@@ -86,6 +95,57 @@ def test_committed_codec_speaks() -> None:
     distance = MelLoss(1e-5)
     assert distance(torch.from_numpy(decoded_S)[None], target) < 0.6 * distance(torch.zeros_like(target), target)
     assert min(entropy_bits(torch.from_numpy(codes_KT.astype(np.int64)))) > 4  # of 6 that so few frames can have
+
+
+@pytest.mark.fast
+def test_filter_bank_hears_pitch() -> None:
+    """The loudest band moves with the pitch, and is as loud at any phase of the tone."""
+    samples = torch.arange(WINDOW) / SAMPLE_RATE_HZ
+    loudest = []
+    for pitch_hz in (200, 1000, 4000):
+        by_phase = []
+        for phase in (0.0, 1.0):
+            heard = filter_bank() @ torch.cos(2 * torch.pi * pitch_hz * samples + phase)
+            by_phase.append(heard.view(4, BANDS).square().sum(0))
+        torch.testing.assert_close(by_phase[0].max(), by_phase[1].max(), rtol=0.1, atol=0.0)
+        loudest.append(int(by_phase[0].argmax()))
+    assert loudest == sorted(set(loudest))
+
+
+@pytest.mark.skipif(shutil.which("flite") is None, reason="needs flite")
+def test_composed_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both layouts; codes are those of the said words; held-out sentences are not trained on."""
+    monkeypatch.setattr(compose, "WORDS", compose.ONES[:10])
+    base, codec, out = tmp_path / "base", COMMITTED / "native", tmp_path / "data"
+    monkeypatch.setattr(sys, "argv", ["", "--audio_tokenizer_path", str(codec), "--out", str(base)])
+    make_base.main()
+    options = {"voices": "slt", "kinds": "digits", "samples": 8, "takes": 1, "held_out": 2, "decoded": 1}
+    arguments = [text for name, value in options.items() for text in (f"--{name}", str(value))]
+    paths = ["--model_path", str(base), "--audio_tokenizer_path", str(codec), "--out", str(out)]
+    monkeypatch.setattr(sys, "argv", ["", *paths, *arguments])
+    compose.main()
+    shards = ShardSet(out / "shards")
+    assert (len(shards), shards.manifest["layouts"]["chat"], shards.manifest["layouts"]["serve"]) == (8, 4, 4)
+    samples = [shards.read(row) for row in range(8)]
+    said = [text for sample in samples for text in sample.meta["misc"]["said"]]
+    frames = [segment["frames"] for sample in samples for segment in sample.meta["segments"]]
+    by_word = np.linalg.lstsq(
+        np.array([[text.split().count(word) for word in compose.WORDS] for text in said]), np.array(frames), rcond=None
+    )
+    assert by_word[0] == pytest.approx(np.round(by_word[0]), abs=1e-6)
+    held_out = [json.loads(line) for line in (out / "held_out.jsonl").read_text().splitlines()]
+    assert not {line["text"] for line in held_out} & set(said)
+    assert all((out / line[name]).is_file() for line in held_out for name in ("ref_audio", "target_audio"))
+
+
+@pytest.mark.fast
+def test_committed_recogniser_hears() -> None:
+    """It is taken as any other, and hears most of a clip whose sentence it knows."""
+    line = json.loads((ROOT / "examples" / "arabic" / "chatml.json").read_text())[0]
+    text = normaliser("omnivoice").apply(line["messages"][-1]["content"][0]["text"])
+    wave_S = resample_soxr(arabic_clip(Path(line["messages"][-1]["content"][1]["audio_url"]).stem), 24_000, 16_000)
+    heard = load_recogniser(str(HERE / "recogniser"), "cpu").transcribe([wave_S], "ar")[0]
+    assert count_edits(text, heard).errors < 0.5 * len(text)
 
 
 @pytest.mark.fast
