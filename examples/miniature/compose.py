@@ -1,15 +1,15 @@
-"""Training shards of the base: sentences composed of coded words, so that there are as many as it takes.
+"""Training shards of sentences composed of coded words, so that there are as many as it takes.
 
-    python examples/miniature/compose.py --model_path runs/miniature/base-untrained \\
-        --audio_tokenizer_path runs/miniature/codec/native --out runs/miniature/base-data
+    python examples/miniature/compose.py --model_path runs/miniature/base-untrained --words runs/miniature/words \\
+        --audio_tokenizer_path runs/miniature/codec/native --voices slt rms awb --out runs/miniature/base-data
 
-Every word is spoken alone by flite and encoded a few times, each time shifted by a part of a frame; a sentence is its
-words' codes in a row, with a pause for each comma. Recorded sentences are remembered one by one long before a small
-model learns to follow a text; of composed ones no two are alike.
+A sentence is the codes of its words (`coded_words.py`) in a row, with a pause for each comma; the reference is a
+recording of the same voice. Recorded sentences are remembered one by one long before a small model learns to follow a
+text; of composed ones no two are alike.
 
 Out: `OUT/shards`, a shard set with both prompt layouts; `OUT/held_out.jsonl`, a list for higgs-eval of sentences of the
 split `test`, with references; `OUT/speech.jsonl`, as `speech.py` writes it, of some decoded training sentences for the
-recogniser; `OUT/clips`, the audio of both lists.
+recogniser; `OUT/clips`, decoded targets of both lists.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from typing import Any
 import numpy as np
 import soundfile
 import tyro
+from coded_words import PAUSE, parts_of, read_words
 from higgs_tune.preprocess.assemble import set_writer
 from higgs_tune.preprocess.audio.resample import resample_soxr
 from higgs_tune.preprocess.codec.checkpoint import load_codec
@@ -36,107 +37,119 @@ from higgs_tune.preprocess.pipeline import make_job, make_provenance
 from higgs_tune.preprocess.text_tokens import cached_tokenizer
 from higgs_tune.shards.durable import write_bytes
 from higgs_tune.shards.format import FRAME_RATE_HZ, Sample
-from sentences import ONES, TENS, make_sentence
-from speech import SAMPLE_RATE_HZ, speak, split_of
-
-WORDS = (*ONES, *TENS, "hundred", "and")
-PAUSE = ","
-MARGIN_S, PAUSE_S = 0.04, 0.2
+from sentences import make_sentence, without_marks
+from speech import SAMPLE_RATE_HZ, language_of, split_of
 
 
 @dataclass(frozen=True)
 class Composition:
-    """Compose the base's training data."""
+    """Compose training data."""
 
     model_path: Path
     """Base whose tokenizer is used."""
     audio_tokenizer_path: Path
     """Codec."""
+    words: Path
+    """Folder of `coded_words.py`."""
     out: Path
     """Output folder."""
+    voices: tuple[str, ...]
+    """Voices of the training samples."""
+    held_out_voices: tuple[str, ...] = ()
+    """Voices of the list for higgs-eval; by default those of the training samples."""
     samples: int = 12_000
     """Sentences."""
-    voices: tuple[str, ...] = ("slt", "rms")
-    """Voices of flite."""
-    kinds: tuple[str, ...] = ("digits", "numbers")
-    """Kinds of sentences, of these words alone."""
-    takes: int = 6
-    """Times that a word is encoded."""
+    kinds: tuple[str, ...] = ("words", "digits", "numbers")
+    """Kinds of sentences: `words` (words in any order), or those of `sentences.py` that have no other words."""
+    longest: int = 20
+    """Most words and pauses of a sentence."""
+    distinct: bool = False
+    """Words of a sentence in any order are distinct."""
+    most_frames: int = 1000
+    """Frames of a word at most; with 2 of them a pack holds many words, so that following them is learned soon."""
+    takes: int = 1
+    """Takes of each word."""
+    word_references: int = 0
+    """Compose references of up to so many coded words, instead of recordings."""
     held_out: int = 20
     """Held-out sentences of each voice in the list for higgs-eval."""
-    decoded: int = 240
+    decoded: int = 0
     """Training sentences that are decoded for the recogniser."""
     seed: int = 0
     """Seed of the sentences."""
 
 
 @dataclass(frozen=True)
-class Word:
-    """A word's waveform [S] at 24 kHz, and its codes [K, T], take by take."""
+class Voice:
+    """Codes [K, T] of a voice's words, take by take, and its recordings: text, file, codes."""
 
-    wave_S: np.ndarray
-    takes: list[np.ndarray]
-
-
-def spoken_word(word: str, voice: str) -> np.ndarray:
-    """A word at 16 kHz, without the silence around it, but for a margin."""
-    wave_S = speak(word, voice)
-    loud = np.flatnonzero(np.abs(wave_S) > 0.01)
-    margin = int(MARGIN_S * SAMPLE_RATE_HZ)
-    return wave_S[max(0, loud[0] - margin) : loud[-1] + margin]
+    words: dict[str, list[np.ndarray]]
+    references: list[tuple[str, Path, np.ndarray]]
 
 
-def say_words(codec: HiggsCodec, config: Composition, voice: str) -> dict[str, Word]:
-    """Every word of a voice, and the pause."""
-    rate, hop, words = codec.config.sample_rate_hz, codec.config.hop_length, {}
-    for word in (*WORDS, PAUSE):
-        wave_S = np.zeros(int(PAUSE_S * SAMPLE_RATE_HZ), np.float32) if word == PAUSE else spoken_word(word, voice)
-        wave_S = resample_soxr(wave_S, SAMPLE_RATE_HZ, rate)
-        takes = [np.pad(wave_S, (take * hop // config.takes, 0)) for take in range(config.takes)]
-        words[word] = Word(wave_S, [codec.encode(wave) for wave in takes])
-    return words
+def read_voice(config: Composition, codec: HiggsCodec, voice: str) -> Voice:
+    """A voice; its recordings are encoded."""
+    references = list[tuple[str, Path, np.ndarray]]()
+    for line in map(json.loads, (config.words / "references.jsonl").read_text().splitlines()):
+        if line["voice"] == voice and not config.word_references:
+            path = config.words / line["audio"]
+            samples, rate_hz = soundfile.read(path, dtype="float32")
+            codes_KT = codec.encode(resample_soxr(samples, rate_hz, codec.config.sample_rate_hz))
+            references.append((line["text"], path, codes_KT))
+    coded = read_words(config.words, voice, config.takes)
+    words = {word: [codes_KT[:, : config.most_frames] for codes_KT in takes] for word, takes in coded.items()}
+    return Voice(words, references)
 
 
-def parts_of(text: str) -> list[str]:
-    """Words and pauses of a sentence."""
-    return text.replace(PAUSE, f" {PAUSE}").split()
-
-
-def draw_text(config: Composition, rng: Random, split: str, longest: int) -> str:
-    """A sentence of a split, of at most `longest` words and pauses."""
+def draw_text(config: Composition, rng: Random, voice: Voice, name: str, split: str, longest: int) -> str:
+    """A sentence of a split, of at most `longest` words and pauses. Single words are of both splits."""
+    words = [word for word in voice.words if word != PAUSE]
     while True:
-        text = make_sentence("en", config.kinds, rng)
-        if split_of(text) == split and len(parts_of(text)) <= longest:
+        kind, count = rng.choice(config.kinds), rng.randint(1, longest)
+        if kind == "words":
+            text = " ".join(
+                rng.sample(words, min(count, len(words))) if config.distinct else rng.choices(words, k=count)
+            )
+        else:
+            text = without_marks(make_sentence(language_of(name), (kind,), rng))
+        length = len(parts_of(text))
+        if length <= longest and (length == 1 or split_of(text) == split):
             return text
 
 
-def entries(config: Composition) -> Iterator[dict[str, Any]]:
-    """The samples' ChatML: voices and layouts in turn."""
-    rng = Random(config.seed)
-    for number in range(config.samples):
-        voice = config.voices[number % len(config.voices)]
-        text, other = draw_text(config, rng, "train", 20), draw_text(config, rng, "train", 3)
-        audio = [
-            {"type": "audio", "audio_url": f"composed/{voice}-{number}-{side}"} for side in ("target", "reference")
-        ]
-        layout = "serve" if number // len(config.voices) % 2 else "chat"
-        conversation = build_conversation(layout, text, audio[0], [Reference(audio[1], other)])
-        conversation.pop("start_index", None)
-        yield {"id": f"{voice}-{number:06d}", **conversation, "speaker": voice,
-               "misc": {"language": "en", "said": [other, text]}}  # fmt: skip
+def say(voice: Voice, text: str, rng: Random) -> np.ndarray:
+    """Codes [K, T] of a composed sentence; each word in a random take."""
+    return np.concatenate([rng.choice(voice.words[part]) for part in parts_of(text)], axis=1)
 
 
-def compose_samples(config: Composition, job: Job, words: dict[str, dict[str, Word]]) -> Iterator[Sample]:
-    """The samples; each word in a random take."""
-    rng, ids = Random(config.seed + 1), set_writer(job).ids
+def compose_one(
+    config: Composition, voices: dict[str, Voice], number: int
+) -> tuple[dict[str, Any], tuple[np.ndarray, np.ndarray]]:
+    """A sample's ChatML and its codes, of reference and target; voices and layouts in turn."""
+    rng, name = Random(f"{config.seed} {number}"), config.voices[number % len(config.voices)]
+    voice = voices[name]
+    text = draw_text(config, rng, voice, name, "train", config.longest)
+    if config.word_references:
+        other = draw_text(config, rng, voice, name, "train", config.word_references)
+        reference_KT = say(voice, other, rng)
+    else:
+        other, _path, reference_KT = rng.choice(voice.references)
+    audio = [{"type": "audio", "audio_url": f"composed/{name}-{number}-{side}"} for side in ("target", "reference")]
+    layout = "serve" if number // len(config.voices) % 2 else "chat"
+    conversation = build_conversation(layout, text, audio[0], [Reference(audio[1], other)])
+    conversation.pop("start_index", None)
+    misc = {"language": language_of(name), "said": [other, text]}
+    entry = {"id": f"{name}-{number:06d}", **conversation, "speaker": name, "misc": misc}
+    return entry, (reference_KT, say(voice, text, rng))
+
+
+def compose_samples(config: Composition, job: Job, voices: dict[str, Voice]) -> Iterator[Sample]:
+    """The samples."""
+    ids = set_writer(job).ids
     tokenizer = cached_tokenizer(job.model, ids)
-    for position, entry in enumerate(entries(config)):
-        chat = parse_entry(entry, position, job.audio_paths, replace(job.texts, tokens=None))
-        said = entry["misc"]["said"]
-        codes = [
-            np.concatenate([rng.choice(words[entry["speaker"]][part].takes) for part in parts_of(text)], axis=1)
-            for text in said
-        ]
+    for number in range(config.samples):
+        entry, codes = compose_one(config, voices, number)
+        chat = parse_entry(entry, number, job.audio_paths, replace(job.texts, tokens=None))
         segments = [
             {
                 "role": role,
@@ -149,66 +162,68 @@ def compose_samples(config: Composition, job: Job, words: dict[str, dict[str, Wo
         ]
         meta = {"messages": stored_messages(chat), "start_index": chat.chat.start_index, "speaker": chat.chat.speaker,
                 "misc": chat.chat.misc, "segments": segments}  # fmt: skip
-        yield Sample(chat.key, meta, tokenize(chat, tokenizer, ids), np.concatenate(codes, axis=1))
+        yield Sample(chat.key, meta, tokenize(chat, tokenizer, ids), np.concatenate(codes, axis=1).astype(np.uint16))
 
 
-def write_held_out(config: Composition, rate_hz: int, words: dict[str, dict[str, Word]]) -> None:
-    """The list for higgs-eval, with references and targets joined of the words' waveforms."""
-    rng, lines = Random(config.seed + 2), []
-    (config.out / "clips").mkdir(exist_ok=True)
+def write_decoded(config: Composition, codec: HiggsCodec, name: str, codes_KT: np.ndarray) -> tuple[str, float]:
+    """Decode to `OUT/clips`; returns the file's name in OUT and its seconds."""
+    wave_S = resample_soxr(codec.decode(codes_KT), codec.config.sample_rate_hz, SAMPLE_RATE_HZ)
+    soundfile.write(config.out / "clips" / f"{name}.flac", wave_S, SAMPLE_RATE_HZ, format="FLAC")
+    return f"clips/{name}.flac", round(len(wave_S) / SAMPLE_RATE_HZ, 3)
 
-    def write_clip(name: str, text: str, voice: str) -> str:
-        wave_S = np.concatenate([words[voice][part].wave_S for part in parts_of(text)])
-        soundfile.write(config.out / "clips" / f"{name}.flac", wave_S, rate_hz, format="FLAC")
-        return f"clips/{name}.flac"
 
-    for voice in config.voices:
-        for number in range(config.held_out):
-            text, other, name = (
-                draw_text(config, rng, "test", 20),
-                draw_text(config, rng, "train", 3),
-                f"{voice}-{number:03d}",
+def held_out_lines(config: Composition, codec: HiggsCodec, voices: dict[str, Voice]) -> Iterator[dict[str, Any]]:
+    """Lines for higgs-eval: the reference is a recording, the target is decoded."""
+    rng = Random(config.seed + 2)
+    for name in config.held_out_voices or config.voices:
+        voice = voices[name]
+        for number in range(config.held_out if voice.references else 0):
+            text, (ref_text, path, _codes) = (
+                draw_text(config, rng, voice, name, "test", config.longest),
+                voice.references[number % len(voice.references)],
             )
-            lines.append({"id": name, "text": text, "language": "en", "speaker": voice, "ref_text": other,
-                          "ref_audio": write_clip(f"{name}-reference", other, voice),
-                          "target_audio": write_clip(name, text, voice)})  # fmt: skip
-    write_bytes(config.out / "held_out.jsonl", "".join(json.dumps(line) + "\n" for line in lines).encode())
+            audio, _seconds = write_decoded(config, codec, f"{name}-{number:03d}", say(voice, text, rng))
+            yield {"id": f"{name}-{number:03d}", "text": text, "language": language_of(name), "speaker": name,
+                   "ref_text": ref_text, "ref_audio": str(path.resolve()), "target_audio": audio}  # fmt: skip
 
 
-def write_decoded(config: Composition, codec: HiggsCodec, words: dict[str, dict[str, Word]]) -> None:
-    """Decoded training sentences, as a folder of `speech.py`."""
-    rng, lines = Random(config.seed + 3), []
+def decoded_lines(config: Composition, codec: HiggsCodec, voices: dict[str, Voice]) -> Iterator[dict[str, Any]]:
+    """Lines of decoded training sentences, as `speech.py` writes them."""
+    rng = Random(config.seed + 3)
     for number in range(config.decoded):
-        voice, text = config.voices[number % len(config.voices)], draw_text(config, rng, "train", 12)
-        codes_KT = np.concatenate([rng.choice(words[voice][part].takes) for part in parts_of(text)], axis=1)
-        wave_S = resample_soxr(codec.decode(codes_KT), codec.config.sample_rate_hz, SAMPLE_RATE_HZ)
-        audio = f"clips/{voice}-decoded-{number:05d}.flac"
-        soundfile.write(config.out / audio, wave_S, SAMPLE_RATE_HZ, format="FLAC")
-        lines.append({"audio": audio, "text": text, "voice": voice, "language": "en",
-                      "seconds": round(len(wave_S) / SAMPLE_RATE_HZ, 3), "split": "train"})  # fmt: skip
-    write_bytes(config.out / "speech.jsonl", "".join(json.dumps(line) + "\n" for line in lines).encode())
+        name = config.voices[number % len(config.voices)]
+        text = draw_text(config, rng, voices[name], name, "train", 12)
+        audio, seconds = write_decoded(config, codec, f"{name}-decoded-{number:05d}", say(voices[name], text, rng))
+        yield {"audio": audio, "text": text, "voice": name, "language": language_of(name),
+               "seconds": seconds, "split": "train"}  # fmt: skip
+
+
+def write_lines(path: Path, lines: Iterator[dict[str, Any]]) -> None:
+    """Write JSONL."""
+    write_bytes(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines).encode())
 
 
 def main() -> None:
     config = tyro.cli(Composition)
-    config.out.mkdir(parents=True, exist_ok=True)
+    (config.out / "clips").mkdir(parents=True, exist_ok=True)
+    codec = load_codec(config.audio_tokenizer_path)
+    voices = {name: read_voice(config, codec, name) for name in {*config.voices, *config.held_out_voices}}
     chatml = config.out / "chatml.jsonl"
-    write_bytes(chatml, "".join(json.dumps(entry) + "\n" for entry in entries(config)).encode())
+    write_lines(chatml, (compose_one(config, voices, number)[0] for number in range(config.samples)))
     options = PreprocessConfig(
         data=chatml,
         out=str(config.out / "shards"),
         model_path=config.model_path,
         audio_tokenizer_path=config.audio_tokenizer_path,
-        val_fraction=0.005,
+        val_fraction=0.01,
     )
-    job, codec = make_job(options), load_codec(config.audio_tokenizer_path)
-    words = {voice: say_words(codec, config, voice) for voice in config.voices}
+    job = make_job(options)
     writer = set_writer(job)
     writer.begin()
-    writer.write(0, compose_samples(config, job, words), [])
+    writer.write(0, compose_samples(config, job, voices), [])
     totals = writer.finish(1, make_provenance(job))["totals"]
-    write_held_out(config, codec.config.sample_rate_hz, words)
-    write_decoded(config, codec, words)
+    write_lines(config.out / "held_out.jsonl", held_out_lines(config, codec, voices))
+    write_lines(config.out / "speech.jsonl", decoded_lines(config, codec, voices))
     print(f"{totals['samples']} samples, {totals['seconds'] / 3600:.2f} hours in {config.out / 'shards'}")
 
 

@@ -5,7 +5,7 @@
 
 Embeddings and head of the audio codes start from the codec's own vectors, so that codes that sound alike are alike from
 the first step; all other weights are random.
-The tokenizer is a byte-level BPE of the miniature's own sentences in both languages, so that a word is a few tokens.
+The tokenizer is a byte-level BPE of the miniature's own sentences in both languages; a number's word is one token.
 Prints the number of parameters.
 """
 
@@ -24,10 +24,11 @@ from higgs_tune.preprocess.codec.codec import HiggsCodec
 from higgs_tune.preprocess.input.layout import INSTRUCTION, PLAIN_INSTRUCTION, SYSTEM
 from higgs_tune.train.model.load import HiggsAudioConfig
 from higgs_tune.train.toy import make_model, make_tokenizer, model_config
-from sentences import KINDS, make_sentence
+from sentences import KINDS, ONES, TENS, arabic_words, make_sentence, without_marks
 from torch import nn
 
 VECTOR_STD = 0.05
+VOCABULARY = 1600
 
 TEXT_SIZES = {
     "hidden_size": 192,
@@ -58,15 +59,17 @@ class BaseSizes:
 
 def texts(rng: Random) -> Iterator[str]:
     """What the tokenizer is made for: sentences of every kind, and the fixed texts of a conversation."""
+    words = [word for text in (*ONES, *TENS, "hundred", "and") for word in (text, f" {text}")]
+    bare = [word for text in map(without_marks, arabic_words()) for word in (text, f" {text}")]
     for _ in range(400):
-        yield from ("system", "user", "assistant", SYSTEM, INSTRUCTION, PLAIN_INSTRUCTION)
+        yield from ("system", "user", "assistant", SYSTEM, INSTRUCTION, PLAIN_INSTRUCTION, *words, *bare)
         for language, kinds in KINDS.items():
             yield from (make_sentence(language, (kind,), rng) for kind in kinds)
 
 
 def base_config() -> tuple[HiggsAudioConfig, object]:
     """The config, and its tokenizer."""
-    tokenizer = make_tokenizer(texts(Random(0)), 640)
+    tokenizer = make_tokenizer(texts(Random(0)), VOCABULARY)
     fields = model_config(tokenizer, **AUDIO_SIZES).to_dict()
     text = fields.pop("text_config") | TEXT_SIZES
     return HiggsAudioConfig(text_config=text, **fields), tokenizer

@@ -6,6 +6,7 @@ is said; Arabic carries its vowel marks, which espeak-ng needs.
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Callable
 from pathlib import Path
 from random import Random
@@ -44,6 +45,17 @@ VERBS = _words("found watched threw joined changed pushed heard bought measured 
 PLACES = _words(
     "near the old mill|under a yellow moon|beyond the hedge|with great joy|on a foggy road|in our house", "|"
 )
+
+
+def without_marks(text: str) -> str:
+    """Arabic as it is written, without the vowel marks that espeak-ng needs."""
+    return "".join(letter for letter in text if not unicodedata.combining(letter))
+
+
+def arabic_words() -> list[str]:
+    """The words of Arabic numbers, as they are and with "and" before them."""
+    words = [*UNITS_AR, *dict.fromkeys(word for teen in TEENS_AR for word in teen.split()), *TENS_AR, *HUNDREDS_AR]
+    return [spoken for word in words for spoken in (word, f"وَ{word}")]
 
 
 def english_number(number: int) -> str:
