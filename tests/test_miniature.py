@@ -6,6 +6,7 @@ import json
 import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,16 +19,19 @@ from higgs_tune.preprocess.judges.edits import count_edits
 from higgs_tune.preprocess.judges.load import load_recogniser
 from higgs_tune.preprocess.judges.normalisers import normaliser
 from higgs_tune.shards.reader import ShardSet
+from higgs_tune.train.model.load import load_model
+from transformers import AutoTokenizer
 
 HERE = ROOT / "examples" / "miniature"
 COMMITTED = HERE / "codec"
 sys.path.append(str(HERE))
+import coded_words  # noqa: E402
 import compose  # noqa: E402
 import make_base  # noqa: E402
 from codec_files import write_codec  # noqa: E402
 from codec_model import MiniatureCodec  # noqa: E402
 from evaluate_codec import in_digits  # noqa: E402
-from sentences import arabic_number, english_number  # noqa: E402
+from sentences import ONES, TENS, arabic_number, arabic_words, english_number, without_marks  # noqa: E402
 from train_codec import CodecTraining, MelLoss, entropy_bits, learning_rate  # noqa: E402
 from train_recogniser import BANDS, SAMPLE_RATE_HZ, WINDOW, filter_bank  # noqa: E402
 
@@ -112,29 +116,67 @@ def test_filter_bank_hears_pitch() -> None:
     assert loudest == sorted(set(loudest))
 
 
+def run_script(monkeypatch: pytest.MonkeyPatch, script: Any, *arguments: object) -> None:
+    monkeypatch.setattr(sys, "argv", ["", *map(str, arguments)])
+    script.main()
+
+
+@pytest.fixture(scope="module")
+def untrained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The base before it is trained."""
+    out = tmp_path_factory.mktemp("miniature") / "base"
+    with pytest.MonkeyPatch.context() as patch:
+        run_script(patch, make_base, "--audio_tokenizer_path", COMMITTED / "native", "--out", out)
+    return out
+
+
+@pytest.mark.fast
+def test_the_untrained_base_follows_a_text(untrained: Path) -> None:
+    """Number words are one token; where a text says a word again, the head of layer 1 has what stood behind it."""
+    tokenizer = AutoTokenizer.from_pretrained(untrained)
+    words = [*ONES, *TENS, "hundred", "and", *map(without_marks, arabic_words())]
+    assert {len(tokenizer.tokenize(text)) for word in words for text in (word, f" {word}")} == {1}
+    model = load_model(untrained, device=torch.device("cpu"), dtype=torch.float32).model.eval()
+    said = "five nine three eight ten twelve fifty sixty"  # with and without a space the first is the same
+    ids_1N = tokenizer(f"{said}<|eot_id|>{said}", return_tensors="pt").input_ids
+    seen: list[torch.Tensor] = []
+    handle = model.layers[1].register_forward_hook(lambda _layer, _inputs, output: seen.append(output[0]))
+    with torch.no_grad():
+        model(input_ids=ids_1N, attention_mask=torch.ones_like(ids_1N))
+    handle.remove()
+    next_NH = seen[0].reshape(-1, seen[0].shape[-1])[-ids_1N.shape[1] :, make_base.NEXT]  # padded on the left
+    own_NH = model.embed_tokens(ids_1N)[0, :, make_base.OWN]
+    likeness_N = torch.nn.functional.cosine_similarity(next_NH[9:-1], own_NH[10:])
+    assert likeness_N.min() > 0.8
+
+
 @pytest.mark.skipif(shutil.which("flite") is None, reason="needs flite")
-def test_composed_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_composed_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, untrained: Path) -> None:
     """Both layouts; codes are those of the said words; held-out sentences are not trained on."""
-    monkeypatch.setattr(compose, "WORDS", compose.ONES[:10])
-    base, codec, out = tmp_path / "base", COMMITTED / "native", tmp_path / "data"
-    monkeypatch.setattr(sys, "argv", ["", "--audio_tokenizer_path", str(codec), "--out", str(base)])
-    make_base.main()
-    options = {"voices": "slt", "kinds": "digits", "samples": 8, "takes": 1, "held_out": 2, "decoded": 1}
-    arguments = [text for name, value in options.items() for text in (f"--{name}", str(value))]
-    paths = ["--model_path", str(base), "--audio_tokenizer_path", str(codec), "--out", str(out)]
-    monkeypatch.setattr(sys, "argv", ["", *paths, *arguments])
-    compose.main()
+    monkeypatch.setitem(coded_words.WORDS, "en", {word: word for word in ONES[:10]})
+    codec, words, out = COMMITTED / "native", tmp_path / "words", tmp_path / "data"
+    run_script(
+        monkeypatch,
+        coded_words,
+        *("--audio_tokenizer_path", codec, "--out", words, "--voices", "slt", "--takes", 2, "--references", 2),
+    )
+    run_script(
+        monkeypatch,
+        compose,
+        *("--model_path", untrained, "--audio_tokenizer_path", codec, "--words", words, "--out", out),
+        *("--voices", "slt", "--kinds", "digits", "--samples", 8, "--held_out", 2, "--decoded", 1),
+    )
     shards = ShardSet(out / "shards")
     assert (len(shards), shards.manifest["layouts"]["chat"], shards.manifest["layouts"]["serve"]) == (8, 4, 4)
     samples = [shards.read(row) for row in range(8)]
-    said = [text for sample in samples for text in sample.meta["misc"]["said"]]
-    frames = [segment["frames"] for sample in samples for segment in sample.meta["segments"]]
-    by_word = np.linalg.lstsq(
-        np.array([[text.split().count(word) for word in compose.WORDS] for text in said]), np.array(frames), rcond=None
-    )
-    assert by_word[0] == pytest.approx(np.round(by_word[0]), abs=1e-6)
+    coded = coded_words.read_words(words, "slt", 1)
+    for sample in samples:
+        text = sample.meta["misc"]["said"][1]
+        said_KT = np.concatenate([coded[word][0] for word in text.split()], axis=1)
+        np.testing.assert_array_equal(sample.codes_KT[:, -said_KT.shape[1] :], said_KT)
+    assert {len(takes) for takes in coded_words.read_words(words, "slt", 9).values()} == {2}
     held_out = [json.loads(line) for line in (out / "held_out.jsonl").read_text().splitlines()]
-    assert not {line["text"] for line in held_out} & set(said)
+    assert not {line["text"] for line in held_out} & {sample.meta["misc"]["said"][1] for sample in samples}
     assert all((out / line[name]).is_file() for line in held_out for name in ("ref_audio", "target_audio"))
 
 
