@@ -33,7 +33,7 @@ from speech import SAMPLE_RATE_HZ, language_of, speak, split_of
 # written words and how they are given to the synthesiser
 WORDS = {
     "en": {word: word for word in (*ONES, *TENS, "hundred", "and")},
-    "ar": {without_marks(word): word for word in reversed(arabic_words())},
+    "ar": {without_marks(word): word for word in reversed(arabic_words())},  # the first of two forms stays
 }
 PAUSE = ","
 MARGIN_S, PAUSE_S = 0.04, 0.2

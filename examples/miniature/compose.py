@@ -207,7 +207,9 @@ def main() -> None:
     config = tyro.cli(Composition)
     (config.out / "clips").mkdir(parents=True, exist_ok=True)
     codec = load_codec(config.audio_tokenizer_path)
-    voices = {name: read_voice(config, codec, name) for name in {*config.voices, *config.held_out_voices}}
+    voices = {
+        name: read_voice(config, codec, name) for name in dict.fromkeys((*config.voices, *config.held_out_voices))
+    }
     chatml = config.out / "chatml.jsonl"
     write_lines(chatml, (compose_one(config, voices, number)[0] for number in range(config.samples)))
     options = PreprocessConfig(

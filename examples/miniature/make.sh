@@ -30,10 +30,27 @@ train_recogniser() { "$python" examples/miniature/train_recogniser.py --out "$ou
 train_recogniser --speech "$out/asr-wide" --steps 4000
 train_recogniser --speech "$out/asr-wide" "$out/asr-narrow" --steps 5900 --learning_rate 2e-3
 
-# base
-[ -d "$out/base-untrained" ] || "$python" examples/miniature/make_base.py --audio_tokenizer_path "$out/codec/native" \
+# words and recordings of all voices, then the base: words first, then short sentences with recordings as references, then
+# all sentences
+words=$out/words codec=$out/codec/native
+[ -f "$words/references.jsonl" ] || "$python" examples/miniature/coded_words.py --audio_tokenizer_path "$codec" \
+    --out "$words" --takes 4 --voices slt rms awb amal karim huda nour zayd
+[ -d "$out/base-untrained" ] || "$python" examples/miniature/make_base.py --audio_tokenizer_path "$codec" \
     --out "$out/base-untrained"
-[ -f "$out/base-data/speech.jsonl" ] || "$python" examples/miniature/compose.py --model_path "$out/base-untrained" \
-    --audio_tokenizer_path "$out/codec/native" --out "$out/base-data"
-"$python" -m higgs_tune.train --config examples/miniature/base.yaml --model_path "$out/base-untrained" \
-    --train_data_dir "$out/base-data/shards" --output_dir "$out/base"
+compose() {
+    [ -f "$out/$1/speech.jsonl" ] || "$python" examples/miniature/compose.py --model_path "$out/base-untrained" \
+        --audio_tokenizer_path "$codec" --words "$words" --out "$out/$1" --voices slt rms awb "${@:2}"
+}
+train_base() {
+    "$python" -m higgs_tune.train --config examples/miniature/base.yaml --model_path "$out/$1" \
+        --train_data_dir "$out/$2/shards" --output_dir "$out/$3" "${@:4}"
+}
+compose base-data-1 --samples 8000 --longest 3 --distinct --kinds words --word_references 1 --held_out 0 --seed 30
+train_base base-untrained base-data-1 base-1 --tokens_per_pack 1024 --max_steps 600 --learning_rate 2e-3 \
+    --head_learning_rate 2e-3 --train_on_reference true
+compose base-data-2 --samples 12000 --longest 7 --held_out 0 --seed 40
+train_base base-1 base-data-2 base-2 --tokens_per_pack 1536 --max_steps 800 --learning_rate 1.5e-3 \
+    --head_learning_rate 1.5e-3
+compose base-data-3 --samples 12000 --longest 14 --takes 2 --kinds words digits numbers digits numbers --seed 50
+train_base base-2 base-data-3 base --tokens_per_pack 2048 --max_steps 600 --learning_rate 1e-3 \
+    --head_learning_rate 1e-3 --lr_decay_fraction 0.6
