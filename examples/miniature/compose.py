@@ -7,9 +7,9 @@ A sentence is the codes of its words (`coded_words.py`) in a row, with a pause f
 recording of the same voice. Recorded sentences are remembered one by one long before a small model learns to follow a
 text; of composed ones no two are alike.
 
-Out: `OUT/shards`, a shard set with both prompt layouts; `OUT/held_out.jsonl`, a list for higgs-eval of sentences of the
-split `test`, with references; `OUT/speech.jsonl`, as `speech.py` writes it, of some decoded training sentences for the
-recogniser; `OUT/clips`, decoded targets of both lists.
+Out: `OUT/shards`, a shard set, by default with both prompt layouts; `OUT/held_out.jsonl`, a list for higgs-eval of
+sentences of the split `test`, with references; `OUT/speech.jsonl`, as `speech.py` writes it, of some decoded training
+sentences for the recogniser; `OUT/clips`, decoded targets of both lists.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from random import Random
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import soundfile
@@ -61,6 +61,8 @@ class Composition:
     """Sentences."""
     kinds: tuple[str, ...] = ("words", "digits", "numbers")
     """Kinds of sentences: `words` (words in any order), or those of `sentences.py` that have no other words."""
+    layouts: tuple[Literal["chat", "serve"], ...] = ("chat", "serve")
+    """Prompt layouts, in turn."""
     longest: int = 20
     """Most words and pauses of a sentence."""
     distinct: bool = False
@@ -135,7 +137,7 @@ def compose_one(
     else:
         other, _path, reference_KT = rng.choice(voice.references)
     audio = [{"type": "audio", "audio_url": f"composed/{name}-{number}-{side}"} for side in ("target", "reference")]
-    layout = "serve" if number // len(config.voices) % 2 else "chat"
+    layout = config.layouts[number // len(config.voices) % len(config.layouts)]
     conversation = build_conversation(layout, text, audio[0], [Reference(audio[1], other)])
     conversation.pop("start_index", None)
     misc = {"language": language_of(name), "said": [other, text]}
