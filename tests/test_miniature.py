@@ -6,13 +6,15 @@ import json
 import shutil
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
 import soundfile
 import torch
 from conftest import ROOT
+from higgs_tune.evaluate.speak.config import SpeakConfig
+from higgs_tune.evaluate.speak.run import speak
 from higgs_tune.preprocess.audio.resample import resample_soxr
 from higgs_tune.preprocess.codec.checkpoint import load_codec
 from higgs_tune.preprocess.judges.edits import count_edits
@@ -178,6 +180,35 @@ def test_composed_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, untrai
     held_out = [json.loads(line) for line in (out / "held_out.jsonl").read_text().splitlines()]
     assert not {line["text"] for line in held_out} & {sample.meta["misc"]["said"][1] for sample in samples}
     assert all((out / line[name]).is_file() for line in held_out for name in ("ref_audio", "target_audio"))
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize("layout", ["chat", "serve"])
+def test_committed_base_says_the_text(layout: Literal["chat", "serve"], tmp_path: Path) -> None:
+    """It speaks by the command, in both layouts, and ends by itself."""
+    reference = tmp_path / "reference.wav"
+    soundfile.write(
+        reference,
+        load_codec(COMMITTED / "native").decode(
+            load_codec(COMMITTED / "native").encode(arabic_clip("amal-00")[: 40 * 960])
+        ),
+        24_000,
+    )
+    text, out = "nine", tmp_path / "out.wav"
+    config = SpeakConfig(
+        model_path=HERE / "base",
+        audio_tokenizer_path=COMMITTED / "native",
+        layout=layout,
+        temperature=0.0,
+        ras_win_len=0,
+        max_seconds=5,
+        ref_audio=(reference,),
+        ref_text=("six",),
+        text=text,
+        output=out,
+    )
+    assert speak(config) == 0
+    assert 0.1 < soundfile.info(out).duration < 4
 
 
 @pytest.mark.fast
