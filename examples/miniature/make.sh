@@ -39,18 +39,24 @@ words=$out/words codec=$out/codec/native
     --out "$out/base-untrained"
 compose() {
     [ -f "$out/$1/speech.jsonl" ] || "$python" examples/miniature/compose.py --model_path "$out/base-untrained" \
-        --audio_tokenizer_path "$codec" --words "$words" --out "$out/$1" --voices slt rms awb "${@:2}"
+        --audio_tokenizer_path "$codec" --words "$words" --out "$out/$1" "${@:2}"
 }
 train_base() {
     "$python" -m higgs_tune.train --config examples/miniature/base.yaml --model_path "$out/$1" \
         --train_data_dir "$out/$2/shards" --output_dir "$out/$3" "${@:4}"
 }
-compose base-data-1 --samples 8000 --longest 3 --distinct --kinds words --word_references 1 --held_out 0 --seed 30
+
+# the recogniser goes on with decoded sentences among the rest
+compose decoded --samples 64 --held_out 0 --decoded 480 --voices slt rms awb amal karim huda nour zayd --seed 60
+train_recogniser --speech "$out/asr-wide" "$out/asr-narrow" "$out/decoded" --steps 7400 --learning_rate 4e-3
+
+english=(--voices slt rms awb)
+compose base-data-1 "${english[@]}" --samples 8000 --longest 3 --distinct --kinds words --word_references 1 --held_out 0 --seed 30
 train_base base-untrained base-data-1 base-1 --tokens_per_pack 1024 --max_steps 600 --learning_rate 2e-3 \
     --head_learning_rate 2e-3 --train_on_reference true
-compose base-data-2 --samples 12000 --longest 7 --held_out 0 --seed 40
+compose base-data-2 "${english[@]}" --samples 12000 --longest 7 --held_out 0 --seed 40
 train_base base-1 base-data-2 base-2 --tokens_per_pack 1536 --max_steps 800 --learning_rate 1.5e-3 \
     --head_learning_rate 1.5e-3
-compose base-data-3 --samples 12000 --longest 14 --takes 2 --kinds words digits numbers digits numbers --seed 50
+compose base-data-3 "${english[@]}" --samples 12000 --longest 14 --takes 2 --kinds words digits numbers digits numbers --seed 50
 train_base base-2 base-data-3 base --tokens_per_pack 2048 --max_steps 600 --learning_rate 1e-3 \
     --head_learning_rate 1e-3 --lr_decay_fraction 0.6
