@@ -219,7 +219,8 @@ def test_an_unusable_reference_is_named_before_anything_is_spoken(
     write_list(tmp_path / "ar.jsonl", lines)
     write_list(tmp_path / "en.jsonl", [{"id": "d", "text": "yes", **voice}])
     given: dict[str, Any] = arguments(trained, toy, tmp_path, tmp_path / "eval") | {"speaker_model": "stub"}
-    config = EvalConfig(**(given | {"model_path": (str(trained / "base"),)}))
+    one: dict[str, Any] = given | {"model_path": (str(trained / "base"),)}
+    config = EvalConfig(**one)
 
     class OneVoice(Stub):
         def embed(self, wave_S: np.ndarray) -> np.ndarray:
@@ -252,7 +253,9 @@ def test_a_model_whose_weights_cannot_be_loaded_costs_no_other(
     tensors.pop("norm.weight")
     save_file(tensors, broken / "model.safetensors", {"format": "pt"})
     given: dict[str, Any] = arguments(trained, toy, lists, tmp_path / "eval")
-    config = EvalConfig(**(given | {"model_path": (str(trained / "base"), str(broken))}))
+    both: dict[str, Any] = given | {"model_path": (str(trained / "base"), str(broken))}
+    alone: dict[str, Any] = given | {"model_path": (str(broken),), "out": tmp_path / "other"}
+    config = EvalConfig(**both)
     result = evaluate(config, judges)
     problems = result["findings"]["broken"]["problems"]
     assert len(problems) == 8 and result["broken"]["wer"]["mean"] == 1
@@ -260,4 +263,4 @@ def test_a_model_whose_weights_cannot_be_loaded_costs_no_other(
     assert "warning: broken: the model cannot be loaded" in capsys.readouterr().err
     assert not any("cannot be loaded" in fault["detail"] for fault in result["findings"]["base"]["problems"])
     with pytest.raises(UserError, match="norm"):
-        evaluate(EvalConfig(**(given | {"model_path": (str(broken),), "out": tmp_path / "other"})), judges)
+        evaluate(EvalConfig(**alone), judges)
