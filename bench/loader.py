@@ -15,7 +15,7 @@ import json
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -121,17 +121,22 @@ def pad_batch(batch: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
     return fields
 
 
-def time_webdataset(shards: ShardSet, workers: int, samples: int) -> Timing:
-    urls = [str(shards.folder / shard["name"]) for shard in shards.manifest["shards"]]
-    pipeline = webdataset.WebDataset(urls, shardshuffle=len(urls)).shuffle(1000).decode().batched(25, pad_batch)  # pyright: ignore
-    loader = iter(DataLoader(pipeline, batch_size=None, num_workers=workers))
-    next(loader)
+def timed(batches: Iterable[Any], samples: int) -> Timing:
+    """Samples from the second batch on; batches have the field `tokens.npy`."""
+    iterator = iter(batches)
+    next(iterator)
     began, count = time.perf_counter(), 0
-    for batch in loader:
+    for batch in iterator:
         count += len(batch["tokens.npy"])
         if count >= samples:
             break
     return count, 0, time.perf_counter() - began
+
+
+def time_webdataset(shards: ShardSet, workers: int, samples: int) -> Timing:
+    urls = [str(shards.folder / shard["name"]) for shard in shards.manifest["shards"]]
+    pipeline = webdataset.WebDataset(urls, shardshuffle=len(urls)).shuffle(1000).decode().batched(25, pad_batch)  # pyright: ignore
+    return timed(DataLoader(pipeline, batch_size=None, num_workers=workers), samples)
 
 
 def real_size_codec() -> HiggsCodec:

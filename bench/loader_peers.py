@@ -15,8 +15,7 @@ import json
 import statistics
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
@@ -29,7 +28,7 @@ import torch
 import tyro
 from higgs_tune.shards.format import Arrays
 from higgs_tune.shards.reader import ShardSet
-from loader import Timing, make_set, pad_batch, time_loader
+from loader import Timing, make_set, pad_batch, time_loader, timed
 from machine import describe_machine
 from torch.utils.data import DataLoader
 
@@ -48,18 +47,6 @@ class Options:
     """Numbers of loader processes, or of threads, to time."""
     out: Path | None = None
     """JSON file of the results."""
-
-
-def timed(batches: Iterable[Any], samples: int) -> Timing:
-    """Samples from the second batch on; batches have the field `tokens.npy`."""
-    iterator = iter(batches)
-    next(iterator)
-    began, count = time.perf_counter(), 0
-    for batch in iterator:
-        count += len(batch["tokens.npy"])
-        if count >= samples:
-            break
-    return count, 0, time.perf_counter() - began
 
 
 def import_streaming() -> Any:

@@ -9,23 +9,23 @@ from typing import Any
 import pytest
 import torch
 from helpers.kept import kept_share
+from helpers.step import loss_and_gradients
 from higgs_tune.shards.reader import ShardSet
 from higgs_tune.train.data.batch import Batch, collate
 from higgs_tune.train.model import fused_linear, linear
 from higgs_tune.train.model.dropout import drop
-from higgs_tune.train.model.forward import Checkpointing, ExecOptions, label_states
+from higgs_tune.train.model.forward import Checkpointing, ExecOptions
 from higgs_tune.train.model.fused_linear import fused_project, stack_frozen_weights, stack_layer
 from higgs_tune.train.model.layer_input import Gated, Normed, Rows, Source
 from higgs_tune.train.model.linear import layer_of, layers_of, plain_project
 from higgs_tune.train.model.load import HiggsAudioModel, load_model
-from higgs_tune.train.model.lora import TrainableOptions, add_lora, trainable
-from higgs_tune.train.model.loss import LossOptions, pack_loss
+from higgs_tune.train.model.lora import TrainableOptions, add_lora
 from higgs_tune.train.model.paths import BY_PEFT, describe_paths
 from higgs_tune.train.presets import PRESETS
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
-LOSS, SEED = LossOptions(), 1234567
+SEED = 1234567
 KINDS: dict[str, dict[str, Any]] = {
     "plain": {},
     "dropout": {"dropout": 0.25},
@@ -139,31 +139,20 @@ def batch_of(shards: ShardSet, rows: range) -> Batch:
     return collate([shards.read(row) for row in rows], 0.0, shards.special_ids)
 
 
-def step(model: HiggsAudioModel, batch: Batch, exec_options: ExecOptions) -> dict[str, torch.Tensor]:
-    """The loss and every gradient, with the dropout of a fixed seed."""
-    torch.manual_seed(3)
-    weights = LOSS.per_label(torch.cat([batch["label_counts"], batch["pairs"]]).float())
-    total = pack_loss(model, label_states(model, batch, exec_options), batch, weights, LOSS, at_labels=True).total
-    total.backward()
-    found = {name: p.grad for name, p in trainable(model).items() if p.grad is not None}
-    model.zero_grad(set_to_none=True)
-    return found | {"loss": total.detach()}
-
-
 @pytest.mark.parametrize("options", COMBINATIONS, ids=str)
 def test_every_combination_runs_fused_as_printed_and_keeps_what_is_estimated(
     options: dict[str, Any], toy: Path, shards: ShardSet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Numbers of the plain layers, checkpointed or not; no group of layers leaves the fused path."""
     model, batch = model_with(toy, **options), batch_of(shards, range(4))
-    expected = step(model, batch, ExecOptions(plain=True))
+    expected = loss_and_gradients(model, batch, ExecOptions(plain=True))
     lines = describe_paths(model, ExecOptions())
     assert all(" fused " in line for line in lines)
     kind = ("DoRA" if options.get("dora") else "LoRA") + " r 4" + (" dropout 0.25" if options.get("dropout") else "")
     assert any(kind in line for line in lines)
     monkeypatch.setattr(fused_linear, "plain_project", None)
     for mode in MODES:
-        got = step(model, batch, ExecOptions(checkpointing=mode))
+        got = loss_and_gradients(model, batch, ExecOptions(checkpointing=mode))
         assert got.keys() == expected.keys()
         for name, value in expected.items():
             assert (got[name] - value).abs().max() <= 1e-5 * value.abs().max() + 1e-9, (mode, name)
@@ -190,9 +179,9 @@ def test_several_adapters_run_fused_and_keep_what_is_estimated(
             nn.init.normal_(parameter, std=0.02)
     peft_model.train()
     assert all(" fused " in line for line in describe_paths(model, ExecOptions()))
-    expected = step(model, batch, ExecOptions(plain=True))
+    expected = loss_and_gradients(model, batch, ExecOptions(plain=True))
     for mode in MODES:
-        got = step(model, batch, ExecOptions(checkpointing=mode))
+        got = loss_and_gradients(model, batch, ExecOptions(checkpointing=mode))
         for name, value in expected.items():
             assert (got[name] - value).abs().max() <= 1e-5 * value.abs().max() + 1e-9, (mode, name)
         assert kept_share(model, batch, ExecOptions(checkpointing=mode), monkeypatch) == pytest.approx(1, abs=0.1), mode
@@ -221,9 +210,9 @@ def test_dropout_and_dora_are_not_compiled(
 ) -> None:
     """Compiled code would keep masks (a third more than estimated), so they run fused, as the run prints."""
     model, batch = model_with(toy, **KINDS[kind]), batch_of(shards, range(4))
-    expected, compiled = step(model, batch, ExecOptions()), ExecOptions("compiled")
+    expected, compiled = loss_and_gradients(model, batch, ExecOptions()), ExecOptions("compiled")
     assert describe_paths(model, compiled) == describe_paths(model, ExecOptions())
-    got = step(model, batch, compiled)
+    got = loss_and_gradients(model, batch, compiled)
     assert all(torch.equal(got[name], value) for name, value in expected.items())
     assert kept_share(model, batch, compiled, monkeypatch) == pytest.approx(1, abs=0.1)
     partly = describe_paths(model_with(toy, pattern=r".*\.down_proj", **KINDS[kind]), compiled)

@@ -14,19 +14,19 @@ import pytest
 import torch
 from helpers.kept import kept_share
 from helpers.samples import random_sample
+from helpers.step import loss_and_gradients
 from helpers.tiny import ids_of, run_train, write_checkpoint, write_set
 from higgs_tune.shards.errors import UserError
 from higgs_tune.shards.reader import ShardSet
 from higgs_tune.train.arguments import parse_arguments
-from higgs_tune.train.data.batch import Batch, collate
+from higgs_tune.train.data.batch import collate
 from higgs_tune.train.estimate import plan_model
 from higgs_tune.train.export.merge import main as export
 from higgs_tune.train.model import quantized
-from higgs_tune.train.model.forward import Checkpointing, ExecOptions, label_states
+from higgs_tune.train.model.forward import Checkpointing, ExecOptions
 from higgs_tune.train.model.fused_linear import stack_layer
 from higgs_tune.train.model.load import HiggsAudioModel, load_model
-from higgs_tune.train.model.lora import TrainableOptions, add_lora, trainable
-from higgs_tune.train.model.loss import LossOptions, pack_loss
+from higgs_tune.train.model.lora import TrainableOptions, add_lora
 from higgs_tune.train.model.memory import StateBytes, state_bytes
 from higgs_tune.train.model.quantized import QUANTIZED, Quantization, QuantizedWeight, quantize_layers
 from safetensors.torch import load_file
@@ -35,7 +35,7 @@ from transformers import PreTrainedTokenizerBase
 
 needs_bitsandbytes = pytest.mark.skipif(not importlib.util.find_spec("bitsandbytes"), reason="no bitsandbytes")
 KINDS: tuple[Quantization, ...] = ("nf4", "int8")
-CPU, LOSS = torch.device("cpu"), LossOptions()
+CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
@@ -69,17 +69,6 @@ def dequantized_by_bitsandbytes(weight: torch.Tensor, kind: Quantization) -> tor
     return functional.dequantize_4bit(*functional.quantize_4bit(weight, quant_type="nf4", compress_statistics=True))
 
 
-def step(model: HiggsAudioModel, batch: Batch, exec_options: ExecOptions) -> dict[str, torch.Tensor]:
-    """The loss and every gradient."""
-    torch.manual_seed(1)
-    weights = LOSS.per_label(torch.cat([batch["label_counts"], batch["pairs"]]).float())
-    total = pack_loss(model, label_states(model, batch, exec_options), batch, weights, LOSS, at_labels=True).total
-    total.backward()
-    found = {name: p.grad for name, p in trainable(model).items() if p.grad is not None}
-    model.zero_grad(set_to_none=True)
-    return found | {"loss": total.detach()}
-
-
 @needs_bitsandbytes
 @pytest.mark.parametrize("options", [{}, {"dora": True, "dropout": 0.25}, {"norms": True, "heads": True}], ids=str)
 @pytest.mark.parametrize("kind", KINDS)
@@ -100,11 +89,11 @@ def test_loss_and_gradients_are_those_of_dequantized_weights(
     for name, parameter in model.named_parameters():
         if name not in held:
             assert torch.equal(parameter, original[name])  # heads, embeddings and norms
-    wanted = step(adapted(plain, **options), batch, ExecOptions())
+    wanted = loss_and_gradients(adapted(plain, **options), batch, ExecOptions())
     adapted(model, **options)
     modes: tuple[Checkpointing, ...] = ("none", "selective", "full")
     for exec_options in (ExecOptions(plain=True), *(ExecOptions(checkpointing=mode) for mode in modes)):
-        got = step(model, batch, exec_options)
+        got = loss_and_gradients(model, batch, exec_options)
         assert got.keys() == wanted.keys()
         for name, value in wanted.items():
             assert (got[name] - value).abs().max() <= 1e-4 * value.abs().max() + 1e-9, name

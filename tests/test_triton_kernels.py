@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 from helpers.samples import random_sample
+from helpers.step import loss_and_gradients
 from helpers.tiny import ids_of, write_checkpoint, write_set
 from higgs_tune.shards.errors import UserError
 from higgs_tune.shards.reader import ShardSet
@@ -24,21 +25,19 @@ from higgs_tune.train.data.batch import collate
 from higgs_tune.train.model import kernel_choice
 from higgs_tune.train.model.attention import plain_rope_and_reorder
 from higgs_tune.train.model.dropout import Mask
-from higgs_tune.train.model.forward import ExecOptions, label_states
+from higgs_tune.train.model.forward import ExecOptions
 from higgs_tune.train.model.fused_linear import fused_project
 from higgs_tune.train.model.kernel_choice import choose_kernels
 from higgs_tune.train.model.layer_input import Gated, Normed, Rows
 from higgs_tune.train.model.linear import Layer
 from higgs_tune.train.model.load import load_model
-from higgs_tune.train.model.lora import TrainableOptions, add_lora, trainable
-from higgs_tune.train.model.loss import LossOptions, pack_loss
+from higgs_tune.train.model.lora import TrainableOptions, add_lora
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 needs_triton = pytest.mark.skipif(not find_spec("triton"), reason="triton is not installed")
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DTYPES = [torch.float32, torch.bfloat16]
-LOSS = LossOptions()
 COMPILE = """
 import torch, triton
 from triton.backends.compiler import GPUTarget
@@ -198,18 +197,8 @@ def test_a_step(options: dict[str, Any], toy_tokenizer: PreTrainedTokenizerBase,
         if ".lora_B." in name:
             nn.init.normal_(parameter, std=0.02)
     batch = collate([shards.read(0)], 0.0, shards.special_ids).to(DEVICE)
-    weights = LOSS.per_label(torch.cat([batch["label_counts"], batch["pairs"]]).float())
-
-    def step(exec_options: ExecOptions) -> dict[str, torch.Tensor]:
-        states = label_states(model, batch, exec_options)
-        total = pack_loss(model, states, batch, weights, LOSS, at_labels=True).total
-        total.backward()
-        found = {name: p.grad for name, p in trainable(model).items() if p.grad is not None}
-        model.zero_grad(set_to_none=True)
-        return found | {"loss": total.detach()}
-
-    expected = step(ExecOptions())
-    got = step(ExecOptions("triton", "selective"))
+    expected = loss_and_gradients(model, batch, ExecOptions())
+    got = loss_and_gradients(model, batch, ExecOptions("triton", "selective"))
     assert got.keys() == expected.keys()
     for name, value in expected.items():
         assert (got[name] - value).abs().max() <= 1e-4 * value.abs().max() + 1e-9, name
