@@ -154,7 +154,9 @@ def test_bad_recordings_are_named_and_the_rest_is_done(recordings: Path, tmp_pat
     shutil.copytree(recordings, folder)
     good = folder / "second" / "six.flac"
     (folder / "empty.wav").write_bytes(b"")
-    (folder / "page.mp3").write_bytes(b"<!doctype html><html>")
+    (folder / "empty too.wav").write_bytes(b"")
+    for name in ("page.mp3", "page too.mp3"):
+        (folder / name).write_bytes(b"<!doctype html><html>")
     (folder / "cut off.wav").write_bytes((folder / "first speaker" / "one two.wav").read_bytes()[:200_000])
     (folder / "video.mp4").write_bytes(b"\0\0\0\x20ftypisom" + bytes(500))
     (folder / "zz").mkdir()
@@ -167,11 +169,15 @@ def test_bad_recordings_are_named_and_the_rest_is_done(recordings: Path, tmp_pat
     before = files(folder)
     summary = pipeline.prepare(config(folder, tmp_path / "out"))
     assert files(folder) == before
-    errors = {Path(one.path).name: (one.error or "").partition(":")[0] for one in summary["errors"]}
+    said = {Path(one.path).name: str(one.error) for one in summary["errors"]}
+    errors = {name: error.partition(":")[0] for name, error in said.items()}
     assert errors == {"empty.wav": "unreadable_audio", "page.mp3": "unreadable_audio", "cut off.wav": "truncated_audio",
+                      "empty too.wav": "unreadable_audio", "page too.mp3": "unreadable_audio",
                       "video.mp4": "unreadable_audio", "again.flac": "same_file", "silent.wav": "no_speech",
                       "many.wav": "too_many_channels"}  # fmt: skip
-    assert any("ffmpeg" in (one.error or "") for one in summary["errors"] if one.path.endswith("video.mp4"))
+    assert all("an empty file" in said[name] for name in ("empty.wav", "empty too.wav")), said
+    assert all("an HTML page" in said[name] for name in ("page.mp3", "page too.mp3")), said
+    assert "ffmpeg" in said["video.mp4"]
     segments = read_segments(tmp_path / "out")
     bad = [one for one in segments if one.recording.endswith("broken text.wav")]
     assert bad and all(one.reject and one.reject.reason == "unreadable_transcript" for one in bad)

@@ -183,14 +183,14 @@ def _quality(wanted: str) -> str:
 
 
 def _recordings(names: Sequence[str], facts: Sequence[Any]) -> list[Recording]:
-    """The recordings in their order; of several with equal bytes the first is used."""
+    """The recordings in their order; of several with equal bytes the first is used, and each bad one has its reason."""
     seen: dict[str, str] = {}
     made = []
     for name, fact in zip(names, facts, strict=True):
         shown, error = name.encode("utf-8", "backslashreplace").decode(), fact.error
-        if fact.sha256 and fact.sha256 in seen:
+        if error is None and fact.sha256 in seen:
             error = f"same_file: its bytes are those of {seen[fact.sha256]}"
-        elif fact.sha256:
+        elif error is None:
             seen[fact.sha256] = shown
         made.append(Recording(shown, fact.sha256, fact.total_ms / 1000, fact.rate, fact.channels, error))
     return made
