@@ -45,7 +45,7 @@ from higgs_tune.train.model.load import HiggsAudioModel
 from higgs_tune.train.model.loss import LossOptions, pack_loss
 from higgs_tune.train.model.reference import boson_inputs
 from machine import describe_machine, usual_memory
-from models.packed_peer import peer_step
+from models.packed_peer import attend_of, peer_step
 from models.synthetic import (
     SIZES,
     VOCABULARY,
@@ -201,7 +201,12 @@ def make_sides(
         stack_layer(layer)
     sides = [
         Side("public", padded, lambda inputs: public_step(peft_model, weights, inputs), keeps_memory=False),
-        Side("packed peer", batches, lambda batch: peer_step(model, weights, batch), keeps_memory=False),
+        Side(
+            "packed peer",
+            [(batch, attend_of(batch)) for batch in batches],
+            lambda packed: peer_step(model, weights, *packed),
+            keeps_memory=False,
+        ),
         Side("ours", batches, lambda batch: our_step(model, weights, batch, ExecOptions())),
     ]
     ways = {"ours, plain": ExecOptions(plain=True)} if options.parts else {}
