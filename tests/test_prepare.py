@@ -18,7 +18,7 @@ from higgs_tune.preprocess.prepare.fingerprint import alike, fingerprint, unpack
 from higgs_tune.preprocess.prepare.listen import LEVEL, Listened, clipped_samples, listen
 from higgs_tune.preprocess.prepare.reading import read_blocks, read_form
 from higgs_tune.preprocess.prepare.records import Decision, RejectReason, Segment, segment_id
-from higgs_tune.preprocess.prepare.segment import Cutting, cut_recording, find_speech
+from higgs_tune.preprocess.prepare.segment import SOFT_MS, Cutting, Span, cut_recording, find_speech
 from higgs_tune.preprocess.prepare.speakers import cluster_voices
 from higgs_tune.preprocess.prepare.transcripts import BadTranscript, boundaries, read_transcript, text_between, turns
 
@@ -89,6 +89,18 @@ def test_cuts_never_lie_in_speech(seed: int) -> None:
     assert all(3000 - 240 <= span.end - span.start <= 15_000 for span in cuts.segments)
     for span in find_speech(heard, total_ms, 0.5):
         assert sum(one.start <= span.start and span.end <= one.end for one in spans) == 1
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize(("pause_db", "earlier_ms"), [(50, 0), (12, SOFT_MS)])
+def test_a_soft_beginning_that_noise_hides_is_not_cut_off(pause_db: int, earlier_ms: int) -> None:
+    """The network hears the vowel at 4.8 s; a consonant before it is as loud as the noise."""
+    levels_L = np.full(1000, 2 * (15 + pause_db), np.uint8)
+    levels_L[480:800] = 2 * 15
+    probs_F = np.zeros(10_000 // 32 + 1, np.uint8)
+    probs_F[150:250] = 255
+    (speech,) = find_speech(Listened(probs_F, levels_L, np.zeros(1000, np.uint8)), 10_000, 0.5)
+    assert speech == Span(4800 - earlier_ms, 8000)
 
 
 @pytest.mark.fast

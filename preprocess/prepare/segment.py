@@ -25,6 +25,7 @@ WINDOW_MS, LEVEL_MS = WINDOW * 1000 // RATE_HZ, LEVEL * 1000 // RATE_HZ
 HYSTERESIS = 0.15  # speech ends where the probability falls this far below the threshold
 SHORTEST_SPEECH_MS, SHORTEST_GAP_MS = 100, 60
 EDGE_MS, FAR_EDGE_MS = 160, 400  # how far the level may move an edge; and where there is no pause so near
+SOFT_DB, SOFT_MS = 20.0, 100  # a consonant that begins a word: it may be so far below the vowels, and lasts so long
 FLOOR_SHARE, SPEECH_SHARE = 10, 90  # percentiles of levels that stand for noise and speech
 NOTHING_DB, QUIET_ROOM_DB = -120.0, 50.0
 LEAST_RANGE_DB = 6.0  # a recording with less between noise and speech has no speech by its loudness
@@ -122,7 +123,10 @@ def _joined(spans: list[Span]) -> list[Span]:
 
 
 def _sharpened(span: Span, decibels_L: np.ndarray) -> Span:
-    """The span with its edges where the level rises from that of the pause, within `EDGE_MS`, or `FAR_EDGE_MS`."""
+    """The span with its edges where the level rises from that of the pause, within `EDGE_MS`, or `FAR_EDGE_MS`.
+
+    Where noise or music before it would hide a soft consonant, it begins by the length of one earlier.
+    """
     begin, end = span.start // LEVEL_MS, span.end // LEVEL_MS
     inside_L = decibels_L[begin:end]
     if not len(inside_L):
@@ -130,6 +134,9 @@ def _sharpened(span: Span, decibels_L: np.ndarray) -> Span:
     loud = float(np.percentile(inside_L, SPEECH_SHARE))
     start = _edge(decibels_L, begin, loud)
     stop = len(decibels_L) - _edge(decibels_L[::-1], len(decibels_L) - end, loud)
+    before_L = decibels_L[max(0, start - FAR_EDGE_MS // LEVEL_MS) : start]
+    if len(before_L) and loud - float(np.percentile(before_L, FLOOR_SHARE)) < SOFT_DB:
+        start = max(0, start - SOFT_MS // LEVEL_MS)
     return Span(start * LEVEL_MS, stop * LEVEL_MS) if stop > start else span
 
 
