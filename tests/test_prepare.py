@@ -20,7 +20,15 @@ from higgs_tune.preprocess.prepare.reading import read_blocks, read_form
 from higgs_tune.preprocess.prepare.records import Decision, RejectReason, Segment, segment_id
 from higgs_tune.preprocess.prepare.segment import SOFT_MS, Cutting, Span, cut_recording, find_speech
 from higgs_tune.preprocess.prepare.speakers import cluster_voices
-from higgs_tune.preprocess.prepare.transcripts import BadTranscript, boundaries, read_transcript, text_between, turns
+from higgs_tune.preprocess.prepare.transcripts import (
+    BadTranscript,
+    Piece,
+    boundaries,
+    read_transcript,
+    refuse_later,
+    text_between,
+    turns,
+)
 
 CUTTING = Cutting(min_ms=2880, max_ms=14880, min_pause_ms=200, max_pause_ms=1000, pad_ms=60, vad_threshold=0.5)
 
@@ -117,6 +125,7 @@ def test_no_segment_holds_two_named_speakers() -> None:
 # transcripts
 
 
+ARABIC = "قال الرجل إن البحر كان هادئا في الصباح"
 FORMS = {
     "a.srt": "1\n00:00:01,000 --> 00:00:02,500\n<i>Hello</i> there\n\n2\n00:00:03,000 --> 00:00:04,000\nagain\n",
     "a.vtt": "WEBVTT\n\nNOTE no cue\n\n00:01.000 --> 00:02.500 align:start\n<v Ann>Hello there\n\n"
@@ -150,10 +159,39 @@ def test_every_form_of_transcript_says_the_same(tmp_path: Path, name: str) -> No
         ("a.srt", b"Hello there", "no line with times"),
         ("a.srt", b"1\n00:00:xx --> 00:00:02,000\nHello", "expected a time"),
         ("a.json", b"{", "not JSON"),
+        ("a.json", b"", "not JSON"),
+        ("a.json", b"[1, 2]", "an object with segments"),
+        ("a.json", b"[]", "no text"),
+        ("a.json", b'{"segments": 7}', "an object with segments"),
         ("a.json", b'{"segments": [{"text": "Hello"}]}', "without start"),
+        ("a.json", b'{"segments": [{"start": 2, "end": 1, "text": "Hello"}]}', '"start": 2, "end": 1'),
+        ("a.json", b'{"segments": [{"start": NaN, "end": 1, "text": "Hello"}]}', '"start": NaN'),
+        ("a.json", b'{"segments": [{"start": 0, "end": Infinity, "text": "Hello"}]}', '"end": Infinity'),
+        ("a.json", b'{"segments": [{"start": 0, "end": 1%s, "text": "Hello"}]}' % (b"0" * 400), "without start"),
+        ("a.json", b'{"segments": [{"start": "0", "end": "1", "text": "Hello"}]}', '"start": "0"'),
+        ("a.json", b'{"segments": [{"start": 0, "end": 1, "text": ["Hello"]}]}', '"text"'),
+        ("a.json", b'{"segments": [{"start": 0, "end": 1, "text": "\\ud800"}]}', "surrogate"),
+        ("a.json", b'{"segments": [{"start": 0, "end": 1, "words": 5}]}', "without start"),
+        ("a.srt", b"1\n00:00:01,000 -->\nHello", "got 00:00:01,000 -->"),
+        ("a.srt", b"1\n00:00:01,000 -> 00:00:02,000\nHello", "got 00:00:01,000 -> 00"),
+        ("a.srt", b"1\n00:00:02,000 --> 00:00:01,000\nHello", "ends before it begins"),
+        ("a.srt", b"1\n00:99:01,000 --> 00:99:02,000\nHello", "expected a time"),
+        ("a.srt", b"1\n00:00:01,000 --> 00:00:02,000\nHello\n2\n00:00:02,000 --> 00:00:03,000\nno", "no empty line"),
+        ("a.srt", b"1\n00:00:01,000 --> 00:00:02,000\nHello\n\n2\nno times", "in the block 2"),
+        ("a.srt", f"1\n00:00:01,000 --> 00:00:02,000\n{ARABIC}".encode("cp1256"), "not UTF-8.*iconv"),
+        ("a.srt", f"1\n00:00:01,000 --> 00:00:02,000\n{ARABIC}".encode("utf-16-le"), "without a byte-order mark"),
+        ("a.srt", f"1\n00:00:01,000 --> 00:00:02,000\n{ARABIC}".encode("utf-16")[:-1], "truncated data"),
+        ("a.vtt", b"WEBVTT\n\n00:00.000 --> 1:2:3:4\nHello", "expected a time"),
+        ("a.vtt", b"WEBVTT\n\nNOTE nothing else\n", "no line with times"),
         ("a.ctm", b"a 1 one 0.5 Hello", "line 1"),
+        ("a.ctm", b"a 1 0.0 0.5 Hello\na 1 1.0 0.5\n", "line 2"),
+        ("a.ctm", b"a 1 nan 0.5 Hello", "expected seconds, got nan"),
+        ("a.ctm", b"a 1 1e308 0.5 Hello", "expected seconds"),
+        ("a.ctm", b"a 1 2.0 -0.5 Hello", "expected seconds, got 2.0 -0.5"),
+        ("a.txt", b"", "no text"),
         ("a.txt", b" \n", "no text"),
         ("a.txt", "café au lait, déjà vu".encode("latin-1"), "not UTF-8"),
+        ("a.txt", ARABIC.encode("cp1256"), "not UTF-8.*iconv"),
         ("a.txt", b"RIFF\0\0\0\0WAVEfmt ", "audio"),
     ],
 )
@@ -161,6 +199,16 @@ def test_a_bad_transcript_is_named(tmp_path: Path, name: str, data: bytes, why: 
     (tmp_path / name).write_bytes(data)
     with pytest.raises(BadTranscript, match=why):
         read_transcript(tmp_path / name)
+
+
+@pytest.mark.fast
+def test_a_transcript_of_a_longer_recording_is_named_and_utf16_with_its_mark_is_read(tmp_path: Path) -> None:
+    (tmp_path / "a.srt").write_text(f"1\n00:00:01,000 --> 00:00:02,000\n{ARABIC}", encoding="utf-16")
+    transcript = read_transcript(tmp_path / "a.srt")
+    assert transcript.pieces[0].text == ARABIC
+    refuse_later(transcript, 300)
+    with pytest.raises(BadTranscript, match=r"a text at 1\.001 s, after the recording's end at 0"):
+        refuse_later(replace(transcript, pieces=(Piece("a", 0, 5), Piece("b", 1001, 2000))), 0)
 
 
 @pytest.mark.fast

@@ -165,6 +165,8 @@ def test_bad_recordings_are_named_and_the_rest_is_done(recordings: Path, tmp_pat
     soundfile.write(folder / "many.wav", np.zeros((16_000, 4)), 16_000)
     make_recording(folder / "broken text.wav", 9, sentences=2)
     (folder / "broken text.srt").write_bytes(b"nothing with times")
+    make_recording(folder / "other text.wav", 8, sentences=2)
+    (folder / "other text.srt").write_text("1\n01:00:00,000 --> 01:00:02,000\nHello\n")
     (folder / "folder.wav").mkdir()
     before = files(folder)
     summary = pipeline.prepare(config(folder, tmp_path / "out"))
@@ -179,8 +181,11 @@ def test_bad_recordings_are_named_and_the_rest_is_done(recordings: Path, tmp_pat
     assert all("an HTML page" in said[name] for name in ("page.mp3", "page too.mp3")), said
     assert "ffmpeg" in said["video.mp4"]
     segments = read_segments(tmp_path / "out")
-    bad = [one for one in segments if one.recording.endswith("broken text.wav")]
+    bad = [one for one in segments if one.recording.endswith(" text.wav")]
     assert bad and all(one.reject and one.reject.reason == "unreadable_transcript" for one in bad)
+    why = {Path(path).stem: reason for path, reason in summary["bad_transcripts"].items()}
+    assert why.keys() == {"broken text", "other text"} and "broken text.srt: no line with times" in why["broken text"]
+    assert "other text.srt: a text at 3600 s, after the recording's end" in why["other text"]
     assert sum(one.keep for one in segments) == 16
     made = summary["accounting"]
     assert sum(made["fates_ms"].values()) == made["input_ms"] and made["fates_ms"]["duplicate"] > 0

@@ -91,6 +91,8 @@ def _print_summary(summary: dict[str, Any]) -> None:
         print(f"  {fate:<16}{_hours(length):>12}  {count}".rstrip())
     for one in summary["errors"]:
         print(f"not used   {one.path!r}: {one.error}")
+    for path, why in summary["bad_transcripts"].items():
+        print(f"no text    {path!r}: {why}")
     if not counts.get("kept"):
         print("nothing is kept: rejects.jsonl names the reason of each segment", file=sys.stderr)
     print(f"written    {summary['out']}")

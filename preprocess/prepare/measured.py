@@ -97,7 +97,7 @@ def _segment(job: PrepareJob, facts: Facts, named: _Values, at: int, spoken: Spo
         language_probability=probability,
         fingerprint=named.value("fingerprint", at),
         speaker=_speaker(job, spoken, bare.recording),
-        reject=RejectReason("text", spoken.missing) if spoken.missing else None,
+        reject=RejectReason("text", spoken.missing, facts.bad_transcript) if spoken.missing else None,
     )
 
 

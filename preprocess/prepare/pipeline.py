@@ -33,6 +33,7 @@ from higgs_tune.preprocess.prepare.records import (
     RECORDINGS,
     REJECTS,
     SEGMENTS,
+    UNREADABLE_TRANSCRIPT,
     Recording,
     Segment,
     read_decisions,
@@ -55,7 +56,8 @@ def prepare(config: PrepareConfig) -> dict[str, Any]:
     """Prepare recordings, or continue.
 
     Returns:
-        `out`, `accounting`, `segments` (counts by step), `errors` (the recordings that cannot be used).
+        `out`, `accounting`, `segments` (counts by step), `errors` (the recordings that cannot be used),
+        `bad_transcripts` (by recording, why its transcript cannot be used).
 
     Raises:
         UserError: bad paths or options, or no recordings.
@@ -230,4 +232,9 @@ def _decide_and_write(
         "accounting": made,
         "segments": dict(counts_by_step(decided)),
         "errors": [one for one in recordings if one.error is not None],
+        "bad_transcripts": {
+            one.recording: one.reject.value
+            for one in decided
+            if one.reject and one.reject.reason == UNREADABLE_TRANSCRIPT
+        },
     }

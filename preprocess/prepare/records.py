@@ -41,7 +41,8 @@ class RejectReason:
         step: segment, text, quality, snr, clipping, sound, pace, language, agreement, duplicate, speaker or review;
             the steps of the funnel, in this order (`STEPS`).
         reason: a short fixed name to count by.
-        value, threshold: what was measured and the bound that it missed; None where there is no number.
+        value, threshold: what was measured and the bound that it missed, or what is wrong with a transcript; None
+            where there is neither.
     """
 
     step: str
@@ -50,6 +51,7 @@ class RejectReason:
     threshold: float | str | None = None
 
 
+UNREADABLE_TRANSCRIPT = "unreadable_transcript"  # a reason
 STEPS = (
     *("segment", "text", "quality", "snr", "clipping", "sound", "pace", "language", "agreement", "duplicate"),
     *("speaker", "review"),

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from higgs_tune.preprocess.judges.normalisers import normaliser
 from higgs_tune.preprocess.prepare.align import divide_text
 from higgs_tune.preprocess.prepare.job import VERSION, PrepareJob, depends_on, stored_texts
-from higgs_tune.preprocess.prepare.records import TextSource
+from higgs_tune.preprocess.prepare.records import UNREADABLE_TRANSCRIPT, TextSource
 from higgs_tune.preprocess.prepare.stages import Result, Stages
 from higgs_tune.preprocess.prepare.transcripts import Transcript, text_between
 
@@ -44,7 +44,7 @@ def spoken_texts(
     """
     spans: list[list[int]] = cut.meta["segments"]
     heard = stored_texts(job, stages, cut.key, "asr")
-    missing = "unreadable_transcript" if bad_transcript else "no_transcript" if not (transcript or heard) else ""
+    missing = UNREADABLE_TRANSCRIPT if bad_transcript else "no_transcript" if not (transcript or heard) else ""
     if missing:
         return [Spoken(missing=missing)] * len(spans)
     if transcript is None:

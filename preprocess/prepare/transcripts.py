@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import html
 import json
-import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,10 +18,14 @@ from typing import Any, Literal
 from higgs_tune.preprocess.input.text_file import open_text
 from higgs_tune.shards.errors import UserError
 
-_TIME = re.compile(r"(?:(\d+):)?(\d{1,2}):(\d{1,2})(?:[.,](\d{1,3}))?")
+_TIME = re.compile(r"(?:(\d{1,4}):)?([0-5]?\d):([0-5]?\d)(?:[.,](\d{1,3}))?")
 _ARROW = re.compile(r"^\s*(\S+)\s+-->\s+(\S+)")
+_BROKEN_ARROW = re.compile(r"^\s*[\d:.,]+\s*-+>")
+_NO_CUE = ("WEBVTT", "NOTE", "STYLE", "REGION")  # begin the blocks of WebVTT that hold no text
 _VOICE = re.compile(r"<v(?:\.[^ >]*)?\s+([^>]+)>")
 _TAG = re.compile(r"</?[a-zA-Z0-9:.][^>]*>|\{\\[^}]*\}")
+MOST_SECONDS = 1e7  # a time beyond is damage
+LATE_MS = 1000  # of a cue that begins after the recording's end: times are rounded
 Kind = Literal["words", "cues", "text"]
 
 
@@ -69,17 +72,34 @@ def read_transcript(file: Path) -> Transcript:
     try:
         with open_text(file) as stream:
             text = stream.read()
-    except (OSError, UserError) as error:
+    except (OSError, UserError, UnicodeError) as error:
         raise BadTranscript(str(error)) from error
-    if any(0xD800 <= ord(mark) < 0xE000 for mark in text):
+    if _has_surrogate(text):
         raise BadTranscript("some lines are not UTF-8")
     kind, pieces = READERS[file.suffix.lower()](text)
+    if any(_has_surrogate(piece.text + piece.speaker) for piece in pieces):
+        raise BadTranscript("a text with half a surrogate pair")
     pieces = [piece for piece in pieces if piece.text.strip()]
     if not pieces:
         raise BadTranscript("it holds no text")
     if kind != "text":
         pieces.sort(key=lambda piece: piece.start)
     return Transcript(file, kind, tuple(pieces))
+
+
+def _has_surrogate(text: str) -> bool:
+    return any(0xD800 <= ord(mark) < 0xE000 for mark in text)
+
+
+def refuse_later(transcript: Transcript, total_ms: int) -> None:
+    """Refuse a transcript with times after the recording's end: it is of another one.
+
+    Raises:
+        BadTranscript: a piece begins more than `LATE_MS` after it.
+    """
+    last = transcript.pieces[-1]
+    if last.start > total_ms + LATE_MS:
+        raise BadTranscript(f"a text at {last.start / 1000:g} s, after the recording's end at {total_ms / 1000:g} s")
 
 
 Read = tuple[Kind, list[Piece]]
@@ -91,21 +111,30 @@ def _plain(text: str) -> Read:
 
 def _cues(text: str) -> Read:
     """SubRip and WebVTT: blocks of a line with times and lines of text; notes, styles and headers have no times."""
-    pieces: list[Piece] = []
     blocks = re.split(r"\n\s*\n", text.replace("\r\n", "\n").replace("\r", "\n"))
-    for block in blocks:
-        lines = block.strip("\n").split("\n")
-        for number, line in enumerate(lines[:3]):
-            if found := _ARROW.match(line):
-                said = " ".join(lines[number + 1 :])
-                voice = _VOICE.search(said)
-                plain = " ".join(html.unescape(_TAG.sub("", said)).split())
-                start, end = _milliseconds(found[1]), _milliseconds(found[2])
-                pieces.append(Piece(plain, start, max(start, end), voice[1].strip() if voice else ""))
-                break
+    pieces = [_cue(block.split("\n")) for block in map(str.strip, blocks) if block and not block.startswith(_NO_CUE)]
     if not pieces:
         raise BadTranscript("no line with times (00:00:01,000 --> 00:00:02,000)")
     return "cues", pieces
+
+
+def _cue(lines: list[str]) -> Piece:
+    """A block: perhaps a name or number, times, text."""
+    number = next((at for at, line in enumerate(lines[:2]) if _ARROW.match(line) or _BROKEN_ARROW.match(line)), None)
+    if number is None:
+        raise BadTranscript(f"no line with times (00:00:01,000 --> 00:00:02,000) in the block {lines[0]:.40}")
+    found, said = _ARROW.match(lines[number]), lines[number + 1 :]
+    if not found:
+        raise BadTranscript(f"expected times such as 00:00:01,000 --> 00:00:02,000, got {lines[number]:.40}")
+    start, end = _milliseconds(found[1]), _milliseconds(found[2])
+    if end < start:
+        raise BadTranscript(f"a cue that ends before it begins: {lines[number]:.60}")
+    if merged := next((line for line in said if (other := _ARROW.match(line)) and _TIME.fullmatch(other[1])), None):
+        raise BadTranscript(f"no empty line before the cue {merged:.40}")
+    joined = " ".join(said)
+    voice = _VOICE.search(joined)
+    plain = " ".join(html.unescape(_TAG.sub("", joined)).split())
+    return Piece(plain, start, end, voice[1].strip() if voice else "")
 
 
 def _milliseconds(stamp: str) -> int:
@@ -127,24 +156,37 @@ def _whisper(text: str) -> Read:
         return _plain(given["text"])
     if not isinstance(segments, list) or not all(isinstance(item, dict) for item in segments):
         raise BadTranscript("expected an object with segments, as Whisper writes it")
-    words = [(word, item) for item in segments for word in item.get("words") or ()]
-    timed = [_piece(word, word.get("word", word.get("text")), item) for word, item in words if isinstance(word, dict)]
-    if timed and all(timed) and all(item.get("words") for item in segments if str(item.get("text", "")).strip()):
+    timed = [_word(word, item) for item in segments for word in _words(item)]
+    if timed and all(timed) and all(_words(item) for item in segments if str(item.get("text", "")).strip()):
         return "words", [piece for piece in timed if piece]
     cues = [_piece(item, item.get("text"), item) for item in segments]
     if not all(cues):
-        raise BadTranscript("a segment without start, end and text")
+        shown = json.dumps({name: segments[cues.index(None)].get(name) for name in ("start", "end", "text")})
+        raise BadTranscript(f"a segment without start and end, in order and in seconds, and a text: {shown:.80}")
     return "cues", [piece for piece in cues if piece]
 
 
+def _words(item: dict[str, Any]) -> list[Any]:
+    words = item.get("words")
+    return words if isinstance(words, list) else []
+
+
+def _word(word: Any, item: dict[str, Any]) -> Piece | None:
+    return _piece(word, word.get("word", word.get("text")), item) if isinstance(word, dict) else None
+
+
 def _piece(times: dict[str, Any], text: Any, item: dict[str, Any]) -> Piece | None:
-    start, end = times.get("start"), times.get("end")
-    if not all(isinstance(at, int | float) and math.isfinite(at) and at >= 0 for at in (start, end)):
-        return None
-    if not isinstance(text, str) or start is None or end is None:
+    start, end = _whole_ms(times.get("start")), _whole_ms(times.get("end"))
+    if start is None or end is None or end < start or not isinstance(text, str):
         return None
     speaker = times.get("speaker") or item.get("speaker") or ""
-    return Piece(" ".join(text.split()), round(start * 1000), round(max(start, end) * 1000), str(speaker))
+    return Piece(" ".join(text.split()), start, end, str(speaker))
+
+
+def _whole_ms(seconds: Any) -> int | None:
+    """Milliseconds; None for what is no time."""
+    number = isinstance(seconds, int | float) and not isinstance(seconds, bool)
+    return round(seconds * 1000) if number and 0 <= seconds <= MOST_SECONDS else None
 
 
 def _ctm(text: str) -> Read:
@@ -155,13 +197,14 @@ def _ctm(text: str) -> Read:
         if not cells or line.startswith(";;"):
             continue
         try:
-            start, length = float(cells[2]), float(cells[3])
+            begin, length = float(cells[2]), float(cells[3])
             word = cells[4]
         except (IndexError, ValueError) as error:
             raise BadTranscript(f"line {number}: expected file, channel, start, duration, word") from error
-        if not 0 <= start < math.inf or not 0 <= length < math.inf:
+        start, end = _whole_ms(begin), _whole_ms(begin + length)
+        if start is None or end is None or end < start:
             raise BadTranscript(f"line {number}: expected seconds, got {cells[2]:.20} {cells[3]:.20}")
-        pieces.append(Piece(word, round(start * 1000), round((start + length) * 1000)))
+        pieces.append(Piece(word, start, end))
     return "words", pieces
 
 

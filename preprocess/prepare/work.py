@@ -38,6 +38,7 @@ from higgs_tune.preprocess.prepare.transcripts import (
     boundaries,
     find_transcript,
     read_transcript,
+    refuse_later,
     turns,
 )
 from higgs_tune.preprocess.reject import Reject
@@ -66,7 +67,7 @@ def prepare_recording(job: PrepareJob, number: int) -> Facts:
         return Facts(number, facts.sha256, facts.total_ms, facts.rate, facts.channels, str(reject))
     except OSError as error:
         return Facts(number, error=f"unreadable_audio: {error.strerror}")
-    transcript, bad = _read_given(job, path)
+    transcript, bad = _read_given(job, path, facts.total_ms)
     facts = replace(facts, transcript=transcript, bad_transcript=bad)
     cut = cut_of(job, stages, facts, heard)
     spans = [Span(*span) for span in cut.meta["segments"]]
@@ -113,13 +114,17 @@ def _listen(job: PrepareJob, stages: Stages, sha256: str, file: Path, form: Form
     return Listened(**stored.arrays)
 
 
-def _read_given(job: PrepareJob, path: Path) -> tuple[Transcript | None, str | None]:
+def _read_given(job: PrepareJob, path: Path, total_ms: int) -> tuple[Transcript | None, str | None]:
     """The recording's transcript, or why it cannot be used."""
     file = find_transcript(path, job.config.transcripts)
+    if file is None:
+        return None, None
     try:
-        return (read_transcript(file) if file else None), None
+        transcript = read_transcript(file)
+        refuse_later(transcript, total_ms)
     except BadTranscript as bad:
-        return None, f"{file}: {bad}"
+        return None, f"{file.name}: {bad}".encode("utf-8", "backslashreplace").decode()
+    return transcript, None
 
 
 def cut_of(job: PrepareJob, stages: Stages, facts: Facts, heard: Listened | None = None) -> Result:
