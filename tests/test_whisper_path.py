@@ -24,12 +24,19 @@ from higgs_tune.preprocess.audio.whisper import Tower, log_mel, tower_sha256
 from higgs_tune.preprocess.workdir import Features
 from higgs_tune.shards.errors import UserError
 from higgs_tune.shards.format import Sample
+from higgs_tune.shards.reader import ShardSet
+from higgs_tune.train.amount import amount_of
+from higgs_tune.train.arguments import parse_arguments
+from higgs_tune.train.data.batch import Batch
+from higgs_tune.train.estimate import print_estimate
 from higgs_tune.train.export.merge import ExportConfig, export, load_adapter
 from higgs_tune.train.model.embed import embed_whisper
+from higgs_tune.train.model.flops import Rows, model_flops
 from higgs_tune.train.model.forward import Checkpointing, ExecOptions, hidden_states, label_states
 from higgs_tune.train.model.load import HiggsAudioConfig, HiggsAudioModel, load_model
 from higgs_tune.train.model.lora import add_lora, trainable
 from higgs_tune.train.model.loss import LossOptions, pack_loss
+from higgs_tune.train.model.memory import activation_bytes
 from higgs_tune.train.model.paths import describe_paths
 from higgs_tune.train.model.reference import reference_loss
 from higgs_tune.train.model.trainable import TrainableOptions
@@ -40,11 +47,13 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from test_forward import Case, packed_logits
 from test_native import write_native
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedTokenizerBase, WhisperConfig, WhisperForConditionalGeneration
 
 CPU = torch.device("cpu")
 BINS, WIDTH = 8, 16
 PROJECTOR = {f"base_model.model.audio_encoder_proj.linear.{name}" for name in ("weight", "bias")}
+MODES: tuple[Checkpointing, ...] = ("none", "selective", "full")
 STEADY: dict[str, object] = {"warmup_steps": 0, "lr_scheduler_type": "constant", "learning_rate": 1e-2}
 
 
@@ -544,6 +553,70 @@ def test_a_projector_with_lora_runs_fused_and_keeps_what_is_estimated(
     lines = describe_paths(model, ExecOptions())
     assert all(" fused " in line for line in lines)
     assert any(line.split()[0] == "audio_encoder_proj" and "LoRA r 2" in line for line in lines)
-    modes: tuple[Checkpointing, ...] = ("none", "selective", "full")
-    for mode in modes:
+    for mode in MODES:
         assert kept_share(model, batch, ExecOptions(checkpointing=mode), monkeypatch) == pytest.approx(1, abs=0.1), mode
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A model whose tower has 128 bins and 64 channels, and samples with log-mel for it, of one reference each."""
+
+    model: HiggsAudioModel
+    samples: list[Sample]
+    batch: Batch
+
+
+def plan(place: Place, tokenizer: PreTrainedTokenizerBase, *, trains: bool) -> Planned:
+    model = make_model(tiny_config(tokenizer, **tower_changes()), 0)
+    add_lora(model, TrainableOptions(r=2, features="mel", audio_tower=trains), "single", place.base, None)
+    rng, ids = np.random.default_rng(0), ids_of(place.base)
+    entries = [entry for entry in (random_entry(rng) for _ in range(10)) if len(entry["messages"][1]["content"]) == 3]
+    samples = [random_sample(f"s{i}", rng, tokenizer, ids, mel_bins=128, frames=(40, 80), entry=entry)
+               for i, entry in enumerate(entries[:4])]  # fmt: skip
+    return Planned(model, samples, Case(model, samples, ids, "mel").batch())
+
+
+@pytest.mark.parametrize("trains", [False, True], ids=["frozen", "trains"])
+def test_a_tower_costs_what_is_estimated(
+    trains: bool, place: Place, toy_tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With log-mel features: what backward keeps, nothing where it is frozen; FLOPs by torch's own counter."""
+    planned = plan(place, toy_tokenizer, trains=trains)
+    model, batch = planned.model, planned.batch
+    for mode in MODES:
+        assert kept_share(model, batch, ExecOptions(checkpointing=mode), monkeypatch) == pytest.approx(1, abs=0.1), mode
+    kept = [activation_bytes(model, windows=windows) for windows in (0, batch.windows / batch.positions)]
+    assert (kept[1] > 2 * kept[0]) is trains
+    tower, rows = model.audio_tower, Rows(0, 0, 0, 0, 0, 0, windows=batch.windows)
+    assert tower is not None and batch.mels is not None
+    with FlopCounterMode(display=False) as counter:
+        out = tower(batch.mels.float()).last_hidden_state
+        if trains:
+            out.sum().backward()
+    counts = counter.get_flop_counts()["Global"].items()
+    products = sum(count for op, count in counts if "attention" not in str(op))
+    attention = batch.windows * 2 * 4 * 64 * 1500**2 * (3 if trains else 1)
+    assert model_flops(model, rows) == pytest.approx(products + attention, rel=0.1)
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize("features", ["mel", "encoder"])
+def test_amounts_count_the_features(
+    features: str, place: Place, toy_tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    """By the manifest alone: as many text rows as the packs have, a window for each reference."""
+    planned = plan(place, toy_tokenizer, trains=False)
+    manifest = ShardSet(write_set(tmp_path / "set", planned.samples, place.base, features="mel")).manifest
+    amount = amount_of(parse_arguments(["--estimate", "--gpu", "h200"]), [manifest], features)
+    assert amount.rows.text == pytest.approx(sum(planned.batch.text_lengths), rel=0.08)
+    assert amount.rows.windows == (planned.batch.windows if features == "mel" else 0)
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize("trains", [False, True], ids=["frozen", "trains"])
+def test_the_estimate_names_a_slower_tower(trains: bool, place: Place, capfd: pytest.CaptureFixture[str]) -> None:
+    """One that trains runs in float32, which the estimate of speed does not count."""
+    given = ["--estimate", "--gpu", "h200", "--training_stage", "stage2", "--model_path", str(place.base),
+             "--whisper_path", str(place.whisper), *(["--train_audio_tower"] if trains else [])]  # fmt: skip
+    print_estimate(parse_arguments(given))
+    assert ("the Whisper tower trains in float32" in capfd.readouterr().out) is trains

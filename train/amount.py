@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from higgs_tune.train.config import TrainConfig
@@ -14,6 +14,7 @@ SAMPLE_S = 6.2  # of target speech in it
 FILL = 0.994  # of a pack, as the plan reaches it
 SEGMENTS = 2  # of a sample: a reference and a target
 EXTRA_POSITIONS = 9  # of a segment, beyond its frames
+WHISPER_FRAMES_A_SECOND = 25
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,8 @@ def amount_of(config: TrainConfig, manifests: list[dict[str, Any]], features: st
     if not manifests:
         hours = config.planning.hours or 1.0
         samples = hours * 3600 / SAMPLE_S
-        return Amount(samples, _with_labels(config, SAMPLE * samples), hours, f"{hours:,.4g} h of target speech")
+        rows = _with_whisper(SAMPLE * samples, samples, WHISPER_FRAMES_A_SECOND * SAMPLE_S * samples, features)
+        return Amount(samples, _with_labels(config, rows), hours, f"{hours:,.4g} h of target speech")
     amounts = [_amount_of_set(config, manifest, features) for manifest in manifests]
     if weights := config.data.mix_weights:  # one pass over the first set; the others by their shares of packs
         of_weight = amounts[0].rows.positions / weights[0]
@@ -62,15 +64,24 @@ def _amount_of_set(config: TrainConfig, manifest: dict[str, Any], features: str)
     share = 1 - (totals["validation_samples"] / max(1, samples) if held_out is None else held_out)
     frames = totals.get("audio_frames", 25 * totals["seconds"])
     audio = min(totals["tokens"], frames + samples * SEGMENTS * EXTRA_POSITIONS)
-    whisper = 2 * max(0, frames - totals["audio_labels"]) if features != "none" else 0  # 50 a second of reference
-    positions = totals["tokens"] + whisper
+    positions, references = totals["tokens"], max(0, frames - totals["audio_labels"])
     rows = Rows(positions, positions - audio, audio, positions**2 / max(1, samples), totals["text_labels"],
                 totals["audio_labels"])  # fmt: skip
+    rows = _with_whisper(rows, samples, references, features)
     return Amount(samples, _with_labels(config, rows), totals["seconds"] / 3600, "") * share
+
+
+def _with_whisper(rows: Rows, samples: float, frames: float, features: str) -> Rows:
+    """The rows with Whisper features of one reference a sample: `frames` text rows more, as many as it has codes."""
+    if features == "none":
+        return rows
+    positions, windows = rows.positions + frames, samples if features == "mel" else 0.0
+    return replace(rows, positions=positions, text=rows.text + frames, squares=positions**2 / max(1, samples),
+                   windows=windows)  # fmt: skip
 
 
 def _with_labels(config: TrainConfig, rows: Rows) -> Rows:
     """The rows with the labels that have a loss."""
     text = rows.text_labels if config.loss.text_loss_weight else 0.0
     audio = rows.audio_labels if config.with_audio else 0.0
-    return Rows(rows.positions, rows.text, rows.audio, rows.squares, text, audio)
+    return replace(rows, text_labels=text, audio_labels=audio)

@@ -45,7 +45,8 @@ def _memory_lines(run: Run, stats: StepStats, added: float, free: float) -> list
     states = states_of(run.config, run.peft_model, ranks)
     mode = run.exec_options.checkpointing
     planned = Planned(run.model, run.peft_model, states, ranks)
-    estimate = memory_of(run.config, planned, mode, positions=positions, text_share=1 - audio, reserve=0.0)
+    of_pack = {"positions": positions, "text_share": 1 - audio, "windows": stats.windows / max(1, stats.positions)}
+    estimate = memory_of(run.config, planned, mode, **of_pack, reserve=0.0)
     measured = Measured(states.frozen, states.trained, added, max_memory_gb(run.context.device) * 1e9)
     of_states = states.gradients + states.moments
     a_position = max(1.0, added - of_states) / max(1.0, positions)

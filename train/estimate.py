@@ -238,16 +238,18 @@ def _compiles(config: TrainConfig) -> bool:
 
 def memory_of(
     config: TrainConfig, planned: Planned, mode: Checkpointing, *, positions: float | None = None,
-    text_share: float | None = None, reserve: float = RESERVE_BYTES,
+    text_share: float | None = None, windows: float | None = None, reserve: float = RESERVE_BYTES,
 ) -> Memory:  # fmt: skip
     """The parts of a rank's memory.
 
     Args:
         positions, text_share: of a pack; by default those of a full pack of usual samples.
+        windows: that the Whisper tower takes, for a position; by default those of usual samples.
     """
     model, count = planned.model, config.data.tokens_per_pack if positions is None else positions
-    share = {} if text_share is None else {"text_share": text_share}
-    kept = count * activation_bytes(model, mode, compiled=_compiles(config), **share)
+    given = {"text_share": text_share, "windows": windows}
+    known = {name: value for name, value in given.items() if value is not None}
+    kept = count * activation_bytes(model, mode, compiled=_compiles(config), **known)
     return Memory(planned.states, kept, working_bytes(model, count, mode) + _gathered_bytes(planned), reserve)
 
 
@@ -255,6 +257,13 @@ def _gathered_bytes(planned: Planned) -> float:
     """Whole layers that a rank has where all ranks share the weights: the one in use, and the next one."""
     layers: Any = planned.model.layers
     return 2 * max(sum(p.numel() * p.itemsize for p in one.parameters()) for one in layers) if planned.ranks > 1 else 0
+
+
+def _slower_tower(model: HiggsAudioModel) -> str:
+    """A reservation, where the Whisper tower runs in float32 since it trains: its products miss bfloat16's peak."""
+    tower: Any = model.audio_tower
+    in_float32 = tower is not None and tower.conv1.weight.dtype == torch.float32
+    return "; the Whisper tower trains in float32 and will be slower" if in_float32 else ""
 
 
 def _time_lines(config: TrainConfig, gpu: Gpu, planned: Planned, amount: Amount, mode: Checkpointing) -> list[str]:
@@ -267,7 +276,7 @@ def _time_lines(config: TrainConfig, gpu: Gpu, planned: Planned, amount: Amount,
         pack_s, how = flops / (gpu.measured_mfu * gpu.flops), "at the share of the peak that was measured on this GPU"
     else:
         pack_s = estimated_seconds(planned.model, pack, gpu, mode)
-        how = "ESTIMATE: nobody has measured this GPU"
+        how = "ESTIMATE: nobody has measured this GPU" + _slower_tower(planned.model)
     epoch_steps = math.ceil(packs / (gpus * accumulation))
     asked, epochs = config.optim.max_steps, config.optim.num_train_epochs
     steps = asked if asked > 0 else math.ceil(epochs * epoch_steps)

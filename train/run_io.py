@@ -165,12 +165,13 @@ def summarise(run: Run, pending: PendingMetrics, system: SystemMonitor | None = 
     elapsed_s = stats.began.seconds_until(pending.ended) - stats.pauses.seconds()
     run.bad_steps.collect(until=pending.step)
     of_rank = [stats.positions, stats.samples, stats.audio_s, stats.waits.seconds(), pending.damaged]
-    values = context.all_sum([*packed, *of_rank, stats.audio_rows, stats.squares])
-    positions, samples, audio_s, wait_s, damaged, audio_rows, squares = values[len(packed) :]
+    values = context.all_sum([*packed, *of_rank, stats.audio_rows, stats.squares, stats.windows])
+    positions, samples, audio_s, wait_s, damaged, audio_rows, squares, windows = values[len(packed) :]
     losses = loss_metrics(LossSums.unpack(torch.tensor(values[: len(packed)]), run.codebooks), run.loss_options)
     labels = (losses["text_labels"], losses["audio_labels"] / run.codebooks)
     peak = peak_of(context.device)
-    flops = model_flops(run.model, Rows(positions, positions - audio_rows, audio_rows, squares, *labels)) if peak else 0
+    rows = Rows(positions, positions - audio_rows, audio_rows, squares, *labels, windows)
+    flops = model_flops(run.model, rows) if peak else 0
     return {
         **pending.known,
         **losses,

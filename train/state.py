@@ -34,7 +34,7 @@ class StepStats:
 
     packed_sums: a packed `LossSums`. began: the end of the previous report's steps. waits: time spent waiting for
     batches. pauses: time spent on validation, samples and saves. audio_rows: audio positions. squares: sum of squared
-    sample lengths, for the FLOPs of attention. audio_s: seconds of audio.
+    sample lengths, for the FLOPs of attention. audio_s: seconds of audio. windows: that the Whisper tower took.
     """
 
     packed_sums: torch.Tensor
@@ -47,6 +47,7 @@ class StepStats:
     audio_rows: int = 0
     squares: int = 0
     audio_s: float = 0.0
+    windows: int = 0
 
     @staticmethod
     def empty(codebooks: int, device: torch.device, began: Timestamp | None = None) -> StepStats:
@@ -61,6 +62,7 @@ class StepStats:
         self.squares += sum(length**2 for length in batch.lengths) * batch.weight
         self.samples += len(batch.keys) * batch.weight
         self.audio_s += batch.seconds * batch.weight
+        self.windows += batch.windows * batch.weight
 
     def add_loss(self, parts: LossParts, *, only_finite: bool) -> None:
         """Add a pack's sums.

@@ -55,7 +55,8 @@ def kept_share(
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda box: box.value):
             states = hidden_states(model, batch, exec_options)
     text_share, compiled = 1 - batch["codes_KA"].shape[1] / batch.positions, exec_options.kernels == "compiled"
-    estimate = activation_bytes(model, exec_options.checkpointing, compiled=compiled, text_share=text_share)
+    estimate = activation_bytes(model, exec_options.checkpointing, compiled=compiled, text_share=text_share,
+                                windows=batch.windows / batch.positions)  # fmt: skip
     gc.collect()  # what a checkpoint without gradient held is gone
     values = [box.value for box in held if not isinstance(box.value, QuantizedWeight)]
     kept = {value.untyped_storage().data_ptr(): value.untyped_storage().nbytes() for value in values}

@@ -154,6 +154,11 @@ class Batch:
         """N."""
         return sum(self.lengths)
 
+    @property
+    def windows(self) -> int:
+        """Windows of log-mel that the Whisper tower takes."""
+        return 0 if self.mels is None or self.mels.ndim == 2 else len(self.mels)
+
     def describe(self) -> tuple[str, list[str]]:
         """The size of the pack in words, and the keys of its samples, for messages."""
         size = (

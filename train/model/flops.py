@@ -2,7 +2,8 @@
 
 Model FLOPs count the operations that the result needs, no recomputation: 2 a weight and row in forward; 2 more for the
 gradient of its input; 2 more for the weight's own gradient where it trains. Attention takes 4 H a pair of positions
-in forward, half of the pairs being masked, and twice that in backward. MFU is model FLOPs a second over the peak of
+in forward, half of the pairs being masked, and twice that in backward. A Whisper tower runs over whole windows of 30 s,
+without a mask, and has no backward where it is frozen. MFU is model FLOPs a second over the peak of
 the GPU (`gpus.py`; https://arxiv.org/abs/2204.02311, appendix B, with frozen weights left out of the weight gradients).
 """
 
@@ -12,6 +13,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
+from higgs_tune.shards.sequence import MEL_WINDOW
 from higgs_tune.train.model.forward import Checkpointing
 from higgs_tune.train.model.gpus import Gpu, gpu_of_device
 from higgs_tune.train.model.load import HiggsAudioModel
@@ -25,7 +27,10 @@ PASSES_HIDDEN, PASSES_FFN = 228, 10
 
 @dataclass(frozen=True)
 class Rows:
-    """Rows of one or many packs: positions, those of text and of audio, sums of squared sample lengths, label rows."""
+    """Rows of one or many packs: positions, those of text and of audio, sums of squared sample lengths, label rows.
+
+    windows: of 30 s that the Whisper tower takes.
+    """
 
     positions: float
     text: float
@@ -33,6 +38,7 @@ class Rows:
     squares: float
     text_labels: float
     audio_labels: float
+    windows: float = 0.0
 
     @staticmethod
     def typical(length: int = 560, text_share: float = 0.3, labels: float = 0.075, audio_labels: float = 0.35) -> Rows:
@@ -61,8 +67,17 @@ def model_flops(model: HiggsAudioModel, rows: Rows) -> float:
         attention: Any = layer.self_attn
         total += 3 * 4 * attention.num_heads * attention.head_dim * rows.squares / 2
     heads = model.audio_decoder_proj
-    total += rows.text_labels * _flops_a_row(heads.text_lm_head)
-    return total + rows.audio_labels * _flops_a_row(heads.audio_lm_head)
+    total += rows.text_labels * _flops_a_row(heads.text_lm_head) + rows.audio_labels * _flops_a_row(heads.audio_lm_head)
+    return total + (rows.windows * _tower_flops(model.audio_tower) if rows.windows else 0.0)
+
+
+def _tower_flops(tower: Any) -> float:
+    """FLOPs of the Whisper tower over a window."""
+    rows, width = MEL_WINDOW // 2, tower.conv1.out_channels
+    products = 2 * tower.conv1.weight.numel() + tower.conv2.weight.numel()  # the first one runs on twice the rows
+    products += sum(p.numel() for p in tower.layers.parameters() if p.ndim == 2)
+    trains = any(parameter.requires_grad for parameter in tower.parameters())
+    return (3 if trains else 1) * (2 * rows * products + len(tower.layers) * 4 * width * rows**2)
 
 
 def recomputed_flops(model: HiggsAudioModel, rows: Rows, checkpointing: Checkpointing) -> float:
@@ -85,7 +100,7 @@ def estimated_seconds(model: HiggsAudioModel, rows: Rows, gpu: Gpu, checkpointin
     Products run at `PRODUCT_SHARE` of the GPU's peak; what is no product moves memory at `TRAFFIC_SHARE` of its
     bandwidth: bfloat16 values a position and layer, `PASSES_HIDDEN` times the hidden size and `PASSES_FFN` times the
     FFN's, and all weights two or three times. Both shares are what kernels of these sizes commonly reach; the passes
-    were counted in a trace of the released sizes.
+    were counted in a trace of the released sizes. A Whisper tower counts by its products.
     """
     layers: Any = model.layers
     text: Any = model.config.text_config

@@ -1,7 +1,7 @@
 """The memory of a run, by arithmetic: weights and states, what forward keeps, the checkpointing that fits.
 
-Guarantees: what autograd keeps, within 10 %, for every kind of LoRA and of checkpointing (test_lora_paths.py); the
-measured peak of a step on a CPU, within 15 % (test_estimate.py).
+Guarantees: what autograd keeps, within 10 %, for every kind of LoRA and of checkpointing (test_lora_paths.py), with a
+Whisper tower that trains too (test_whisper_path.py); a step's measured peak on a CPU, within 15 % (test_estimate.py).
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from higgs_tune.shards.sequence import MEL_WINDOW
 from higgs_tune.train.model.embed import stream_dtype
 from higgs_tune.train.model.forward import Checkpointing
 from higgs_tune.train.model.linear import Layer, layer_of, layers_of, may_compile
@@ -21,6 +22,7 @@ from torch import nn
 
 FREE_SHARE = 0.8  # of the free memory that activations may take
 TEXT_SHARE = 0.3  # of a pack's positions
+WINDOWS = 1 / 650  # of 30 s that the Whisper tower takes, for a position: one for each sample's reference
 SMALLEST_8_BIT = 4096  # elements of a tensor whose moments bitsandbytes keeps in 8 bits
 LABEL_SHARES = (0.1, 0.4)  # of a pack's positions: those with a text label, and with an audio label
 
@@ -31,8 +33,12 @@ def activation_bytes(
     *,
     compiled: bool = False,
     text_share: float = TEXT_SHARE,
+    windows: float = WINDOWS,
 ) -> float:
     """Bytes that are saved for backward, for a position of the packed forward, over all layers.
+
+    Args:
+        text_share: of the positions. windows: of the Whisper tower, for a position; they count where it trains.
 
     A layer saves the residual stream before each half, queries, keys, values and output of the attention, gate and
     up, the attention's normaliser, and what LoRA adds (`_lora_values`). A compiled one also saves its norms' outputs
@@ -51,7 +57,25 @@ def activation_bytes(
             for name, share in (("mlp", text_share), ("audio_mlp", audio_share)):
                 values += share * _ffn_values(getattr(layer, name, layer.mlp), compiled=compiled)
         values += width * (compiled and _compiles(shared, "q_proj", "k_proj", "v_proj"))
-    return values * size + normalisers + size * (1 - text_share) * _projector_values(model)
+    kept = values * size + normalisers + size * (1 - text_share) * _projector_values(model)
+    return kept + windows * _tower_bytes(model)
+
+
+def _tower_bytes(model: HiggsAudioModel) -> float:
+    """Bytes that the Whisper tower saves for a window, where it trains; it runs by boson's modules, uncheckpointed.
+
+    A layer saves its input and the sum after the attention, both norms' outputs and statistics, queries, keys, values,
+    output, normaliser and mask of the attention, and the FFN before and after its GELU.
+    """
+    tower: Any = model.audio_tower
+    if tower is None or not any(parameter.requires_grad for parameter in tower.parameters()):
+        return 0.0
+    rows, width, size = MEL_WINDOW // 2, tower.conv1.out_channels, tower.conv1.weight.dtype.itemsize
+    values = rows * (2 * tower.conv1.in_channels + 5 * width)  # both convolutions, before and after the GELU
+    values += rows * 1.5 * width  # before pooling, and before the last norm
+    for layer in tower.layers:
+        values += rows * (8 * width + 2 * layer.fc1.out_features + rows)
+    return values * size + 4 * rows * sum(layer.self_attn.num_heads + 4 for layer in tower.layers)
 
 
 def _layers_with_gradient(model: HiggsAudioModel) -> list[Any]:
