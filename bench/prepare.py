@@ -1,6 +1,6 @@
 """Speed and memory of higgs-prepare on recordings of any length, and kills at random moments.
 
-    python bench/prepare.py --hours 10                     one file of ten hours: speed, and memory against one hour
+    python bench/prepare.py --hours 10                     one file of ten hours: speed, and memory against six minutes
     python bench/prepare.py --hours 0.5 --files 4 --processes 2 [--quality dnsmos] [--speaker_model resemblyzer]
     python bench/prepare.py --hours 0.1 --files 4 --kills 20     kill -9 at 20 moments, then compare every byte
 
@@ -46,6 +46,8 @@ class Options:
     """Number of files."""
     processes: int = 1
     """Worker processes."""
+    longest_pause: float = 2.0
+    """Longest pause between sentences, in seconds: long ones leave little for the models."""
     vad: str = "auto"
     """As of higgs-prepare."""
     quality: str = "none"
@@ -71,13 +73,13 @@ def sentences(folder: Path) -> list[np.ndarray]:
     return waves
 
 
-def make_recording(path: Path, seconds: float, waves: list[np.ndarray], seed: int) -> None:
-    """Sentences with pauses, over quiet noise."""
+def make_recording(path: Path, seconds: float, waves: list[np.ndarray], seed: int, longest_pause: float) -> None:
+    """Sentences with pauses of 0.3 s to `longest_pause`, over quiet noise."""
     rng, written = np.random.default_rng(seed), 0
     with soundfile.SoundFile(path, "w", RATE_HZ, 1, "PCM_16") as file:
         while written < seconds * RATE_HZ:
             wave = waves[int(rng.integers(len(waves)))]
-            pause = np.zeros(int(rng.uniform(0.3, 2.0) * RATE_HZ), np.float32)
+            pause = np.zeros(int(rng.uniform(0.3, longest_pause) * RATE_HZ), np.float32)
             block = np.concatenate([wave * rng.uniform(0.5, 1.0), pause])
             file.write(block + rng.normal(0, 3e-4, len(block)).astype(np.float32))
             written += len(block)
@@ -165,17 +167,18 @@ def main() -> None:
         (folder / "short").mkdir()
         waves = sentences(folder)
         for number in range(given.files):
-            make_recording(folder / "in" / f"{number}.wav", given.hours * 3600, waves, number)
+            make_recording(folder / "in" / f"{number}.wav", given.hours * 3600, waves, number, given.longest_pause)
         if given.kills:
             kill_runs(folder / "in", folder, given)
             return
-        make_recording(folder / "short" / "0.wav", min(360.0, given.hours * 3600), waves, 0)
+        make_recording(folder / "short" / "0.wav", min(360.0, given.hours * 3600), waves, 0, given.longest_pause)
         short_s, _, short_mb = run(folder / "short", folder / "out-short", given)
         long_s, long_cpu_s, long_mb = run(folder / "in", folder / "out", given)
         seconds = given.hours * 3600 * given.files
         made = {"audio_s": round(seconds), "wall_s": round(long_s, 1), "times_real_time": round(seconds / long_s, 1)}
         made |= {"cpu_s": round(long_cpu_s, 1), "times_real_time_a_core": round(seconds / long_cpu_s, 1)}
         made |= {"memory_mb": round(long_mb), "wall_s_of_6_minutes": round(short_s, 1)}
+        made |= {"segments": sum(1 for _ in (folder / "out" / "segments.jsonl").open("rb"))}
         print(json.dumps(made | {"memory_mb_of_6_minutes": round(short_mb)}))
 
 

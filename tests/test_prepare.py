@@ -112,6 +112,17 @@ def test_a_soft_beginning_that_noise_hides_is_not_cut_off(pause_db: int, earlier
 
 
 @pytest.mark.fast
+def test_a_beginning_that_the_network_hears_late_is_found_by_the_level() -> None:
+    """By 250 ms, so that near to it no level is quiet."""
+    levels_L = np.full(1000, 2 * 65, np.uint8)
+    levels_L[455:800] = 2 * 15
+    probs_F = np.zeros(10_000 // 32 + 1, np.uint8)
+    probs_F[150:250] = 255
+    (speech,) = find_speech(Listened(probs_F, levels_L, np.zeros(1000, np.uint8)), 10_000, 0.5)
+    assert abs(speech.start - 4550) <= 20 and abs(speech.end - 8000) <= 20
+
+
+@pytest.mark.fast
 def test_no_segment_holds_two_named_speakers() -> None:
     levels_L = np.concatenate([np.full(250, 40, np.uint8), np.full(40, 140, np.uint8)] * 6)
     heard = Listened(np.zeros(0, np.uint8), levels_L, np.zeros(len(levels_L), np.uint8))
@@ -192,7 +203,7 @@ def test_every_form_of_transcript_says_the_same(tmp_path: Path, name: str) -> No
         ("a.txt", b" \n", "no text"),
         ("a.txt", "café au lait, déjà vu".encode("latin-1"), "not UTF-8"),
         ("a.txt", ARABIC.encode("cp1256"), "not UTF-8.*iconv"),
-        ("a.txt", b"RIFF\0\0\0\0WAVEfmt ", "audio"),
+        ("a.txt", b"RIFF\0\0\0\0WAVEfmt ", "not text .*got audio"),
     ],
 )
 def test_a_bad_transcript_is_named(tmp_path: Path, name: str, data: bytes, why: str) -> None:

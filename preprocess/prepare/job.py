@@ -12,7 +12,7 @@ from higgs_tune.preprocess.prepare.segment import Cutting
 from higgs_tune.preprocess.prepare.stages import Stages
 from higgs_tune.preprocess.prepare.transcripts import Transcript
 
-VERSION = 3  # of the stages' algorithms: a change makes every stored result an old one
+VERSION = 4  # of the stages' algorithms: a change makes every stored result an old one
 
 
 @dataclass(frozen=True)

@@ -97,7 +97,8 @@ def find_speech(heard: Listened, total_ms: int, threshold: float) -> list[Span]:
     if len(heard.probs_F):
         windows = _hysteresis(heard.probs_F / 255.0, threshold, max(threshold - HYSTERESIS, 0.01))
         spans = [Span(begin * WINDOW_MS, end * WINDOW_MS) for begin, end in windows]
-        spans = [_sharpened(span, decibels_L) for span in spans]
+        smooth_L = _smoothed(decibels_L)
+        spans = [_sharpened(span, smooth_L) for span in spans]
     else:
         spans = _loud(decibels_L)
     spans = [Span(max(0, s.start), min(s.end, total_ms)) for s in spans]
@@ -110,6 +111,11 @@ def _hysteresis(values: np.ndarray, enter: float, leave: float) -> list[tuple[in
     edges = np.flatnonzero(np.diff(above)).reshape(-1, 2)
     reached = np.concatenate([[0], np.cumsum(values >= enter)])
     return [(int(begin), int(end)) for begin, end in edges if reached[end] > reached[begin]]
+
+
+def _smoothed(decibels_L: np.ndarray) -> np.ndarray:
+    """Means over three windows: the level of noise swings from one to the next."""
+    return np.convolve(np.pad(decibels_L, 1, mode="edge"), np.ones(3) / 3, mode="valid")
 
 
 def _joined(spans: list[Span]) -> list[Span]:
@@ -142,23 +148,24 @@ def _sharpened(span: Span, decibels_L: np.ndarray) -> Span:
 
 def _edge(levels_L: np.ndarray, begin: int, loud: float) -> int:
     """The first window of speech that was found to begin at `begin`; it is looked for farther away if need be."""
+    edge = begin
     for reach in (EDGE_MS // LEVEL_MS, FAR_EDGE_MS // LEVEL_MS):
         first = max(0, begin - reach)
         found = _first_above(levels_L[first : begin + reach], loud)
-        if found or not first:
+        if found or (found == 0 and not first):
             return first + found
-    return max(0, begin - EDGE_MS // LEVEL_MS)
+        if found == 0:
+            edge = max(0, begin - EDGE_MS // LEVEL_MS)
+    return edge
 
 
-def _first_above(levels_L: np.ndarray, loud: float) -> int:
-    """The first window that is a third of the way from the quietest level to the loud one."""
-    if not len(levels_L):
-        return 0
-    quiet = float(levels_L.min())
+def _first_above(levels_L: np.ndarray, loud: float) -> int | None:
+    """The first window that is a third of the way from the quietest level to the loud one; None: no level is quiet."""
+    quiet = float(levels_L.min(initial=loud))
     if loud - quiet < LEAST_RANGE_DB:
-        return len(levels_L) // 2
+        return None
     above = np.flatnonzero(levels_L > quiet + (loud - quiet) / 3)
-    return int(above[0]) if len(above) else len(levels_L) // 2
+    return int(above[0]) if len(above) else None
 
 
 def _loud(decibels_L: np.ndarray) -> list[Span]:
@@ -175,8 +182,7 @@ def _loud(decibels_L: np.ndarray) -> list[Span]:
     if loud - quiet < LEAST_RANGE_DB and len(audible_L) > 0.99 * len(decibels_L):
         return []
     quiet = min(quiet, loud - 3 * LEAST_RANGE_DB)
-    smooth_L = np.convolve(np.pad(floored_L, 1, mode="edge"), np.ones(3) / 3, mode="valid")
-    windows = _hysteresis(smooth_L, quiet + (loud - quiet) * 0.5, quiet + (loud - quiet) * 0.25)
+    windows = _hysteresis(_smoothed(floored_L), quiet + (loud - quiet) * 0.5, quiet + (loud - quiet) * 0.25)
     return [Span(begin * LEVEL_MS, end * LEVEL_MS) for begin, end in windows]
 
 

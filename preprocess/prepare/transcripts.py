@@ -15,7 +15,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
-from higgs_tune.preprocess.input.text_file import open_text
+from higgs_tune.preprocess.input.text_file import NO_TEXT, open_text
 from higgs_tune.shards.errors import UserError
 
 _TIME = re.compile(r"(?:(\d{1,4}):)?([0-5]?\d):([0-5]?\d)(?:[.,](\d{1,3}))?")
@@ -73,7 +73,7 @@ def read_transcript(file: Path) -> Transcript:
         with open_text(file) as stream:
             text = stream.read()
     except (OSError, UserError, UnicodeError) as error:
-        raise BadTranscript(str(error)) from error
+        raise BadTranscript(str(error).replace(NO_TEXT, "not text")) from error
     if _has_surrogate(text):
         raise BadTranscript("some lines are not UTF-8")
     kind, pieces = READERS[file.suffix.lower()](text)
