@@ -139,6 +139,8 @@ def test_no_segment_holds_two_named_speakers() -> None:
 ARABIC = "قال الرجل إن البحر كان هادئا في الصباح"
 FORMS = {
     "a.srt": "1\n00:00:01,000 --> 00:00:02,500\n<i>Hello</i> there\n\n2\n00:00:03,000 --> 00:00:04,000\nagain\n",
+    "b.srt": "1\r\n00:00:01,000 --> 00:00:02,500\r\nHello\r\n\r\nthere\r\n\r\n\r\n"
+    "2\r\n00:00:03,000 --> 00:00:04,000\r\nagain",
     "a.vtt": "WEBVTT\n\nNOTE no cue\n\n00:01.000 --> 00:02.500 align:start\n<v Ann>Hello there\n\n"
     "00:03.000 --> 00:04.000\nagain\n",
     "a.json": json.dumps({"segments": [{"start": 1, "end": 2.5, "text": " Hello there"},

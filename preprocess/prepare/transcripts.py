@@ -110,19 +110,33 @@ def _plain(text: str) -> Read:
 
 
 def _cues(text: str) -> Read:
-    """SubRip and WebVTT: blocks of a line with times and lines of text; notes, styles and headers have no times."""
-    blocks = re.split(r"\n\s*\n", text.replace("\r\n", "\n").replace("\r", "\n"))
-    pieces = [_cue(block.split("\n")) for block in map(str.strip, blocks) if block and not block.startswith(_NO_CUE)]
-    if not pieces:
+    """SubRip and WebVTT: blocks of a line with times and lines of text; notes, styles and headers have no times.
+
+    Another block without times goes on with the text before it, which has an empty line in it.
+    """
+    cues: list[list[str]] = []
+    for block in re.split(r"\n\s*\n", text.replace("\r\n", "\n").replace("\r", "\n")):
+        lines = block.strip().split("\n")
+        if _times_line(lines) is not None:
+            cues.append(lines)
+        elif lines != [""] and not lines[0].startswith(_NO_CUE):
+            if not cues or lines[0].strip().isdigit():
+                raise BadTranscript(f"no line with times (00:00:01,000 --> 00:00:02,000) in the block {lines[0]:.40}")
+            cues[-1] += lines
+    if not cues:
         raise BadTranscript("no line with times (00:00:01,000 --> 00:00:02,000)")
-    return "cues", pieces
+    return "cues", [_cue(lines) for lines in cues]
+
+
+def _times_line(lines: list[str]) -> int | None:
+    """Which of the first lines of a block has the times, perhaps broken ones."""
+    return next((at for at, line in enumerate(lines[:3]) if _ARROW.match(line) or _BROKEN_ARROW.match(line)), None)
 
 
 def _cue(lines: list[str]) -> Piece:
-    """A block: perhaps a name or number, times, text."""
-    number = next((at for at, line in enumerate(lines[:2]) if _ARROW.match(line) or _BROKEN_ARROW.match(line)), None)
-    if number is None:
-        raise BadTranscript(f"no line with times (00:00:01,000 --> 00:00:02,000) in the block {lines[0]:.40}")
+    """A block with times: perhaps a header, name or number before them; text."""
+    number = _times_line(lines)
+    assert number is not None
     found, said = _ARROW.match(lines[number]), lines[number + 1 :]
     if not found:
         raise BadTranscript(f"expected times such as 00:00:01,000 --> 00:00:02,000, got {lines[number]:.40}")
