@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -75,7 +76,7 @@ def prepare(config: PrepareConfig) -> dict[str, Any]:
         with ProgressBar() as progress:
             progress.start("prepare", len(facts), "recordings")
             numbers = list(range(len(facts)))
-            for fact in run_tasks(partial(prepare_recording, job), numbers, config, stop):
+            for fact in run_tasks(partial(prepare_recording, job), numbers, _with_processes(config, len(facts)), stop):
                 facts[fact.number] = fact
                 progress.advance(1)
         recordings = _recordings(job.recordings, facts)
@@ -85,6 +86,15 @@ def prepare(config: PrepareConfig) -> dict[str, Any]:
         write_lines(out / WORK / MEASURED, segments)
         _write_embeddings(out, embeddings_ND)
         return _decide_and_write(config, out, segments, embeddings_ND, recordings)
+
+
+def _with_processes(config: PrepareConfig, recordings: int) -> PrepareConfig:
+    """Two recordings are worth two processes, unlike two tasks of higgs-preprocess."""
+    from higgs_tune.preprocess.engine import TASKS_PER_PROCESS, auto_processes
+
+    if config.num_processes or config.engine != "local":
+        return config
+    return replace(config, num_processes=auto_processes(config.device, recordings * TASKS_PER_PROCESS))
 
 
 def decide_again(config: PrepareConfig) -> dict[str, Any]:
