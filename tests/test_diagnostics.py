@@ -74,6 +74,17 @@ def test_predictions_are_those_of_a_naive_loop(toy_tokenizer: PreTrainedTokenize
     assert 0 < sum(right) < sum(count)
 
 
+def test_a_sample_without_audio_has_text_only(toy_tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+    """As written sentences are among spoken ones; nor does a pack without a text label ask for one."""
+    model, rng = write_checkpoint(tmp_path, toy_tokenizer), np.random.default_rng(0)
+    ids = ids_of(tmp_path)
+    turns = [{"role": role, "content": "one two three"} for role in ("user", "assistant")]
+    written = random_sample("written", rng, toy_tokenizer, ids, entry={"messages": turns})
+    compared = compare_predictions(model, collate([written], 0.0, ids), toy_tokenizer, LossOptions())
+    assert "codes" not in compared
+    assert "accuracy" not in format_diagnostics(compared, 0)
+
+
 @pytest.mark.fast
 def test_every_parameter_has_its_group(toy_tokenizer: PreTrainedTokenizerBase) -> None:
     model = make_model(tiny_config(toy_tokenizer, use_audio_out_self_attention=True), 0)

@@ -86,7 +86,7 @@ def compare_predictions(model: HiggsAudioModel, batch: Batch, tokenizer: Any, op
         compared["text"], compared["predicted_text"] = (
             tokenizer.decode(ids.tolist(), skip_special_tokens=False) for ids in (labels[own], predicted)
         )
-    if options.with_audio:
+    if options.with_audio and len(batch["audio_rows"]):
         rows, labels_nK = batch["audio_rows"].long(), batch["audio_labels_KL"].t().long()
         predicted_nK = _argmax_per_group(
             model, model.audio_decoder_proj.audio_lm_head, hidden_NH, rows, labels_nK.shape[1]
@@ -120,7 +120,8 @@ def _argmax_per_group(
 ) -> torch.Tensor:
     """The most likely class of each group at some rows: int64 [n, groups]."""
     normed_nH = normed(model.norm, hidden_NH.index_select(0, rows))
-    return linear(head, normed_nH).view(len(rows), groups, -1).argmax(-1)
+    logits_nC = linear(head, normed_nH)
+    return logits_nC.view(len(rows), groups, logits_nC.shape[1] // groups).argmax(-1)  # rows may be none
 
 
 def isolated(text: str) -> str:
