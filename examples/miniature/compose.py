@@ -73,6 +73,8 @@ class Composition:
     """Takes of each word."""
     word_references: int = 0
     """Compose references of up to so many coded words, instead of recordings."""
+    written: int = 0
+    """One sample in so many asks for an Arabic sentence and repeats it in writing only, without audio."""
     held_out: int = 20
     """Held-out sentences of each voice in the list for higgs-eval."""
     decoded: int = 0
@@ -119,6 +121,13 @@ def draw_text(config: Composition, rng: Random, voice: Voice, name: str, split: 
             return text
 
 
+def arabic_text(rng: Random) -> str:
+    """An Arabic sentence of digits or numbers of the split `train`."""
+    while split_of(text := without_marks(make_sentence("ar", ("digits", "numbers"), rng))) != "train":
+        pass
+    return text
+
+
 def say(voice: Voice, text: str, rng: Random) -> np.ndarray:
     """Codes [K, T] of a composed sentence; each word in a random take."""
     return np.concatenate([rng.choice(voice.words[part]) for part in parts_of(text)], axis=1)
@@ -126,23 +135,25 @@ def say(voice: Voice, text: str, rng: Random) -> np.ndarray:
 
 def compose_one(
     config: Composition, voices: dict[str, Voice], number: int
-) -> tuple[dict[str, Any], tuple[np.ndarray, np.ndarray]]:
-    """A sample's ChatML and its codes, of reference and target; voices and layouts in turn."""
+) -> tuple[dict[str, Any], tuple[np.ndarray, ...]]:
+    """A sample's ChatML and its codes, of reference and target, if it has audio; voices and layouts in turn."""
     rng, name = Random(f"{config.seed} {number}"), config.voices[number % len(config.voices)]
-    voice = voices[name]
-    text = draw_text(config, rng, voice, name, "train", config.longest)
+    voice, written = voices[name], config.written and rng.randrange(config.written) == 0
+    text = arabic_text(rng) if written else draw_text(config, rng, voice, name, "train", config.longest)
     if config.word_references:
         other = draw_text(config, rng, voice, name, "train", config.word_references)
         reference_KT = say(voice, other, rng)
     else:
         other, _path, reference_KT = rng.choice(voice.references)
     audio = [{"type": "audio", "audio_url": f"composed/{name}-{number}-{side}"} for side in ("target", "reference")]
-    layout = config.layouts[number // len(config.voices) % len(config.layouts)]
+    layout = "chat" if written else config.layouts[number // len(config.voices) % len(config.layouts)]
     conversation = build_conversation(layout, text, audio[0], [Reference(audio[1], other)])
     conversation.pop("start_index", None)
-    misc = {"language": language_of(name), "said": [other, text]}
+    if written:
+        conversation["messages"][-1]["content"] = text
+    misc = {"language": "ar" if written else language_of(name), "said": [other, text]}
     entry = {"id": f"{name}-{number:06d}", **conversation, "speaker": name, "misc": misc}
-    return entry, (reference_KT, say(voice, text, rng))
+    return entry, (reference_KT,) if written else (reference_KT, say(voice, text, rng))
 
 
 def compose_samples(config: Composition, job: Job, voices: dict[str, Voice]) -> Iterator[Sample]:
