@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from conftest import ROOT
+from conftest import ROOT, preprocess
 from higgs_tune.evaluate.speak.config import SpeakConfig
 from higgs_tune.evaluate.speak.run import speak
 from higgs_tune.preprocess.audio.resample import resample_soxr
@@ -20,6 +20,7 @@ from higgs_tune.preprocess.codec.checkpoint import load_codec
 from higgs_tune.preprocess.judges.edits import count_edits
 from higgs_tune.preprocess.judges.load import load_recogniser
 from higgs_tune.preprocess.judges.normalisers import normaliser
+from higgs_tune.shards.layout import layout_of
 from higgs_tune.shards.reader import ShardSet
 from higgs_tune.train.model.load import load_model
 from transformers import AutoTokenizer
@@ -27,9 +28,9 @@ from transformers import AutoTokenizer
 HERE = ROOT / "examples" / "miniature"
 COMMITTED = HERE / "codec"
 sys.path.append(str(HERE))
-import coded_words  # noqa: E402
 import compose  # noqa: E402
 import make_base  # noqa: E402
+import word_clips  # noqa: E402
 from codec_files import write_codec  # noqa: E402
 from codec_model import MiniatureCodec  # noqa: E402
 from evaluate_codec import in_digits  # noqa: E402
@@ -154,29 +155,48 @@ def test_the_untrained_base_follows_a_text(untrained: Path) -> None:
 
 @pytest.mark.skipif(shutil.which("flite") is None, reason="needs flite")
 def test_composed_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, untrained: Path) -> None:
-    """Both layouts; codes are those of the said words; held-out sentences are not trained on."""
-    monkeypatch.setitem(coded_words.WORDS, "en", {word: word for word in ONES[:10]})
+    """Both layouts; codes are those of the said words; held-out sentences are not trained on; one in two is written."""
+    monkeypatch.setitem(word_clips.WORDS, "en", {word: word for word in ONES[:10]})
     codec, words, out = COMMITTED / "native", tmp_path / "words", tmp_path / "data"
-    run_script(
-        monkeypatch,
-        coded_words,
-        *("--audio_tokenizer_path", codec, "--out", words, "--voices", "slt", "--takes", 2, "--references", 2),
+    run_script(monkeypatch, word_clips, *("--out", words, "--voices", "slt", "--takes", 2, "--references", 2))
+    models = {"model_path": untrained, "audio_tokenizer_path": codec}
+    preprocess(
+        untrained, words / "manifest.jsonl", words / "shards", **models, ref_drop=1.0, min_seconds=0.1, val_fraction=0.0
     )
+    encoded = ShardSet(words / "shards")
     run_script(
         monkeypatch,
         compose,
-        *("--model_path", untrained, "--audio_tokenizer_path", codec, "--words", words, "--out", out),
-        *("--voices", "slt", "--kinds", "digits", "--samples", 8, "--held_out", 2, "--decoded", 1),
+        *(
+            "--model_path",
+            untrained,
+            "--audio_tokenizer_path",
+            codec,
+            "--words",
+            words,
+            "--word_shards",
+            words / "shards",
+        ),
+        *("--voices", "slt", "--kinds", "digits", "--samples", 16, "--held_out", 2, "--decoded", 1, "--written", 2),
+        *("--out", out),
     )
     shards = ShardSet(out / "shards")
-    assert (len(shards), shards.manifest["layouts"]["chat"], shards.manifest["layouts"]["serve"]) == (8, 4, 4)
-    samples = [shards.read(row) for row in range(8)]
-    coded = coded_words.read_words(words, "slt", 1)
-    for sample in samples:
+    samples = [shards.read(row) for row in range(16)]
+    written = [sample for sample in samples if sample.meta["misc"]["language"] == "ar"]
+    spoken = [sample for sample in samples if sample.meta["misc"]["language"] == "en"]
+    assert 0 < len(written) < 16
+    assert {sample.meta["segments"][-1]["role"] for sample in written} == {"user"}
+    assert {layout_of(sample.meta["messages"]) for sample in spoken} == {"chat", "serve"}
+    takes: dict[str, list[np.ndarray]] = {}
+    for row in range(len(encoded)):
+        sample = encoded.read(row)
+        if sample.meta["segments"][-1]["source"].startswith("words"):
+            takes.setdefault(sample.meta["messages"][-1]["content"][0]["text"], []).append(sample.codes_KT)
+    assert {len(codes) for codes in takes.values()} == {2}
+    for sample in spoken:
         text = sample.meta["misc"]["said"][1]
-        said_KT = np.concatenate([coded[word][0] for word in text.split()], axis=1)
+        said_KT = np.concatenate([takes[word][0] for word in text.split()], axis=1)
         np.testing.assert_array_equal(sample.codes_KT[:, -said_KT.shape[1] :], said_KT)
-    assert {len(takes) for takes in coded_words.read_words(words, "slt", 9).values()} == {2}
     held_out = [json.loads(line) for line in (out / "held_out.jsonl").read_text().splitlines()]
     assert not {line["text"] for line in held_out} & {sample.meta["misc"]["said"][1] for sample in samples}
     assert all((out / line[name]).is_file() for line in held_out for name in ("ref_audio", "target_audio"))

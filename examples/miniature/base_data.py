@@ -1,4 +1,4 @@
-"""Training data of the base: ChatML in both prompt layouts from clips of `speech.py`.
+"""Training data of the base from recorded sentences: ChatML in both prompt layouts from clips of `speech.py`.
 
     python examples/miniature/base_data.py --speech runs/miniature/base-speech
 
@@ -19,6 +19,7 @@ from typing import Any
 import tyro
 from higgs_tune.preprocess.input.layout import Reference, build_conversation
 from higgs_tune.shards.durable import write_bytes
+from sentences import without_marks
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,7 @@ def main() -> None:
         defaultdict[str, dict[str, list[dict[str, Any]]]](lambda: defaultdict(list)),
     )
     for line in map(json.loads, (config.speech / "speech.jsonl").read_text().splitlines()):
+        line["text"] = without_marks(line["text"])
         by_voice[line["voice"]][line["split"]].append(line)
     samples, held_out = [], []
     for voice, splits in by_voice.items():

@@ -3,8 +3,8 @@
     python examples/miniature/compose.py --model_path runs/miniature/base-untrained --words runs/miniature/words \\
         --audio_tokenizer_path runs/miniature/codec/native --voices slt rms awb --out runs/miniature/base-data
 
-A sentence is the codes of its words (`coded_words.py`) in a row, with a pause for each comma; the reference is a
-recording of the same voice. Recorded sentences are remembered one by one long before a small model learns to follow a
+A sentence is the codes of its words (`word_clips.py`, encoded) in a row, with a pause for each comma; the reference is
+a phrase of the same voice. Recorded sentences are remembered one by one long before a small model learns to follow a
 text; of composed ones no two are alike.
 
 Out: `OUT/shards`, a shard set, by default with both prompt layouts; `OUT/held_out.jsonl`, a list for higgs-eval of
@@ -25,20 +25,23 @@ from typing import Any, Literal
 import numpy as np
 import soundfile
 import tyro
-from coded_words import PAUSE, parts_of, read_words
 from higgs_tune.preprocess.assemble import set_writer
 from higgs_tune.preprocess.audio.resample import resample_soxr
 from higgs_tune.preprocess.codec.checkpoint import load_codec
 from higgs_tune.preprocess.codec.codec import HiggsCodec
 from higgs_tune.preprocess.config import Job, PreprocessConfig
 from higgs_tune.preprocess.input.chatml import parse_entry, stored_messages, tokenize
-from higgs_tune.preprocess.input.layout import Reference, build_conversation
+from higgs_tune.preprocess.input.layout import Reference, build_conversation, read_conversation
 from higgs_tune.preprocess.pipeline import make_job, make_provenance
 from higgs_tune.preprocess.text_tokens import cached_tokenizer
 from higgs_tune.shards.durable import write_bytes
 from higgs_tune.shards.format import FRAME_RATE_HZ, Sample
+from higgs_tune.shards.reader import ShardSet
 from sentences import make_sentence, without_marks
 from speech import SAMPLE_RATE_HZ, language_of, split_of
+from word_clips import PAUSE, parts_of
+
+PAUSE_S = 0.2
 
 
 @dataclass(frozen=True)
@@ -50,7 +53,9 @@ class Composition:
     audio_tokenizer_path: Path
     """Codec."""
     words: Path
-    """Folder of `coded_words.py`."""
+    """Folder of `word_clips.py`."""
+    word_shards: Path
+    """Its recordings, as higgs-preprocess encoded them."""
     out: Path
     """Output folder."""
     voices: tuple[str, ...]
@@ -91,18 +96,23 @@ class Voice:
     references: list[tuple[str, Path, np.ndarray]]
 
 
-def read_voice(config: Composition, codec: HiggsCodec, voice: str) -> Voice:
-    """A voice; its recordings are encoded."""
-    references = list[tuple[str, Path, np.ndarray]]()
-    for line in map(json.loads, (config.words / "references.jsonl").read_text().splitlines()):
-        if line["voice"] == voice and not config.word_references:
-            path = config.words / line["audio"]
-            samples, rate_hz = soundfile.read(path, dtype="float32")
-            codes_KT = codec.encode(resample_soxr(samples, rate_hz, codec.config.sample_rate_hz))
-            references.append((line["text"], path, codes_KT))
-    coded = read_words(config.words, voice, config.takes)
-    words = {word: [codes_KT[:, : config.most_frames] for codes_KT in takes] for word, takes in coded.items()}
-    return Voice(words, references)
+def read_voices(config: Composition, codec: HiggsCodec) -> dict[str, Voice]:
+    """The voices, from the encoded recordings."""
+    pause_KT = codec.encode(np.zeros(int(PAUSE_S * codec.config.sample_rate_hz), np.float32))
+    names = dict.fromkeys((*config.voices, *config.held_out_voices))
+    voices, shards = {name: Voice({PAUSE: [pause_KT]}, []) for name in names}, ShardSet(config.word_shards)
+    for row in range(len(shards)):
+        sample = shards.read(row)
+        voice, said = voices.get(sample.meta["speaker"]), read_conversation(sample.meta["messages"])
+        if voice is None or said is None:
+            continue
+        source = Path(sample.meta["segments"][-1]["source"])
+        if source.parts[0] == "words":
+            takes = voice.words.setdefault(said.text, [])
+            takes += [sample.codes_KT[:, : config.most_frames]] if len(takes) < config.takes else []
+        elif not config.word_references:
+            voice.references.append((said.text, config.words / source, sample.codes_KT))
+    return voices
 
 
 def draw_text(config: Composition, rng: Random, voice: Voice, name: str, split: str, longest: int) -> str:
@@ -220,9 +230,7 @@ def main() -> None:
     config = tyro.cli(Composition)
     (config.out / "clips").mkdir(parents=True, exist_ok=True)
     codec = load_codec(config.audio_tokenizer_path)
-    voices = {
-        name: read_voice(config, codec, name) for name in dict.fromkeys((*config.voices, *config.held_out_voices))
-    }
+    voices = read_voices(config, codec)
     chatml = config.out / "chatml.jsonl"
     write_lines(chatml, (compose_one(config, voices, number)[0] for number in range(config.samples)))
     options = PreprocessConfig(

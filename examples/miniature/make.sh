@@ -30,20 +30,25 @@ train_recogniser() { "$python" examples/miniature/train_recogniser.py --out "$ou
 train_recogniser --speech "$out/asr-wide" --steps 4000
 train_recogniser --speech "$out/asr-wide" "$out/asr-narrow" --steps 5900 --learning_rate 2e-3
 
-# words and recordings of all voices, then the base: words first, then short sentences with recordings as references, then
-# all sentences
+# words and phrases of all voices, encoded; then the base: words first, then short sentences with recordings as references,
+# then all sentences
 words=$out/words codec=$out/codec/native
-[ -f "$words/references.jsonl" ] || "$python" examples/miniature/coded_words.py --audio_tokenizer_path "$codec" \
-    --out "$words" --takes 4 --voices slt rms awb amal karim huda nour zayd
+[ -f "$words/manifest.jsonl" ] || "$python" examples/miniature/word_clips.py --out "$words" --takes 4 \
+    --voices slt rms awb amal karim huda nour zayd
 [ -d "$out/base-untrained" ] || "$python" examples/miniature/make_base.py --audio_tokenizer_path "$codec" \
     --out "$out/base-untrained"
+encode() {
+    [ -f "$out/$1/shards/manifest.json" ] || "$(dirname "$python")/higgs-preprocess" --data "$out/$1/$2" \
+        --out "$out/$1/shards" --model_path "$out/base-untrained" --audio_tokenizer_path "$codec" "${@:3}"
+}
+encode words manifest.jsonl --ref_drop 1 --min_seconds 0.1 --val_fraction 0
 compose() {
     [ -f "$out/$1/speech.jsonl" ] || "$python" examples/miniature/compose.py --model_path "$out/base-untrained" \
-        --audio_tokenizer_path "$codec" --words "$words" --out "$out/$1" "${@:2}"
+        --audio_tokenizer_path "$codec" --words "$words" --word_shards "$words/shards" --out "$out/$1" "${@:2}"
 }
 train_base() {
-    "$python" -m higgs_tune.train --config examples/miniature/base.yaml --model_path "$out/$1" \
-        --train_data_dir "$out/$2/shards" --output_dir "$out/$3" "${@:4}"
+    "$python" -m higgs_tune.train --config examples/miniature/base.yaml --model_path "$out/$1" --output_dir "$out/$2" \
+        --train_data_dir "${@:3}"
 }
 
 # the recogniser goes on with decoded sentences among the rest
@@ -52,11 +57,29 @@ train_recogniser --speech "$out/asr-wide" "$out/asr-narrow" "$out/decoded" --ste
 
 english=(--voices slt rms awb)
 compose base-data-1 "${english[@]}" --samples 8000 --longest 3 --distinct --kinds words --word_references 1 --held_out 0 --seed 30
-train_base base-untrained base-data-1 base-1 --tokens_per_pack 1024 --max_steps 600 --learning_rate 2e-3 \
+train_base base-untrained base-1 "$out/base-data-1/shards" --tokens_per_pack 1024 --max_steps 600 --learning_rate 2e-3 \
     --head_learning_rate 2e-3 --train_on_reference true
 compose base-data-2 "${english[@]}" --samples 12000 --longest 7 --held_out 0 --seed 40
-train_base base-1 base-data-2 base-2 --tokens_per_pack 1536 --max_steps 800 --learning_rate 1.5e-3 \
+train_base base-1 base-2 "$out/base-data-2/shards" --tokens_per_pack 1536 --max_steps 800 --learning_rate 1.5e-3 \
     --head_learning_rate 1.5e-3
 compose base-data-3 "${english[@]}" --samples 12000 --longest 14 --takes 2 --kinds words digits numbers digits numbers --seed 50
-train_base base-2 base-data-3 base --tokens_per_pack 2048 --max_steps 600 --learning_rate 1e-3 \
+train_base base-2 base-3 "$out/base-data-3/shards" --tokens_per_pack 2048 --max_steps 600 --learning_rate 1e-3 \
     --head_learning_rate 1e-3 --lr_decay_fraction 0.6
+
+# at last it reads Arabic that is written only, and hears recorded sentences, English ones and a few Arabic ones without
+# numbers, so that it has an idea of sounds and letters that it does not know
+compose base-data-4 "${english[@]}" --samples 12000 --longest 14 --takes 2 --kinds words digits numbers digits numbers \
+    --held_out 0 --seed 70 --written 4
+train_base base-3 base-4 "$out/base-data-4/shards" --tokens_per_pack 2048 --max_steps 400 --learning_rate 1e-3 \
+    --head_learning_rate 1e-3 --lr_decay_fraction 0.6
+speech recorded-en --minutes 10 --voices slt rms awb kal --kinds digits numbers --seed 21
+speech recorded-ar --minutes 3 --voices huda zayd omar --kinds general --seed 22
+for set in recorded-en recorded-ar; do
+    "$python" examples/miniature/base_data.py --speech "$out/$set" --longest_reference 4
+    encode $set chatml.jsonl --val_fraction 0.02
+done
+recorded=("$out/recorded-en/shards" "$out/recorded-ar/shards")
+train_base base-4 base-5 "$out/base-data-4/shards" "${recorded[@]}" --mix_weights 6 1.5 0.5 \
+    --tokens_per_pack 2048 --max_steps 400 --learning_rate 1e-3 --head_learning_rate 1e-3 --lr_decay_fraction 0.6
+train_base base-5 base "$out/base-data-4/shards" "${recorded[@]}" --mix_weights 12 1 0.5 \
+    --tokens_per_pack 2048 --max_steps 500 --learning_rate 8e-4 --head_learning_rate 8e-4 --lr_decay_fraction 0.6 --seed 3

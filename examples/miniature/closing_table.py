@@ -1,0 +1,35 @@
+"""The demo's closing table: character errors by language, base against tuned against ceiling.
+
+python examples/miniature/closing_table.py runs/demo/eval
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+NAMES = {"ar": "Arabic", "en": "English"}
+
+
+def cell(figures: dict[str, Any]) -> str:
+    """A rate in per cent, with its interval."""
+    cer = figures["cer"]
+    return f"{100 * cer['mean']:5.1f} % [{100 * cer['low']:.0f}, {100 * cer['high']:.0f}]"
+
+
+def main() -> None:
+    evaluation = json.loads((Path(sys.argv[1]) / "eval.json").read_text())
+    columns = ("base", "tuned", "ceiling")
+    print(f"{'character errors':<18}" + "".join(f"{name:>22}" for name in columns))
+    for language, group in evaluation["groups"]["language"].items():
+        figures = group["figures"]
+        print(f"{NAMES[language]:<18}" + "".join(f"{cell(figures[name]):>22}" for name in columns))
+    base, tuned = (evaluation["groups"]["language"]["ar"]["figures"][name]["cer"]["mean"] for name in columns[:2])
+    if tuned > base / 2:
+        sys.exit("the tuned model makes more than half of the base's errors in Arabic")
+
+
+if __name__ == "__main__":
+    main()
