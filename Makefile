@@ -6,13 +6,14 @@ INSTALLED := .venv/installed
 SETUP ?= setup
 TOY := runs/toy
 DEMO := runs/demo
+TOY_DEMO := runs/toy-demo
 SAY := --audio_tokenizer_path $(TOY)/codec --layout chat --max_seconds 4 \
     --ref_audio examples/arabic/clips/amal-01.flac --ref_text "ذَهَبَ الوَلَدُ إِلَى المَدْرَسَةِ مُبَكِّرًا." \
     --text "السَّلَامُ عَلَيْكُمْ وَرَحْمَةُ اللهِ."
 TRAIN := $(BIN)/torchrun --standalone --nproc_per_node 2 -m higgs_tune.train
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check
 
-.PHONY: setup setup-run toy demo test test-fast native lint bench clean
+.PHONY: setup setup-run toy toy-demo demo test test-fast native lint bench clean
 
 # for development: all that is here; SETUP=setup-run makes the other targets do with setup-run, where they can
 setup: $(INSTALLED)
@@ -37,23 +38,27 @@ $(INSTALLED): $(RUNS) requirements-dev.lock
 toy: $(SETUP)
 	$(BIN)/python -m higgs_tune.train.toy --chatml examples/arabic/chatml.json --out $(TOY) $(if $(TOWER),--tower)
 
+# a small trained model that speaks English learns to say Arabic digits: words to hear and figures, in minutes
+demo: $(SETUP)
+	BIN=$(BIN) examples/miniature/demo.sh $(DEMO)
+
 # real speech -> shards -> stage 1 -> stage 2 (stopped half-way, resumed) -> report -> a sentence, on the toy checkpoints
-demo: toy
-	rm -rf $(DEMO)
-	$(BIN)/higgs-preprocess --data examples/arabic/chatml.json --out $(DEMO)/shards \
+toy-demo: toy
+	rm -rf $(TOY_DEMO)
+	$(BIN)/higgs-preprocess --data examples/arabic/chatml.json --out $(TOY_DEMO)/shards \
 	    --model_path $(TOY)/model --audio_tokenizer_path $(TOY)/codec --val_fraction 0.1
-	$(TRAIN) --training_stage stage1 --model_path $(TOY)/model --train_data_dir $(DEMO)/shards \
-	    --output_dir $(DEMO)/stage1 --max_steps 60 --tokens_per_pack 2048 --learning_rate 1e-2 --eval_steps 20
+	$(TRAIN) --training_stage stage1 --model_path $(TOY)/model --train_data_dir $(TOY_DEMO)/shards \
+	    --output_dir $(TOY_DEMO)/stage1 --max_steps 60 --tokens_per_pack 2048 --learning_rate 1e-2 --eval_steps 20
 	for steps in 60 120; do \
-	    $(TRAIN) --training_stage stage2 --model_path $(DEMO)/stage1 --train_data_dir $(DEMO)/shards \
-	        --output_dir $(DEMO)/stage2 --max_steps $$steps --tokens_per_pack 2048 --learning_rate 1e-2 \
+	    $(TRAIN) --training_stage stage2 --model_path $(TOY_DEMO)/stage1 --train_data_dir $(TOY_DEMO)/shards \
+	        --output_dir $(TOY_DEMO)/stage2 --max_steps $$steps --tokens_per_pack 2048 --learning_rate 1e-2 \
 	        --lr_scheduler_type constant --eval_steps 30 --save_steps 30 --sample_steps 60 --num_samples 2 \
 	        --sample_max_seconds 4 --resume_from_checkpoint auto || exit 1; \
 	done
-	$(BIN)/higgs-inspect report $(DEMO)/shards -o $(DEMO)/report.html --run $(DEMO)/stage2
-	$(BIN)/python examples/closing_table.py $(DEMO)
-	$(BIN)/higgs-speak --model_path $(TOY)/model $(SAY) -o $(DEMO)/spoken/base.wav
-	$(BIN)/higgs-speak --model_path $(DEMO)/stage2 $(SAY) -o $(DEMO)/spoken/stage2.wav
+	$(BIN)/higgs-inspect report $(TOY_DEMO)/shards -o $(TOY_DEMO)/report.html --run $(TOY_DEMO)/stage2
+	$(BIN)/python examples/closing_table.py $(TOY_DEMO)
+	$(BIN)/higgs-speak --model_path $(TOY)/model $(SAY) -o $(TOY_DEMO)/spoken/base.wav
+	$(BIN)/higgs-speak --model_path $(TOY_DEMO)/stage2 $(SAY) -o $(TOY_DEMO)/spoken/stage2.wav
 
 # what a machine without a GPU can measure, in about 40 minutes on two idle cores; OMP_NUM_THREADS is yours to set
 bench: setup

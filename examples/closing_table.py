@@ -1,6 +1,6 @@
 """The demo's closing table: how far each stage's loss fell, from metrics.jsonl.
 
-python examples/closing_table.py runs/demo
+python examples/closing_table.py runs/toy-demo
 """
 
 from __future__ import annotations

@@ -30,7 +30,7 @@ LONG, SHORT = "--max_steps 20 --eval_steps 10", "--max_steps 4 --eval_steps 2"
 
 def on_the_toy(page: str) -> list[str]:
     """The commands of a page on the toy's files and what is made of them; the others have placeholders, or serve."""
-    ours = re.compile(r"\bruns/(toy|demo|both|talks|prepared)\b")
+    ours = re.compile(r"\bruns/(toy|toy-demo|both|talks|prepared)\b")
     return [command for command in commands(f"{page}.md") if ours.search(command) and " review " not in command]
 
 
@@ -49,14 +49,14 @@ def test_each_page_shows_commands_on_the_toy() -> None:
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory, toy: Path, shards: ShardSet) -> Path:
-    """A folder as `make demo` leaves it: checkpoints, set, two runs."""
+    """A folder as `make toy-demo` leaves it: checkpoints, set, two runs."""
     folder = tmp_path_factory.mktemp("place")
-    (folder / "runs" / "demo").mkdir(parents=True)
-    links = {"runs/toy": toy, "runs/demo/shards": Path(shards.location), "examples": ROOT / "examples"}
+    (folder / "runs" / "toy-demo").mkdir(parents=True)
+    links = {"runs/toy": toy, "runs/toy-demo/shards": Path(shards.location), "examples": ROOT / "examples"}
     for name, target in links.items():
         (folder / name).symlink_to(target)
-    for stage, model in (("stage1", toy / "model"), ("stage2", folder / "runs" / "demo" / "stage1")):
-        run_train(stage, model, Path(shards.location), folder / "runs" / "demo" / stage, save_steps=0)
+    for stage, model in (("stage1", toy / "model"), ("stage2", folder / "runs" / "toy-demo" / "stage1")):
+        run_train(stage, model, Path(shards.location), folder / "runs" / "toy-demo" / stage, save_steps=0)
     return folder
 
 

@@ -67,8 +67,8 @@ def place(
     """A folder with what the pages name: a run's folder, recordings, sets, the toy checkpoints."""
     folder, rng = tmp_path_factory.mktemp("place"), np.random.default_rng(0)
     (folder / "runs" / "toy").mkdir(parents=True)
-    (folder / "runs" / "demo").mkdir()
-    links = dict.fromkeys(("SHARDS", "runs/demo/shards"), Path(shards.location)) | {"examples": ROOT / "examples"}
+    (folder / "runs" / "toy-demo").mkdir()
+    links = dict.fromkeys(("SHARDS", "runs/toy-demo/shards"), Path(shards.location)) | {"examples": ROOT / "examples"}
     links |= {"runs/toy/model": toy / "model", "runs/toy/codec": toy / "codec", "CODEC": toy / "codec"}
     for name, target in links.items():
         (folder / name).symlink_to(target)
