@@ -19,7 +19,7 @@ echo "== 1. recordings of words and phrases, six voices, two languages -> codes"
 "$bin/higgs-preprocess" --data $here/words/manifest.jsonl --out "$out/words" "${checkpoint[@]}" --ref_drop 1 --min_seconds 0.1 --val_fraction 0
 
 echo "== 2. sentences of these words -> shards: amal and karim in Arabic, and English, so that it is not forgotten"
-"$bin/python" $here/compose.py "${checkpoint[@]}" --words $here/words --word_shards "$out/words" --out "$out/data" \
+"$bin/python" examples/miniature/compose.py "${checkpoint[@]}" --words $here/words --word_shards "$out/words" --out "$out/data" \
     --voices amal karim amal karim slt rms awb --held_out_voices amal karim nour slt rms awb --kinds digits \
     --layouts chat --longest 5 --samples "${SAMPLES:-4000}" --held_out 8
 mv "$out/data/shards" "$out/shards"
@@ -45,7 +45,7 @@ echo "== 6. held-out sentences of all voices: base against tuned against what th
 "$bin/higgs-eval" --model_path "base=$base" "tuned=$out/stage2" --audio_tokenizer_path "$codec" --layout chat \
     --temperature 0.3 --ras_win_len 0 --data "$out/data/held_out.jsonl" --out "$out/eval" --asr $here/recogniser \
     --ceiling --speak_seconds 8
-"$bin/python" $here/closing_table.py "$out/eval"
+"$bin/python" examples/miniature/closing_table.py "$out/eval"
 "$bin/higgs-inspect" report "$out/shards" -o "$out/report.html" --run "$out/stage1" --run "$out/stage2" --no_audio
 echo "listen: $out/spoken/base.wav, $out/spoken/tuned.wav, and all sentences in $out/eval/index.html"
 echo "the training: $out/report.html"
