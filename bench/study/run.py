@@ -96,14 +96,16 @@ class Study:
     """Runs at a time, each on one thread."""
     speaker_model: str | None = None
     """Speaker model of higgs-eval, for the similarity to the reference."""
+    judges_python: str = sys.executable
+    """Python that has the speaker model's package, if another."""
 
 
-def call(*command: object, log: Path | None = None) -> int:
+def call(*command: object, log: Path, python: str = sys.executable) -> int:
     """Run a Python command on one thread; its output goes to `log`."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.environ.get("PYTHONPATH", "")}
-    with (log or Path(os.devnull)).open("a") as out:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    with log.open("a") as out:
         return subprocess.run(
-            [sys.executable, *map(str, command)], stdout=out, stderr=out, env=environment, check=False
+            [python, *map(str, command)], stdout=out, stderr=out, env=environment, check=False
         ).returncode
 
 
@@ -166,7 +168,16 @@ def judge(config: Study, model: Path, folder: Path) -> dict[str, Any]:
     given = ("--model_path", f"model={model}", "--audio_tokenizer_path", CODEC, "--asr", MINIATURE / "recogniser")
     speaker = ("--speaker_model", config.speaker_model) if config.speaker_model else ()
     where = ("--data", config.out / "mixed" / "held_out.jsonl", "--out", folder / "eval", "--ceiling")
-    call("-m", "higgs_tune.evaluate", *given, *options, *speaker, *where, log=folder / "log.txt")
+    call(
+        "-m",
+        "higgs_tune.evaluate",
+        *given,
+        *options,
+        *speaker,
+        *where,
+        log=folder / "log.txt",
+        python=config.judges_python,
+    )
     groups = json.loads((folder / "eval" / "eval.json").read_text())["groups"]["language"]
     return {
         language: {
