@@ -304,7 +304,10 @@ def test_fingerprints_find_repeats_and_nothing_else() -> None:
     shifted_S = np.concatenate([np.zeros(777, np.float32), clips[5], np.zeros(3000, np.float32)])
     noisy_S = (clips[7] + rng.normal(0, 0.005, len(clips[7]))).astype(np.float32)
     longer_S = np.concatenate([clips[9], np.zeros(5000, np.float32), speak(rng, 3).astype(np.float32)])
-    prints = [unpack(fingerprint(wave_S)) for wave_S in (*clips, louder_S, shifted_S, noisy_S, longer_S)]
+    cut = len(clips[11]) // 3
+    phrase_S = np.concatenate([speak(rng, 20).astype(np.float32)[:cut], clips[11][cut:]])  # two thirds are the same
+    prints = [unpack(fingerprint(wave_S)) for wave_S in (*clips, louder_S, shifted_S, noisy_S, longer_S, phrase_S)]
+    assert np.bitwise_count(prints[11] ^ prints[34]).mean() / 16 < Thresholds().max_duplicate_distance
     assert alike(prints, Thresholds().max_duplicate_distance) == [(3, 30), (5, 31), (7, 32), (9, 33)]
     assert fingerprint(np.zeros(100, np.float32)) == "" and alike([], 0.2) == []
 

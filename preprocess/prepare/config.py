@@ -45,7 +45,7 @@ class Thresholds:
     max_cer: Annotated[float, AT_LEAST_0] = 0.2
     """Largest character error rate between a given transcript and the recogniser, or between two recognisers."""
     max_duplicate_distance: Annotated[float, FROM_0_TO_1] = 0.2
-    """Segments whose fingerprints differ in at most this share of bits are one recording; 0: none is."""
+    """Segments whose fingerprints differ in at most this share of bits, in either half, are one sound; 0: none is."""
     max_same_text: Annotated[int, AT_LEAST_0] = 1
     """Segments with one text that are kept of a speaker; 0: all."""
     speaker_distance: Annotated[float, Bound("0 to 2", at_least=0, at_most=2)] = 0.25

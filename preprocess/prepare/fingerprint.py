@@ -54,12 +54,16 @@ def unpack(text: str) -> np.ndarray:
 
 
 def distance(one_W: np.ndarray, two_W: np.ndarray, shift: int) -> float:
-    """Share of differing bits, window `i` of one against `i - shift` of two; 1 where too little overlaps."""
+    """Share of differing bits, window `i` of one against `i - shift` of two; 1 where too little overlaps.
+
+    It is that of the worse half: two segments that share a phrase only are not alike.
+    """
     begin, end = max(0, shift), min(len(one_W), len(two_W) + shift)
     if end - begin < max(1, LEAST_OVERLAP * min(len(one_W), len(two_W))):
         return 1.0
     differing = np.bitwise_xor(one_W[begin:end], two_W[begin - shift : end - shift])
-    return float(np.bitwise_count(differing).mean() / 16)
+    counts_W, middle = np.bitwise_count(differing), len(differing) // 2
+    return max(float(half_W.mean()) / 16 for half_W in (counts_W[:middle], counts_W[middle:]) if len(half_W))
 
 
 def alike(prints: Sequence[np.ndarray], most: float) -> list[tuple[int, int]]:
