@@ -297,22 +297,22 @@ def test_two_processes_give_the_same_files(recordings: Path, prepared: Path, tmp
     assert files(tmp_path) == files(prepared)
 
 
-def test_two_recordings_get_two_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_two_processes_begin_with_the_longer_recording(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A recording may be ten hours; a task of higgs-preprocess is a few hundred clips, of which a process takes two."""
     monkeypatch.setattr(os, "sched_getaffinity", lambda _process: set(range(4)))
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    asked: list[int] = []
+    asked: list[tuple[int, list[int]]] = []
 
     def run_tasks(task: Any, numbers: list[int], given: PrepareConfig, _stop: Any) -> Iterator[Any]:
-        asked.append(given.num_processes)
+        asked.append((given.num_processes, numbers))
         yield from map(task, numbers)
 
     monkeypatch.setattr("higgs_tune.preprocess.engine.run_tasks", run_tasks)
     for number in range(2):
-        make_recording(tmp_path / "in" / f"{number}.wav", number, sentences=1)
+        make_recording(tmp_path / "in" / f"{number}.wav", number, sentences=1 + number)
     for given in (0, 1):
         pipeline.prepare(config(tmp_path / "in", tmp_path / "out", num_processes=given))
-    assert asked == [2, 1]
+    assert asked == [(2, [1, 0]), (1, [1, 0])]
 
 
 @pytest.fixture(scope="module")

@@ -75,7 +75,7 @@ def prepare(config: PrepareConfig) -> dict[str, Any]:
         facts: list[Any] = [None] * len(job.recordings)
         with ProgressBar() as progress:
             progress.start("prepare", len(facts), "recordings")
-            numbers = list(range(len(facts)))
+            numbers = _largest_first(job.recordings)
             for fact in run_tasks(partial(prepare_recording, job), numbers, _with_processes(config, len(facts)), stop):
                 facts[fact.number] = fact
                 progress.advance(1)
@@ -86,6 +86,18 @@ def prepare(config: PrepareConfig) -> dict[str, Any]:
         write_lines(out / WORK / MEASURED, segments)
         _write_embeddings(out, embeddings_ND)
         return _decide_and_write(config, out, segments, embeddings_ND, recordings)
+
+
+def _largest_first(recordings: Sequence[str]) -> list[int]:
+    """Numbers of the recordings: a long one that began last would keep one process busy alone."""
+
+    def size(number: int) -> int:
+        try:
+            return Path(recordings[number]).stat().st_size
+        except (OSError, ValueError):  # its task names the reason
+            return 0
+
+    return sorted(range(len(recordings)), key=size, reverse=True)
 
 
 def _with_processes(config: PrepareConfig, recordings: int) -> PrepareConfig:
