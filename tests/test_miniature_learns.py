@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -16,12 +15,10 @@ from typing import Any
 import numpy as np
 import pytest
 import soundfile
-import torch
 from conftest import ROOT
 from helpers.samples import random_sample
 from higgs_tune.shards.sequence import SpecialIds
 from higgs_tune.train.data import batch
-from safetensors.torch import load_file, save_file
 from transformers import PreTrainedTokenizerBase
 
 MINIATURE = ROOT / "examples" / "miniature"
@@ -34,30 +31,11 @@ FORGOTTEN = 0.05  # character error rate that English may lose
 SENTENCE = "خمسة ثلاثة سبعة أربعة"
 
 
-def widen_text_ffn(base: Path, out: Path) -> None:
-    """The same function with text FFNs as wide as those of audio, by zeros: the native layout has one width."""
-    shutil.copytree(base, out)
-    config = json.loads((base / "config.json").read_text())
-    width = config["audio_ffn_intermediate_size"]
-    more = width - config["text_config"]["intermediate_size"]
-    config["text_config"]["intermediate_size"] = width
-    (out / "config.json").write_text(json.dumps(config))
-    tensors = load_file(base / "model.safetensors")
-    for name, tensor in tensors.items():
-        if ".mlp.down_proj." in name:
-            tensors[name] = torch.nn.functional.pad(tensor, (0, more))
-        elif ".mlp." in name:
-            tensors[name] = torch.nn.functional.pad(tensor, (0, 0, 0, more))
-    save_file(tensors, out / "model.safetensors", {"format": "pt"})
-
-
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The demo's folder, after fewer steps on one process."""
     folder = tmp_path_factory.mktemp("the demo") / "demo"
-    widen_text_ffn(MINIATURE / "base", folder.parent / "base")
     small = {
-        "BASE": str(folder.parent / "base"),
         "BIN": str(BIN),
         "PROCESSES": "1",
         "SAMPLES": "2500",
@@ -111,9 +89,8 @@ def test_the_signal_is_right_and_leaked_labels_are_refused(demo: Path, tmp_path:
     for stage, parts in (("stage1", {"text"}), ("stage2", {"text", "audio"})):
         verdicts: dict[str, Any] = json.loads((demo / stage / "selftest.json").read_text())["verdicts"]
         assert {verdicts[part] for part in parts} == {"right"}
-    base = demo.parent / "base"
     leaked = [ROOT / "bench" / "study" / "leaked.py", "--training_stage", "single", "--max_steps", "1"]
-    where = ["--model_path", base, "--train_data_dir", demo / "shards", "--output_dir", tmp_path / "out"]
+    where = ["--model_path", MINIATURE / "base", "--train_data_dir", demo / "shards", "--output_dir", tmp_path / "out"]
     run = subprocess.run([sys.executable, *leaked, *where], capture_output=True, text=True, check=False)
     assert run.returncode == 2
     assert "the training signal looks wrong" in run.stdout + run.stderr

@@ -44,7 +44,7 @@ TEXT_SIZES = {
 }
 AUDIO_SIZES = {
     "audio_ffn_hidden_size": 192,
-    "audio_ffn_intermediate_size": 512,
+    "audio_ffn_intermediate_size": 256,
     "audio_dual_ffn_layers": list(range(5)),
 }
 
