@@ -8,7 +8,7 @@ bin=${BIN:-.venv/bin} base=${BASE:-$here/base} codec=$here/codec/native
 checkpoint=(--model_path "$base" --audio_tokenizer_path "$codec")
 train() {
     "$bin/torchrun" --standalone --nproc_per_node "${PROCESSES:-2}" -m higgs_tune.train --train_data_dir "$out/shards" \
-        --tokens_per_pack 1024 --lora_r 32 --lora_alpha 32 --learning_rate 2e-3 --lr_scheduler_type cosine --warmup_steps 10 "$@"
+        --tokens_per_pack 1024 --lora_r 32 --lora_alpha 32 --learning_rate 3e-3 --lr_scheduler_type cosine --warmup_steps 10 "$@"
 }
 speak() {
     "$bin/higgs-speak" --audio_tokenizer_path "$codec" --layout chat --temperature 0.3 --ras_win_len 0 --max_seconds 8 "$@"
