@@ -56,7 +56,6 @@ SETS = {  # voices, sentences; a minute is about 20 sentences in Arabic and 15 i
 class Arm:
     """One way to train. options: what differs, as flags of both stages. data: of SETS."""
 
-    question: str
     options: dict[str, str] = field(default_factory=dict[str, str])
     flags: tuple[str, ...] = ()
     data: str = "mixed"
@@ -65,20 +64,20 @@ class Arm:
 
 
 ARMS = {
-    "two stages": Arm("all"),
-    "one stage": Arm("stages", single=True),
-    "leaked labels": Arm("leak", single=True, leaked=True),
-    "text loss weight 0.1": Arm("weights", {"text_loss_weight": "0.1"}),
-    "audio loss weight 2": Arm("weights", {"audio_loss_weight": "2"}),
-    "dropout 0.1": Arm("lora", {"lora_dropout": "0.1"}),
-    "rank 8": Arm("lora", {"lora_r": "8", "lora_alpha": "8"}),
-    "learning rate 5e-4": Arm("rate", {"learning_rate": "5e-4", "head_learning_rate": "5e-4"}),
-    "learning rate 5e-3": Arm("rate", {"learning_rate": "5e-3", "head_learning_rate": "5e-3"}),
-    "Arabic only": Arm("forgetting", flags=("--skip_alignment_check",), data="arabic"),  # see docs/study.md
-    "1 minute": Arm("data", data="minutes-1"),
-    "3 minutes": Arm("data", data="minutes-3"),
-    "10 minutes": Arm("data", data="minutes-10"),
-    "audio attention": Arm("attention", flags=("--use_audio_out_self_attention",)),
+    "two stages": Arm(),
+    "one stage": Arm(single=True),
+    "leaked labels": Arm(single=True, leaked=True),
+    "text loss weight 0.1": Arm({"text_loss_weight": "0.1"}),
+    "audio loss weight 2": Arm({"audio_loss_weight": "2"}),
+    "dropout 0.1": Arm({"lora_dropout": "0.1"}),
+    "rank 8": Arm({"lora_r": "8", "lora_alpha": "8"}),
+    "learning rate 5e-4": Arm({"learning_rate": "5e-4", "head_learning_rate": "5e-4"}),
+    "learning rate 5e-3": Arm({"learning_rate": "5e-3", "head_learning_rate": "5e-3"}),
+    "Arabic only": Arm(flags=("--skip_alignment_check",), data="arabic"),  # see docs/study.md
+    "1 minute": Arm(data="minutes-1"),
+    "3 minutes": Arm(data="minutes-3"),
+    "10 minutes": Arm(data="minutes-10"),
+    "audio attention": Arm(flags=("--use_audio_out_self_attention",)),
 }
 
 
@@ -196,8 +195,7 @@ def run_one(config: Study, name: str, seed: int) -> dict[str, Any]:
     model = BASE
     if arm is not None:
         if arm.leaked:  # what a user sees who does not ask for it
-            refused = Arm(arm.question, arm.options, arm.flags, arm.data, single=True, leaked=False)
-            result["refused"] = refuses(config.out, refused, folder, seed)
+            result["refused"] = refuses(config.out / arm.data / "shards", folder, seed)
         result["exit_code"] = train(config.out, arm, folder, seed)
         result |= curves(folder)
         model = folder / ("single" if arm.single else "stage2")
@@ -206,10 +204,10 @@ def run_one(config: Study, name: str, seed: int) -> dict[str, Any]:
     return result | {"seconds": round(time.monotonic() - began)}
 
 
-def refuses(out: Path, arm: Arm, folder: Path, seed: int) -> str:
+def refuses(shards: Path, folder: Path, seed: int) -> str:
     """The self-test's answer to leaked labels."""
     log, program = folder / "refused.txt", ROOT / "bench" / "study" / "leaked.py"
-    data = ("--train_data_dir", out / arm.data / "shards", "--output_dir", folder / "refused", "--seed", seed)
+    data = ("--train_data_dir", shards, "--output_dir", folder / "refused", "--seed", seed)
     code = call(program, "--training_stage", "single", "--model_path", BASE, *data, "--max_steps", 1,
                 "--tokens_per_pack", 4096, log=log)  # fmt: skip
     error = next((line for line in log.read_text().splitlines() if line.startswith("error:")), "")

@@ -18,8 +18,8 @@ from typing import Any
 
 import tyro
 from higgs_tune.preprocess.input.layout import Reference, build_conversation
-from higgs_tune.shards.durable import write_bytes
 from sentences import without_marks
+from speech import write_lines
 
 
 @dataclass(frozen=True)
@@ -51,11 +51,6 @@ def held_out_line(line: dict[str, Any], reference: dict[str, Any]) -> dict[str, 
         "ref_text": reference["text"],
         "target_audio": line["audio"],
     }
-
-
-def write_lines(path: Path, lines: list[dict[str, Any]]) -> None:
-    """Write JSONL."""
-    write_bytes(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines).encode())
 
 
 def main() -> None:

@@ -15,7 +15,6 @@ sentences for the recogniser; `OUT/clips`, decoded targets of both lists.
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -34,11 +33,10 @@ from higgs_tune.preprocess.input.chatml import parse_entry, stored_messages, tok
 from higgs_tune.preprocess.input.layout import Reference, build_conversation, read_conversation
 from higgs_tune.preprocess.pipeline import make_job, make_provenance
 from higgs_tune.preprocess.text_tokens import cached_tokenizer
-from higgs_tune.shards.durable import write_bytes
 from higgs_tune.shards.format import FRAME_RATE_HZ, Sample
 from higgs_tune.shards.reader import ShardSet
 from sentences import make_sentence, without_marks
-from speech import SAMPLE_RATE_HZ, language_of, split_of
+from speech import SAMPLE_RATE_HZ, language_of, split_of, write_lines
 from word_clips import PAUSE, parts_of
 
 PAUSE_S = 0.2
@@ -219,11 +217,6 @@ def decoded_lines(config: Composition, codec: HiggsCodec, voices: dict[str, Voic
         audio, seconds = write_decoded(config, codec, f"{name}-decoded-{number:05d}", say(voices[name], text, rng))
         yield {"audio": audio, "text": text, "voice": name, "language": language_of(name),
                "seconds": seconds, "split": "train"}  # fmt: skip
-
-
-def write_lines(path: Path, lines: Iterator[dict[str, Any]]) -> None:
-    """Write JSONL."""
-    write_bytes(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines).encode())
 
 
 def main() -> None:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +24,7 @@ import soundfile
 import soxr
 import tyro
 import xxhash
+from higgs_tune.shards.durable import write_bytes
 from sentences import make_sentence
 
 SAMPLE_RATE_HZ = 16_000
@@ -79,6 +80,11 @@ def speak(text: str, voice: str) -> np.ndarray:
     return soxr.resample(samples, rate_hz, SAMPLE_RATE_HZ)
 
 
+def write_lines(path: Path, lines: Iterable[dict[str, Any]]) -> None:
+    """Write JSONL."""
+    write_bytes(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines).encode())
+
+
 def say_all(config: SpeechConfig, voice: str) -> Iterator[dict[str, Any]]:
     """Clips of one voice until they fill `config.minutes`; each sentence once, while there are new ones."""
     rng, said, seconds, number = Random(f"{config.seed} {voice}"), set[str](), 0.0, 0
@@ -102,9 +108,9 @@ def main() -> None:
     (config.out / "clips").mkdir(parents=True, exist_ok=True)
     with ThreadPoolExecutor(2) as pool:
         by_voice = list(pool.map(lambda voice: list(say_all(config, voice)), config.voices))
-    lines = [json.dumps(line, ensure_ascii=False) for lines in by_voice for line in lines]
-    (config.out / "speech.jsonl").write_text("\n".join(lines) + "\n")
-    hours = sum(line["seconds"] for lines in by_voice for line in lines) / 3600
+    lines = [line for lines in by_voice for line in lines]
+    write_lines(config.out / "speech.jsonl", lines)
+    hours = sum(line["seconds"] for line in lines) / 3600
     print(f"{len(lines)} clips, {hours:.2f} hours in {config.out}")
 
 

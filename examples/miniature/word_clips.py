@@ -13,7 +13,6 @@ Out: `OUT/manifest.jsonl`, a manifest for higgs-preprocess with text and voice (
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,9 +22,9 @@ from typing import Any
 import numpy as np
 import soundfile
 import tyro
-from higgs_tune.shards.durable import write_bytes
+from higgs_tune.shards.format import FRAME_RATE_HZ
 from sentences import ONES, TENS, UNITS_AR, arabic_words, make_sentence, without_marks
-from speech import SAMPLE_RATE_HZ, language_of, speak, split_of
+from speech import SAMPLE_RATE_HZ, language_of, speak, split_of, write_lines
 
 # written words and how they are given to the synthesiser
 WORDS = {
@@ -35,7 +34,7 @@ WORDS = {
 DIGITS = {*ONES[:10], *map(without_marks, UNITS_AR[:10])}
 PAUSE = ","
 MARGIN_S = 0.04
-FRAME = SAMPLE_RATE_HZ // 25  # samples of a frame of codes
+FRAME = SAMPLE_RATE_HZ // FRAME_RATE_HZ  # samples of a frame of codes
 
 
 @dataclass(frozen=True)
@@ -99,8 +98,7 @@ def main() -> None:
         for audio, text, wave_S in clips_of(config, voice):
             soundfile.write(config.out / audio, wave_S, SAMPLE_RATE_HZ, format="FLAC")
             lines.append({"audio": audio, "text": text, "speaker": voice})
-    written = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-    write_bytes(config.out / "manifest.jsonl", written.encode())
+    write_lines(config.out / "manifest.jsonl", lines)
     print(f"{len(lines)} recordings in {config.out}")
 
 
