@@ -100,12 +100,12 @@ def run_tasks(task: Task, numbers: list[int], config: EngineOptions, stop: Stop)
         yield from _run_pool(task, numbers, processes, stop)
 
 
-def auto_processes(device: str, tasks: int) -> int:
+def auto_processes(device: str, tasks: int, tasks_per_process: int = TASKS_PER_PROCESS) -> int:
     """One process for each GPU; without a GPU one for each core, but no more than the tasks need."""
     if device in ("auto", "cuda") and torch.cuda.is_available():
         return torch.cuda.device_count()
     cores = len(os.sched_getaffinity(0)) if device in ("auto", "cpu") else 1
-    return max(1, min(MAX_AUTO_PROCESSES, cores, tasks // TASKS_PER_PROCESS))
+    return max(1, min(MAX_AUTO_PROCESSES, cores, tasks // tasks_per_process))
 
 
 def _run_pool(task: Task, numbers: list[int], processes: int, stop: Stop) -> Iterator[Any]:

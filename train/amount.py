@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass, replace
 from typing import Any
 
+from higgs_tune.shards.format import FRAME_RATE_HZ
 from higgs_tune.train.config import TrainConfig
 from higgs_tune.train.model.flops import Rows
 
@@ -14,7 +15,6 @@ SAMPLE_S = 6.2  # of target speech in it
 FILL = 0.994  # of a pack, as the plan reaches it
 SEGMENTS = 2  # of a sample: a reference and a target
 EXTRA_POSITIONS = 9  # of a segment, beyond its frames
-WHISPER_FRAMES_A_SECOND = 25
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ def amount_of(config: TrainConfig, manifests: list[dict[str, Any]], features: st
     if not manifests:
         hours = config.planning.hours or 1.0
         samples = hours * 3600 / SAMPLE_S
-        rows = _with_whisper(SAMPLE * samples, samples, WHISPER_FRAMES_A_SECOND * SAMPLE_S * samples, features)
+        rows = _with_whisper(SAMPLE * samples, samples, FRAME_RATE_HZ * SAMPLE_S * samples, features)
         return Amount(samples, _with_labels(config, rows), hours, f"{hours:,.4g} h of target speech")
     amounts = [_amount_of_set(config, manifest, features) for manifest in manifests]
     if weights := config.data.mix_weights:  # one pass over the first set; the others by their shares of packs
@@ -62,7 +62,7 @@ def _amount_of_set(config: TrainConfig, manifest: dict[str, Any], features: str)
     totals, held_out = manifest["totals"], config.validation.val_fraction
     samples = totals["samples"]
     share = 1 - (totals["validation_samples"] / max(1, samples) if held_out is None else held_out)
-    frames = totals.get("audio_frames", 25 * totals["seconds"])
+    frames = totals.get("audio_frames", FRAME_RATE_HZ * totals["seconds"])
     audio = min(totals["tokens"], frames + samples * SEGMENTS * EXTRA_POSITIONS)
     positions, references = totals["tokens"], max(0, frames - totals["audio_labels"])
     rows = Rows(positions, positions - audio, audio, positions**2 / max(1, samples), totals["text_labels"],

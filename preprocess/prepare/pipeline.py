@@ -102,11 +102,11 @@ def _largest_first(recordings: Sequence[str]) -> list[int]:
 
 def _with_processes(config: PrepareConfig, recordings: int) -> PrepareConfig:
     """Two recordings are worth two processes, unlike two tasks of higgs-preprocess."""
-    from higgs_tune.preprocess.engine import TASKS_PER_PROCESS, auto_processes
+    from higgs_tune.preprocess.engine import auto_processes
 
     if config.num_processes or config.engine != "local":
         return config
-    return replace(config, num_processes=auto_processes(config.device, recordings * TASKS_PER_PROCESS))
+    return replace(config, num_processes=auto_processes(config.device, recordings, tasks_per_process=1))
 
 
 def decide_again(config: PrepareConfig) -> dict[str, Any]:

@@ -114,18 +114,18 @@ def _cues(text: str) -> Read:
 
     Another block without times goes on with the text before it, which has an empty line in it.
     """
-    cues: list[list[str]] = []
+    cues: list[tuple[int, list[str]]] = []
     for block in re.split(r"\n\s*\n", text.replace("\r\n", "\n").replace("\r", "\n")):
         lines = block.strip().split("\n")
-        if _times_line(lines) is not None:
-            cues.append(lines)
+        if (number := _times_line(lines)) is not None:
+            cues.append((number, lines))
         elif lines != [""] and not lines[0].startswith(_NO_CUE):
             if not cues or lines[0].strip().isdigit():
                 raise BadTranscript(f"no line with times (00:00:01,000 --> 00:00:02,000) in the block {lines[0]:.40}")
-            cues[-1] += lines
+            cues[-1][1].extend(lines)
     if not cues:
         raise BadTranscript("no line with times (00:00:01,000 --> 00:00:02,000)")
-    return "cues", [_cue(lines) for lines in cues]
+    return "cues", [_cue(number, lines) for number, lines in cues]
 
 
 def _times_line(lines: list[str]) -> int | None:
@@ -133,10 +133,8 @@ def _times_line(lines: list[str]) -> int | None:
     return next((at for at, line in enumerate(lines[:3]) if _ARROW.match(line) or _BROKEN_ARROW.match(line)), None)
 
 
-def _cue(lines: list[str]) -> Piece:
-    """A block with times: perhaps a header, name or number before them; text."""
-    number = _times_line(lines)
-    assert number is not None
+def _cue(number: int, lines: list[str]) -> Piece:
+    """A block with times in line `number`: perhaps a header, name or number before them; text."""
     found, said = _ARROW.match(lines[number]), lines[number + 1 :]
     if not found:
         raise BadTranscript(f"expected times such as 00:00:01,000 --> 00:00:02,000, got {lines[number]:.40}")
