@@ -18,7 +18,13 @@ from higgs_tune.shards import sequence
 from higgs_tune.train.data.batch import collate
 from higgs_tune.train.model import loss
 from higgs_tune.train.model.load import load_model
-from higgs_tune.train.monitor.selftest import SHIFTS, PartLosses, SelfTestResult, shifted_sums
+from higgs_tune.train.monitor.selftest import (
+    SHIFTS,
+    PartLosses,
+    SelfTestResult,
+    distinct_values,
+    shifted_sums,
+)
 from transformers import PreTrainedTokenizerBase
 
 
@@ -233,13 +239,13 @@ def test_lost_end_of_stream_is_refused(
     assert "28 end-of-stream labels, expected 4 segments x 8" in said
 
 
-def part(losses: tuple[float, float, float], labels: int) -> str:
-    return PartLosses("text", losses, uniform=11.76, labels=labels).verdict()
+def part(losses: tuple[float, float, float], distinct: int) -> str:
+    return PartLosses("text", losses, uniform=11.76, labels=10_000, distinct=distinct).verdict()
 
 
 @pytest.mark.fast
-def test_verdicts_weigh_the_number_of_labels() -> None:
-    """The signature of a leak is refused on ten labels; small differences only where many labels back them."""
+def test_verdicts_weigh_the_number_of_values() -> None:
+    """The signature of a leak is refused on ten values; small differences only where many values back them."""
     assert part((0.05, 9.0, 9.0), 10) == "wrong shift"
     assert part((11.5, 6.0, 10.0), 10) == "right"
     assert part((8.8, 9.0, 10.0), 10) == "cannot tell"
@@ -249,8 +255,16 @@ def test_verdicts_weigh_the_number_of_labels() -> None:
     assert part((12.9, 12.9, 12.9), 1000) == "cannot tell"
 
 
+@pytest.mark.fast
+def test_labels_of_one_value_count_once() -> None:
+    assert distinct_values(torch.tensor([7] * 500 + [-100] * 20)) == 1
+    assert distinct_values(torch.arange(64).repeat(9)) == pytest.approx(64)
+    assert distinct_values(torch.tensor([1, 1, 1, 2])) == pytest.approx(16 / 10)
+    assert distinct_values(torch.tensor([-100])) == 0
+
+
 def test_report_names_the_problem() -> None:
-    good = PartLosses("text", (9.0, 3.0, 8.0), 11.76, 1000)
+    good = PartLosses("text", (9.0, 3.0, 8.0), 11.76, 1000, 1000)
     report = SelfTestResult([good], {"text": 3.0}, 100, 10, 20, 16, 2, 8, "text")
     assert report.problems == []
     assert replace(report, eos_labels=15).problems == ["15 end-of-stream labels, expected 2 segments x 8"]

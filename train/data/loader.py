@@ -14,6 +14,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from typing import Any, Literal
 
 import numpy as np
@@ -181,19 +182,20 @@ class Loader:
         """Special ids of the sets' checkpoint."""
         return self._dataset.sets.sets[0].special_ids
 
-    def peek(self, features: str | None = None) -> Batch:
-        """The first batch, made in this process; iterating still yields it.
+    def peek(self, count: int, features: str | None = None) -> Iterator[Batch]:
+        """The first batches, made in this process; iterating still yields them.
 
         Args:
-            features: Whisper features of the batch, in place of the run's.
+            features: Whisper features of the batches, in place of the run's.
         """
         dataset = self._dataset
         if features is not None:
             dataset = PackDataset(dataset.sets, replace(self.options, features=features, reference_collate=None))
-        batch = dataset[next(iter(self._requests))]
-        if isinstance(batch, LoadFailure):
-            raise ShardError(batch.message)
-        return batch
+        for request in islice(self._requests, count):
+            batch = dataset[request]
+            if isinstance(batch, LoadFailure):
+                raise ShardError(batch.message)
+            yield batch
 
     def __next__(self) -> Batch:
         began, first = time.perf_counter(), self._batches is None

@@ -30,10 +30,11 @@ from higgs_tune.train.monitor.diagnostics import isolated
 from higgs_tune.train.state import Run
 
 SHIFTS = (0, 1, 2)
+POSITIONS = 8192  # of a rank; a few samples may all be of a language that the checkpoint does not speak
 ABOVE_UNIFORM = 1.5  # nats above the uniform loss: checkpoint and data do not belong together
 KNOWS_SOMETHING = 0.1  # nats below the uniform loss: the checkpoint counts as trained
 CLEARLY_BETTER = 0.05  # nats by which another shift must beat shift 1
-CHANCE = 3.0  # nats: a mean over n labels strays by less than this / sqrt(n); 3 to 4 deviations with random weights
+CHANCE = 3.0  # nats: a mean over n values strays by less than this / sqrt(n); 3 to 4 deviations with random weights
 SAME_LOSS = 0.005  # largest relative difference between the training loss and the loss at shift 1, for rounding
 
 
@@ -42,18 +43,20 @@ class PartLosses:
     """Mean losses at each shift, of text, of all codebooks or of one codebook.
 
     uniform: the loss of a uniform guess. labels: the number of labels of each mean.
+    distinct: how many values the labels have, in effect (`distinct_values`): labels of one value err alike.
     """
 
     name: str
     losses: tuple[float, ...]
     uniform: float
     labels: int
+    distinct: float
 
     def verdict(self) -> str:
         """`right`, `wrong shift`, `above uniform`, `not finite`, or `cannot tell` (nothing learned, or few labels)."""
         if not all(map(math.isfinite, self.losses)):
             return "not finite"
-        chance = CHANCE / math.sqrt(max(1, self.labels))
+        chance = CHANCE / math.sqrt(max(1, self.distinct))
         if self.losses[1] > self.uniform + ABOVE_UNIFORM + chance:
             return "above uniform"
         if min(self.losses) > self.uniform - KNOWS_SOMETHING - chance:
@@ -206,26 +209,29 @@ def _sums(
 
 
 def run_selftest(run: Run, base: Path) -> SelfTestResult:
-    """Run the self-test on the first batch of every rank.
+    """Run the self-test on every rank's first batches: about `POSITIONS` positions, at most one epoch.
 
     Args:
         base: the base checkpoint, for its tokenizer.
     """
-    batch = run.loader.peek().to(run.context.device)
     parts = {"with_text": run.loss_options.with_text, "with_audio": run.loss_options.with_audio}
+    in_epoch = run.schedule.steps(run.schedule.plan(0)) * run.schedule.accumulation
+    count = min(-(-POSITIONS // run.schedule.tokens_per_pack), in_epoch)
+    batches, sums = list(run.loader.peek(count)), []
+    bare: list[torch.Tensor] = []
     with evaluating(run.model):
-        trained = training_sums(run, batch)
-        with torch.no_grad():
-            shifted = run.probe(batch, partial(shifted_sums, **parts))
-        sums = run.context.all_sum(torch.cat([shifted.flatten(), trained]).tolist())
-        without: list[float] = []
+        for batch in (each.to(run.context.device) for each in batches):
+            with torch.no_grad():
+                shifted = run.probe(batch, partial(shifted_sums, **parts))
+            sums.append(torch.cat([shifted.flatten(), training_sums(run, batch)]))
         if run.schedule.features != "none":
-            bare = run.loader.peek(features="none").to(run.context.device)
-            without = run.context.all_sum(training_sums(run, bare).tolist())
-    tokenizer = load_tokenizer(base, run.special_ids)
-    first = batch["text_labels"][batch["to_sorted"][batch["text_rows"].long()] < batch.lengths[0]]
-    text = isolated(tokenizer.decode(first.tolist(), skip_special_tokens=False))
-    return make_result(sums, [batch], run.model, text, without, **parts)
+            peeked = run.loader.peek(count, features="none")
+            bare = [training_sums(run, each.to(run.context.device)) for each in peeked]
+    total, without = (run.context.all_sum(torch.stack(each).sum(0).tolist()) if each else [] for each in (sums, bare))
+    tokenizer, first = load_tokenizer(base, run.special_ids), batches[0]
+    labels = first["text_labels"][first["to_sorted"][first["text_rows"].long()] < first.lengths[0]]
+    text = isolated(tokenizer.decode(labels.tolist(), skip_special_tokens=False))
+    return make_result(total, batches, run.model, text, without, **parts)
 
 
 @torch.no_grad()
@@ -234,6 +240,12 @@ def training_sums(run: Run, batch: Batch) -> torch.Tensor:
     options = replace(run.loss_options, smoothing=0.0, contrastive=0.0)
     weights = torch.ones(2 + run.codebooks, device=run.context.device)
     return run.probe(batch, lambda model, batch: PackModel(model, (), options)(batch, weights).sums.cross_entropy)
+
+
+def distinct_values(labels: torch.Tensor) -> float:
+    """1 / sum of squared shares of each value: the number of values if all are equally frequent; 0 without any."""
+    counts = torch.unique(labels[labels >= 0], return_counts=True)[1].double()
+    return float(counts.sum() ** 2 / (counts**2).sum()) if len(counts) else 0.0
 
 
 def make_result(
@@ -255,30 +267,33 @@ def make_result(
         text: the first trained text, decoded.
     """
     codebooks, batches = model.config.audio_num_codebooks, list(batches)
+    audio_KL = torch.cat([batch["audio_labels_KL"] for batch in batches], dim=1)
+    distinct_K = [distinct_values(labels) for labels in audio_KL]
     every = torch.tensor(sums, dtype=torch.float64)
     table = every[: -1 - codebooks].view(len(SHIFTS), 2, 1 + codebooks)
     means, counts = table[:, 0] / table[:, 1].clamp(min=1), table[1, 1].int().tolist()
     names = ["text", *(f"codebook {k}" for k in range(codebooks))]
     parts = []
     if with_text and counts[0]:
-        parts.append(PartLosses("text", tuple(means[:, 0].tolist()), math.log(model.vocab_size), counts[0]))
+        distinct = distinct_values(torch.cat([batch["text_labels"] for batch in batches]))
+        parts.append(PartLosses("text", tuple(means[:, 0].tolist()), math.log(model.vocab_size), counts[0], distinct))
     if with_audio and any(counts[1:]):
         uniform = math.log(model.audio_codebook_size)
-        parts.append(PartLosses("audio", tuple(means[:, 1:].mean(1).tolist()), uniform, sum(counts[1:])))
-        for name, losses, count in zip(names[1:], means[:, 1:].t().tolist(), counts[1:], strict=True):
-            parts.append(PartLosses(name, tuple(losses), uniform, count))
+        mean = tuple(means[:, 1:].mean(1).tolist())
+        parts.append(PartLosses("audio", mean, uniform, sum(counts[1:]), sum(distinct_K)))
+        rows = zip(names[1:], means[:, 1:].t().tolist(), counts[1:], distinct_K, strict=True)
+        parts += [PartLosses(name, tuple(losses), uniform, count, distinct) for name, losses, count, distinct in rows]
     labels_1K = table[1, 1].clamp(min=1)
     training = every[-1 - codebooks :] / labels_1K
     bare = torch.tensor(without_features, dtype=torch.float64) / labels_1K if without_features else torch.zeros(0)
-    eos, labels = model.config.audio_stream_eos_id, [batch["audio_labels_KL"] for batch in batches]
     return SelfTestResult(
         parts=parts,
         training_loss=dict(zip(names, training.tolist(), strict=True)),
         without_features=dict(zip(names, bare.tolist(), strict=False)),
         positions=sum(batch.positions for batch in batches),
         text_labels=sum(len(batch["text_labels"]) for batch in batches),
-        audio_label_rows=sum(label.shape[1] for label in labels),
-        eos_labels=sum(int((label == eos).sum()) for label in labels),
+        audio_label_rows=audio_KL.shape[1],
+        eos_labels=int((audio_KL == model.config.audio_stream_eos_id).sum()),
         segments=sum(batch.trained_segments for batch in batches),
         codebooks=codebooks,
         text=text,
