@@ -54,13 +54,15 @@ SETS = {  # voices, sentences; a minute is about 20 sentences in Arabic and 15 i
 
 @dataclass(frozen=True)
 class Arm:
-    """One way to train. options: what differs, as flags of both stages. data: of SETS."""
+    """One way to train. options: what differs, as flags of both stages. data: of SETS. features: references come with
+    those of Whisper's encoder."""
 
     options: dict[str, str] = field(default_factory=dict[str, str])
     flags: tuple[str, ...] = ()
     data: str = "mixed"
     single: bool = False
     leaked: bool = False
+    features: bool = False
 
 
 ARMS = {
@@ -78,6 +80,7 @@ ARMS = {
     "3 minutes": Arm(data="minutes-3"),
     "10 minutes": Arm(data="minutes-10"),
     "audio attention": Arm(flags=("--use_audio_out_self_attention",)),
+    "Whisper features": Arm(features=True),
 }
 
 
@@ -91,6 +94,8 @@ class Study:
     """Seeds of each arm: of the new weights and of the order of samples."""
     arms: tuple[str, ...] = tuple(ARMS)
     """Arms to run."""
+    whisper_path: Path | None = None
+    """Whisper of the arm "Whisper features", which is left out without it."""
     workers: int = 2
     """Runs at a time, each on one thread."""
     speaker_model: str | None = None
@@ -108,27 +113,48 @@ def call(*command: object, log: Path, python: str = sys.executable) -> int:
         ).returncode
 
 
-def make_sets(out: Path) -> None:
-    """Encode the words, and compose every set."""
+def make_sets(out: Path, whisper: Path | None) -> None:
+    """Encode the words, and compose every set; with Whisper features the two sets that the arm needs once more."""
     tools = ("--model_path", BASE, "--audio_tokenizer_path", CODEC)
-    log, words = out / "sets.log", out / "words"
-    if not (words / "manifest.json").is_file():
-        given = ("--data", MINIATURE / "words" / "manifest.jsonl", "--out", words, "--ref_drop", 1)
-        rules = ("--min_seconds", 0.1, "--val_fraction", 0)
-        call("-c", "from higgs_tune.preprocess.cli import main; main()", *given, *rules, *tools, log=log)
-    for number, (name, (voices, samples)) in enumerate(SETS.items()):
-        if not (out / name / "speech.jsonl").is_file():
-            said = ("--kinds", "digits", "--layouts", "chat", "--longest", 5, "--samples", samples, "--seed", number)
+    log = out / "sets.log"
+    for words in ("words", "words-features") if whisper else ("words",):
+        if not (out / words / "manifest.json").is_file():
+            given = ("--data", MINIATURE / "words" / "manifest.jsonl", "--out", out / words, "--ref_drop", 1)
+            rules = ("--min_seconds", 0.1, "--val_fraction", 0)
+            if words == "words-features":
+                given += ("--whisper_features", "encoder", "--whisper_roles", "both", "--whisper_path", whisper)
+            call("-c", "from higgs_tune.preprocess.cli import main; main()", *given, *rules, *tools, log=log)
+    numbered = [(name, "words", (), seed) for seed, name in enumerate(SETS)]
+    if whisper:
+        add = ("--whisper_path", whisper)
+        numbered += [
+            (name, "words-features", add, seed) for name, *_, seed in numbered if name in ("mixed", "validation")
+        ]
+    for name, words, more, seed in numbered:
+        voices, samples = SETS[name]
+        folder = out / (f"{name}-features" if more else name)
+        if not (folder / "speech.jsonl").is_file():
+            said = ("--kinds", "digits", "--layouts", "chat", "--longest", 5, "--samples", samples, "--seed", seed)
             judged = ("--held_out_voices", *ARABIC, "nour", *ENGLISH, "--held_out", 8 if name == "mixed" else 0)
-            source = ("--words", MINIATURE / "words", "--word_shards", words, "--out", out / name, "--voices", *voices)
-            call(MINIATURE / "compose.py", *tools, *source, *said, *judged, log=log)
+            source = (
+                "--words",
+                MINIATURE / "words",
+                "--word_shards",
+                out / words,
+                "--out",
+                folder,
+                "--voices",
+                *voices,
+            )
+            call(MINIATURE / "compose.py", *tools, *source, *said, *judged, *more, log=log)
 
 
-def train(out: Path, arm: Arm, folder: Path, seed: int) -> int:
+def train(config: Study, arm: Arm, folder: Path, seed: int) -> int:
     """Train the stages of an arm; returns the exit code of the last."""
-    options = TRAIN | arm.options | {"seed": str(seed)}
+    options, kind = TRAIN | arm.options | {"seed": str(seed)}, "-features" if arm.features else ""
     given = [part for name, value in options.items() for part in (f"--{name}", value)]
-    given += ["--train_data_dir", out / arm.data / "shards", "--eval_data_dir", f"held={out / 'validation' / 'shards'}"]
+    given += ["--train_data_dir", config.out / f"{arm.data}{kind}" / "shards"]
+    given += ["--eval_data_dir", f"held={config.out / f'validation{kind}' / 'shards'}"]
     program = (ROOT / "bench" / "study" / "leaked.py",) if arm.leaked else ("-m", "higgs_tune.train")
     given += ["--skip_alignment_check"] * arm.leaked
     stages = [("single", BASE, STEPS)] if arm.single else [
@@ -137,6 +163,8 @@ def train(out: Path, arm: Arm, folder: Path, seed: int) -> int:
     code = 1
     for stage, model, steps in stages:
         extra = () if stage == "stage1" else (*AUDIO, *arm.flags)
+        if arm.features and stage != "stage1":
+            extra += ("--whisper_path", config.whisper_path)
         where = ("--training_stage", stage, "--model_path", model, "--output_dir", folder / stage)
         code = call(*program, *where, "--max_steps", steps, *given, *extra, log=folder / "log.txt")
         if code:
@@ -196,7 +224,7 @@ def run_one(config: Study, name: str, seed: int) -> dict[str, Any]:
     if arm is not None:
         if arm.leaked:  # what a user sees who does not ask for it
             result["refused"] = refuses(config.out / arm.data / "shards", folder, seed)
-        result["exit_code"] = train(config.out, arm, folder, seed)
+        result["exit_code"] = train(config, arm, folder, seed)
         result |= curves(folder)
         model = folder / ("single" if arm.single else "stage2")
     if result.get("exit_code", 0) == 0:
@@ -220,8 +248,9 @@ def main() -> None:
     results = config.out / "results.jsonl"
     done = [json.loads(line) for line in results.read_text().splitlines()] if results.is_file() else []
     there = {(line["arm"], line["seed"]) for line in done}
-    make_sets(config.out)
-    wanted = [("base", 0), *((name, seed) for seed in config.seeds for name in config.arms)]
+    make_sets(config.out, config.whisper_path)
+    arms = [name for name in config.arms if config.whisper_path or not ARMS[name].features]
+    wanted = [("base", 0), *((name, seed) for seed in config.seeds for name in arms)]
     with ThreadPoolExecutor(config.workers) as pool:
         runs = [pool.submit(run_one, config, *pair) for pair in wanted if pair not in there]
         for run in runs:

@@ -76,6 +76,9 @@ class Composition:
     """Takes of each word."""
     word_references: int = 0
     """Compose references of up to so many coded words, instead of recordings."""
+    whisper_path: Path | None = None
+    """Whisper whose encoder's features --word_shards has (--whisper_features encoder --whisper_roles both): references
+    get them. With the layout chat alone."""
     written: int = 0
     """One sample in so many asks for an Arabic sentence and repeats it in writing only, without audio."""
     held_out: int = 20
@@ -87,11 +90,21 @@ class Composition:
 
 
 @dataclass(frozen=True)
+class Spoken:
+    """A reference: what is said, its codes [K, T], its Whisper features if they are wanted, and its recording."""
+
+    text: str
+    codes_KT: np.ndarray
+    features: tuple[np.ndarray, ...] = ()
+    path: Path = Path()
+
+
+@dataclass(frozen=True)
 class Voice:
-    """Codes [K, T] of a voice's words, take by take, and its recordings: text, file, codes."""
+    """Codes [K, T] of a voice's words, take by take, and its recordings."""
 
     words: dict[str, list[np.ndarray]]
-    references: list[tuple[str, Path, np.ndarray]]
+    references: list[Spoken]
 
 
 def read_voices(config: Composition, codec: HiggsCodec) -> dict[str, Voice]:
@@ -100,7 +113,7 @@ def read_voices(config: Composition, codec: HiggsCodec) -> dict[str, Voice]:
     names = dict.fromkeys((*config.voices, *config.held_out_voices))
     voices, shards = {name: Voice({PAUSE: [pause_KT]}, []) for name in names}, ShardSet(config.word_shards)
     for row in range(len(shards)):
-        sample = shards.read(row)
+        sample = shards.read(row, mels=config.whisper_path is not None)
         voice, said = voices.get(sample.meta["speaker"]), read_conversation(sample.meta["messages"])
         if voice is None or said is None:
             continue
@@ -109,7 +122,7 @@ def read_voices(config: Composition, codec: HiggsCodec) -> dict[str, Voice]:
             takes = voice.words.setdefault(said.text, [])
             takes += [sample.codes_KT[:, : config.most_frames]] if len(takes) < config.takes else []
         elif not config.word_references:
-            voice.references.append((said.text, config.words / source, sample.codes_KT))
+            voice.references.append(Spoken(said.text, sample.codes_KT, sample.mels, config.words / source))
     return voices
 
 
@@ -143,25 +156,27 @@ def say(voice: Voice, text: str, rng: Random) -> np.ndarray:
 
 def compose_one(
     config: Composition, voices: dict[str, Voice], number: int
-) -> tuple[dict[str, Any], tuple[np.ndarray, ...]]:
-    """A sample's ChatML and its codes, of reference and target, if it has audio; voices and layouts in turn."""
+) -> tuple[dict[str, Any], tuple[np.ndarray, ...], tuple[np.ndarray, ...]]:
+    """A sample's ChatML, its codes, of reference and target, if it has audio, and the reference's Whisper features;
+    voices and layouts in turn."""
     rng, name = Random(f"{config.seed} {number}"), config.voices[number % len(config.voices)]
     voice, written = voices[name], config.written and rng.randrange(config.written) == 0
     text = arabic_text(rng) if written else draw_text(config, rng, voice, name, "train", config.longest)
     if config.word_references:
-        other = draw_text(config, rng, voice, name, "train", config.word_references)
-        reference_KT = say(voice, other, rng)
+        said = draw_text(config, rng, voice, name, "train", config.word_references)
+        reference = Spoken(said, say(voice, said, rng))
     else:
-        other, _path, reference_KT = rng.choice(voice.references)
+        reference = rng.choice(voice.references)
     audio = [{"type": "audio", "audio_url": f"composed/{name}-{number}-{side}"} for side in ("target", "reference")]
     layout = "chat" if written else config.layouts[number // len(config.voices) % len(config.layouts)]
-    conversation = build_conversation(layout, text, audio[0], [Reference(audio[1], other)])
+    conversation = build_conversation(layout, text, audio[0], [Reference(audio[1], reference.text)])
     conversation.pop("start_index", None)
     if written:
         conversation["messages"][-1]["content"] = text
-    misc = {"language": "ar" if written else language_of(name), "said": [other, text]}
+    misc = {"language": "ar" if written else language_of(name), "said": [reference.text, text]}
     entry = {"id": f"{name}-{number:06d}", **conversation, "speaker": name, "misc": misc}
-    return entry, (reference_KT,) if written else (reference_KT, say(voice, text, rng))
+    target = () if written else (say(voice, text, rng),)
+    return entry, (reference.codes_KT, *target), reference.features
 
 
 def compose_samples(config: Composition, job: Job, voices: dict[str, Voice]) -> Iterator[Sample]:
@@ -169,7 +184,7 @@ def compose_samples(config: Composition, job: Job, voices: dict[str, Voice]) -> 
     ids = set_writer(job).ids
     tokenizer = cached_tokenizer(job.model, ids)
     for number in range(config.samples):
-        entry, codes = compose_one(config, voices, number)
+        entry, codes, features = compose_one(config, voices, number)
         chat = parse_entry(entry, number, job.audio_paths, replace(job.texts, tokens=None))
         segments = [
             {
@@ -181,9 +196,12 @@ def compose_samples(config: Composition, job: Job, voices: dict[str, Voice]) -> 
             }
             for role, clip, codes_KT in zip(chat.roles, chat.clips, codes, strict=True)
         ]
+        if features:
+            segments[0]["mel_frames"] = features[0].shape[1]
         meta = {"messages": stored_messages(chat), "start_index": chat.chat.start_index, "speaker": chat.chat.speaker,
                 "misc": chat.chat.misc, "segments": segments}  # fmt: skip
-        yield Sample(chat.key, meta, tokenize(chat, tokenizer, ids), np.concatenate(codes, axis=1).astype(np.uint16))
+        codes_KT = np.concatenate(codes, axis=1).astype(np.uint16)
+        yield Sample(chat.key, meta, tokenize(chat, tokenizer, ids), codes_KT, features)
 
 
 def write_decoded(config: Composition, codec: HiggsCodec, name: str, codes_KT: np.ndarray) -> tuple[str, float]:
@@ -199,13 +217,12 @@ def held_out_lines(config: Composition, codec: HiggsCodec, voices: dict[str, Voi
     for name in config.held_out_voices or config.voices:
         voice = voices[name]
         for number in range(config.held_out if voice.references else 0):
-            text, (ref_text, path, _codes) = (
-                draw_text(config, rng, voice, name, "test", config.longest),
-                voice.references[number % len(voice.references)],
-            )
+            text = draw_text(config, rng, voice, name, "test", config.longest)
+            reference = voice.references[number % len(voice.references)]
             audio, _seconds = write_decoded(config, codec, f"{name}-{number:03d}", say(voice, text, rng))
+            heard = {"ref_text": reference.text, "ref_audio": str(reference.path.resolve())}
             yield {"id": f"{name}-{number:03d}", "text": text, "language": language_of(name), "speaker": name,
-                   "ref_text": ref_text, "ref_audio": str(path.resolve()), "target_audio": audio}  # fmt: skip
+                   **heard, "target_audio": audio}  # fmt: skip
 
 
 def decoded_lines(config: Composition, codec: HiggsCodec, voices: dict[str, Voice]) -> Iterator[dict[str, Any]]:
@@ -232,6 +249,8 @@ def main() -> None:
         model_path=config.model_path,
         audio_tokenizer_path=config.audio_tokenizer_path,
         val_fraction=0.01,
+        whisper_features="encoder" if config.whisper_path else "none",
+        whisper_path=config.whisper_path,
     )
     job = make_job(options)
     writer = set_writer(job)
