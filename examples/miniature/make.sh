@@ -51,9 +51,15 @@ train_base() {
         --train_data_dir "${@:3}"
 }
 
-# the recogniser goes on with decoded sentences among the rest
+# the recogniser goes on with decoded sentences among the rest, of composed codes and then of recordings
 compose decoded --samples 64 --held_out 0 --decoded 480 --voices slt rms awb amal karim huda nour zayd --seed 60
 train_recogniser --speech "$out/asr-wide" "$out/asr-narrow" "$out/decoded" --steps 7400 --learning_rate 4e-3
+speech asr-digits --minutes 6 --voices slt rms awb amal karim nour --kinds digits numbers --seed 90
+speech asr-domain --minutes 9 --voices slt rms awb amal karim nour --kinds digits numbers time date --seed 91
+train_recogniser --speech "$out/asr-wide" "$out/asr-narrow" "$out/decoded" "$out/asr-digits" \
+    --through "$wide" "$out/asr-domain" --codec "$codec" --steps 9600 --learning_rate 4e-3
+train_recogniser --speech "$out/asr-wide" "$out/asr-narrow" "$out/decoded" "$out/asr-digits" \
+    --through "$out/asr-domain" --codec "$codec" --steps 13000 --learning_rate 4e-3
 
 english=(--voices slt rms awb)
 compose base-data-1 "${english[@]}" --samples 8000 --longest 3 --distinct --kinds words --word_references 1 --held_out 0 --seed 30

@@ -21,6 +21,9 @@ import soundfile
 import torch
 import torch.nn.functional as F  # noqa: N812
 import tyro
+from higgs_tune.preprocess.audio.resample import resample_soxr
+from higgs_tune.preprocess.codec.checkpoint import load_codec
+from higgs_tune.preprocess.codec.codec import HiggsCodec
 from higgs_tune.preprocess.judges.edits import count_edits
 from higgs_tune.preprocess.judges.load import load_recogniser
 from higgs_tune.preprocess.judges.normalisers import normaliser
@@ -41,6 +44,10 @@ class RecogniserTraining:
     """Folders of `speech.py`."""
     out: Path
     """Output folder."""
+    through: tuple[Path, ...] = ()
+    """More such folders, whose clips are heard through `--codec`."""
+    codec: Path | None = None
+    """Codec, of either layout."""
     steps: int = 3000
     """Steps in all."""
     batch_seconds: float = 16.0
@@ -64,13 +71,17 @@ class Clip:
     language: str
 
 
-def load_clips(folders: tuple[Path, ...], split: str) -> list[Clip]:
-    """The clips of a split."""
+def load_clips(folders: tuple[Path, ...], split: str, codec: HiggsCodec | None = None) -> list[Clip]:
+    """The clips of a split; with a codec as it decodes them."""
     plain, clips = normaliser("omnivoice").apply, []
     for folder, text in ((f, text) for f in folders for text in (f / "speech.jsonl").read_text().splitlines()):
         line = json.loads(text)
         if line["split"] == split:
             wave_S, _rate = soundfile.read(folder / line["audio"], dtype="float32")
+            if codec:
+                rate_hz = codec.config.sample_rate_hz
+                decoded_S = codec.decode(codec.encode(resample_soxr(wave_S, SAMPLE_RATE_HZ, rate_hz)))
+                wave_S = resample_soxr(decoded_S, rate_hz, SAMPLE_RATE_HZ)
             clips.append(Clip(torch.from_numpy(wave_S), plain(line["text"]), line["language"]))
     return clips
 
@@ -183,7 +194,8 @@ def save(config: RecogniserTraining, model: HubertForCTC, optimizer: torch.optim
 
 def main() -> None:
     config = tyro.cli(RecogniserTraining)
-    clips = sorted(load_clips(config.speech, "train"), key=lambda clip: len(clip.wave_S))
+    decoded = load_clips(config.through, "train", load_codec(config.codec)) if config.codec else []
+    clips = sorted([*load_clips(config.speech, "train"), *decoded], key=lambda clip: len(clip.wave_S))
     processor: Any = make_processor(clips, config.out / "model")
     model = make_model(len(processor.tokenizer), config.seed).train()
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98), weight_decay=0.01)
