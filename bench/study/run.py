@@ -75,7 +75,7 @@ ARMS = {
     "rank 8": Arm({"lora_r": "8", "lora_alpha": "8"}),
     "learning rate 5e-4": Arm({"learning_rate": "5e-4", "head_learning_rate": "5e-4"}),
     "learning rate 5e-3": Arm({"learning_rate": "5e-3", "head_learning_rate": "5e-3"}),
-    "Arabic only": Arm(flags=("--skip_alignment_check",), data="arabic"),  # see docs/study.md
+    "Arabic only": Arm(data="arabic"),
     "1 minute": Arm(data="minutes-1"),
     "3 minutes": Arm(data="minutes-3"),
     "10 minutes": Arm(data="minutes-10"),
