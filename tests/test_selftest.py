@@ -18,13 +18,7 @@ from higgs_tune.shards import sequence
 from higgs_tune.train.data.batch import collate
 from higgs_tune.train.model import loss
 from higgs_tune.train.model.load import load_model
-from higgs_tune.train.monitor.selftest import (
-    SHIFTS,
-    PartLosses,
-    SelfTestResult,
-    distinct_values,
-    shifted_sums,
-)
+from higgs_tune.train.monitor.selftest import SHIFTS, PartLosses, SelfTestResult, distinct_values, shifted_sums
 from transformers import PreTrainedTokenizerBase
 
 

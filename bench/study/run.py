@@ -13,6 +13,7 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Collection
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -113,48 +114,32 @@ def call(*command: object, log: Path, python: str = sys.executable) -> int:
         ).returncode
 
 
-def make_sets(out: Path, whisper: Path | None) -> None:
-    """Encode the words, and compose every set; with Whisper features the two sets that the arm needs once more."""
+def make_sets(out: Path, names: Collection[str], whisper: Path | None = None) -> None:
+    """Encode the words, and compose sets of SETS; with a Whisper, references have its features (`NAME-features`)."""
+    ending, heard = ("-features", ("--whisper_path", whisper)) if whisper else ("", ())
     tools = ("--model_path", BASE, "--audio_tokenizer_path", CODEC)
-    log = out / "sets.log"
-    for words in ("words", "words-features") if whisper else ("words",):
-        if not (out / words / "manifest.json").is_file():
-            given = ("--data", MINIATURE / "words" / "manifest.jsonl", "--out", out / words, "--ref_drop", 1)
-            rules = ("--min_seconds", 0.1, "--val_fraction", 0)
-            if words == "words-features":
-                given += ("--whisper_features", "encoder", "--whisper_roles", "both", "--whisper_path", whisper)
-            call("-c", "from higgs_tune.preprocess.cli import main; main()", *given, *rules, *tools, log=log)
-    numbered = [(name, "words", (), seed) for seed, name in enumerate(SETS)]
-    if whisper:
-        add = ("--whisper_path", whisper)
-        numbered += [
-            (name, "words-features", add, seed) for name, *_, seed in numbered if name in ("mixed", "validation")
-        ]
-    for name, words, more, seed in numbered:
-        voices, samples = SETS[name]
-        folder = out / (f"{name}-features" if more else name)
-        if not (folder / "speech.jsonl").is_file():
-            said = ("--kinds", "digits", "--layouts", "chat", "--longest", 5, "--samples", samples, "--seed", seed)
+    log, words = out / "sets.log", out / f"words{ending}"
+    if not (words / "manifest.json").is_file():
+        given = ("--data", MINIATURE / "words" / "manifest.jsonl", "--out", words, "--ref_drop", 1)
+        rules = ("--min_seconds", 0.1, "--val_fraction", 0)
+        stored = ("--whisper_features", "encoder", "--whisper_roles", "both", *heard) if whisper else ()
+        call("-c", "from higgs_tune.preprocess.cli import main; main()", *given, *rules, *stored, *tools, log=log)
+    for number, (name, (voices, samples)) in enumerate(SETS.items()):
+        folder = out / f"{name}{ending}"
+        if name in names and not (folder / "speech.jsonl").is_file():
+            said = ("--kinds", "digits", "--layouts", "chat", "--longest", 5, "--samples", samples, "--seed", number)
             judged = ("--held_out_voices", *ARABIC, "nour", *ENGLISH, "--held_out", 8 if name == "mixed" else 0)
-            source = (
-                "--words",
-                MINIATURE / "words",
-                "--word_shards",
-                out / words,
-                "--out",
-                folder,
-                "--voices",
-                *voices,
-            )
-            call(MINIATURE / "compose.py", *tools, *source, *said, *judged, *more, log=log)
+            source = ("--words", MINIATURE / "words", "--word_shards", words, "--out", folder, "--voices", *voices)
+            call(MINIATURE / "compose.py", *tools, *source, *said, *judged, *heard, log=log)
 
 
 def train(config: Study, arm: Arm, folder: Path, seed: int) -> int:
     """Train the stages of an arm; returns the exit code of the last."""
-    options, kind = TRAIN | arm.options | {"seed": str(seed)}, "-features" if arm.features else ""
+    options = TRAIN | arm.options | {"seed": str(seed)}
+    ending, heard = ("-features", ("--whisper_path", config.whisper_path)) if arm.features else ("", ())
     given = [part for name, value in options.items() for part in (f"--{name}", value)]
-    given += ["--train_data_dir", config.out / f"{arm.data}{kind}" / "shards"]
-    given += ["--eval_data_dir", f"held={config.out / f'validation{kind}' / 'shards'}"]
+    given += ["--train_data_dir", config.out / f"{arm.data}{ending}" / "shards"]
+    given += ["--eval_data_dir", f"held={config.out / f'validation{ending}' / 'shards'}"]
     program = (ROOT / "bench" / "study" / "leaked.py",) if arm.leaked else ("-m", "higgs_tune.train")
     given += ["--skip_alignment_check"] * arm.leaked
     stages = [("single", BASE, STEPS)] if arm.single else [
@@ -162,9 +147,7 @@ def train(config: Study, arm: Arm, folder: Path, seed: int) -> int:
     ]  # fmt: skip
     code = 1
     for stage, model, steps in stages:
-        extra = () if stage == "stage1" else (*AUDIO, *arm.flags)
-        if arm.features and stage != "stage1":
-            extra += ("--whisper_path", config.whisper_path)
+        extra = () if stage == "stage1" else (*AUDIO, *arm.flags, *heard)
         where = ("--training_stage", stage, "--model_path", model, "--output_dir", folder / stage)
         code = call(*program, *where, "--max_steps", steps, *given, *extra, log=folder / "log.txt")
         if code:
@@ -248,7 +231,9 @@ def main() -> None:
     results = config.out / "results.jsonl"
     done = [json.loads(line) for line in results.read_text().splitlines()] if results.is_file() else []
     there = {(line["arm"], line["seed"]) for line in done}
-    make_sets(config.out, config.whisper_path)
+    make_sets(config.out, SETS)
+    if config.whisper_path:
+        make_sets(config.out, ("mixed", "validation"), config.whisper_path)
     arms = [name for name in config.arms if config.whisper_path or not ARMS[name].features]
     wanted = [("base", 0), *((name, seed) for seed in config.seeds for name in arms)]
     with ThreadPoolExecutor(config.workers) as pool:

@@ -46,7 +46,7 @@ class RecogniserTraining:
     """Output folder."""
     through: tuple[Path, ...] = ()
     """More such folders, whose clips are heard through `--codec`."""
-    codec: Path | None = None
+    codec: Path = Path("examples/miniature/codec/native")
     """Codec, of either layout."""
     steps: int = 3000
     """Steps in all."""
@@ -194,7 +194,7 @@ def save(config: RecogniserTraining, model: HubertForCTC, optimizer: torch.optim
 
 def main() -> None:
     config = tyro.cli(RecogniserTraining)
-    decoded = load_clips(config.through, "train", load_codec(config.codec)) if config.codec else []
+    decoded = load_clips(config.through, "train", load_codec(config.codec)) if config.through else []
     clips = sorted([*load_clips(config.speech, "train"), *decoded], key=lambda clip: len(clip.wave_S))
     processor: Any = make_processor(clips, config.out / "model")
     model = make_model(len(processor.tokenizer), config.seed).train()

@@ -1,8 +1,8 @@
 """Results of single stages, stored by content: what was computed once is never computed again.
 
-A result lies at `DIR/work/STAGE/KEY.npz`. KEY is a hash of everything that the result depends on: the recording's
-bytes, the stage's options, the revision of the model, and the results that it was made from. A file appears whole or
-not at all, so a killed run leaves nothing that a rerun could take for a result.
+A result is the file `KEY.npz` in the stage's own folder. KEY is a hash of everything that the result depends on: the
+recording's bytes, the stage's options, the revision of the model, and the results that it was made from. A file appears
+whole or not at all, so a killed run leaves nothing that a rerun could take for a result.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ audio loss of public trainers fell to 0 while the model learned to copy its inpu
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -217,8 +217,8 @@ def run_selftest(run: Run, base: Path) -> SelfTestResult:
     parts = {"with_text": run.loss_options.with_text, "with_audio": run.loss_options.with_audio}
     in_epoch = run.schedule.steps(run.schedule.plan(0)) * run.schedule.accumulation
     count = min(-(-POSITIONS // run.schedule.tokens_per_pack), in_epoch)
-    batches, sums = list(run.loader.peek(count)), []
-    bare: list[torch.Tensor] = []
+    batches = list(run.loader.peek(count))
+    sums, bare = list[torch.Tensor](), list[torch.Tensor]()
     with evaluating(run.model):
         for batch in (each.to(run.context.device) for each in batches):
             with torch.no_grad():
@@ -227,7 +227,8 @@ def run_selftest(run: Run, base: Path) -> SelfTestResult:
         if run.schedule.features != "none":
             peeked = run.loader.peek(count, features="none")
             bare = [training_sums(run, each.to(run.context.device)) for each in peeked]
-    total, without = (run.context.all_sum(torch.stack(each).sum(0).tolist()) if each else [] for each in (sums, bare))
+    total = run.context.all_sum(torch.stack(sums).sum(0).tolist())
+    without = run.context.all_sum(torch.stack(bare).sum(0).tolist()) if bare else []
     tokenizer, first = load_tokenizer(base, run.special_ids), batches[0]
     labels = first["text_labels"][first["to_sorted"][first["text_rows"].long()] < first.lengths[0]]
     text = isolated(tokenizer.decode(labels.tolist(), skip_special_tokens=False))
@@ -250,7 +251,7 @@ def distinct_values(labels: torch.Tensor) -> float:
 
 def make_result(
     sums: list[float],
-    batches: Iterable[Batch],
+    batches: Sequence[Batch],
     model: HiggsAudioModel,
     text: str,
     without_features: Sequence[float] = (),
@@ -266,7 +267,7 @@ def make_result(
         batches: the batches of this rank.
         text: the first trained text, decoded.
     """
-    codebooks, batches = model.config.audio_num_codebooks, list(batches)
+    codebooks = model.config.audio_num_codebooks
     audio_KL = torch.cat([batch["audio_labels_KL"] for batch in batches], dim=1)
     distinct_K = [distinct_values(labels) for labels in audio_KL]
     every = torch.tensor(sums, dtype=torch.float64)
