@@ -44,7 +44,7 @@ else
 fi
 part step 200 train_step.py --size "$size" --samples "$samples" --pairs "$pairs" --tokens_per_pack "$loop_pack" \
     --kernels compiled triton
-choice=$("$python" -c 'import json, sys; print(json.load(open(sys.argv[1]))["choice"])' "$work/step.json" 2>/dev/null)
+choice=$("$python" -c 'import json, sys; print(json.load(open(sys.argv[1]))["choice"] or "")' "$work/step.json" 2>/dev/null)
 part loop 160 train_loop.py --size "$size" --steps "$steps" --tokens_per_pack "$loop_pack" --kernels "${choice:-auto}"
 (
     export CUDA_VISIBLE_DEVICES= # arithmetic and simulation, beside the GPU's work

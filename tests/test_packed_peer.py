@@ -1,4 +1,4 @@
-"""The packed peer of bench/train_step.py: FlexAttention, SDPA, the public step and ours give one loss, one gradient."""
+"""bench/train_step.py: FlexAttention, SDPA, the public step and ours give one loss and gradient; no wrong side wins."""
 
 from __future__ import annotations
 
@@ -35,13 +35,12 @@ def test_all_sides_give_one_loss_and_one_gradient() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_flex_attention_is_sdpa_sample_by_sample(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """What a GPU runs, by plain operations: samples whose lengths are no multiple of a block, and a mask by hand."""
-    import train_step
     from models import packed_peer, synthetic
 
     # torch refuses backward on a CPU, for want of a compiled kernel; the plain operations have one
     monkeypatch.setattr("torch.nn.attention.flex_attention._validate_device", lambda *_: None)
     samples = [synthetic.synthetic_sample(n, frames=(7 + 40 * n, 20), text=50 + n) for n in range(4)]
-    samples, ids = train_step.narrow(samples, synthetic.IDS, VOCABULARY)
+    samples, ids = synthetic.narrow(samples, synthetic.IDS, VOCABULARY)
     model = synthetic.make_model(synthetic.config_of(synthetic.SIZES["tiny"], VOCABULARY, ids), CPU, dtype)
     parameters = [p for p in synthetic.with_lora(model).parameters() if p.requires_grad]
     batch = collate(samples, 0.0, ids)
@@ -60,3 +59,21 @@ def test_flex_attention_is_sdpa_sample_by_sample(dtype: torch.dtype, monkeypatch
     tolerance = 1e-5 if dtype == torch.float32 else 2e-2
     torch.testing.assert_close(losses[1], losses[0], rtol=tolerance, atol=0.0)
     assert (gradients[1] - gradients[0]).norm() < tolerance * gradients[0].norm()
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize(("wrong", "choice"), [
+    ((), "triton"), (("ours, triton",), "compiled"), (("ours", "ours, triton"), "compiled"),
+    (("ours", "ours, compiled", "ours, triton"), None),
+])  # fmt: skip
+@pytest.mark.parametrize("apart", [2e-2, float("nan")])
+def test_a_side_that_differs_is_not_chosen(wrong: tuple[str, ...], choice: str | None, apart: float) -> None:
+    """Whichever of its figures it is; plain operations and the peer are no choice, however fast."""
+    import train_step
+
+    seconds = {"packed peer": 0.1, "ours, plain": 0.1, "ours": 3.0, "ours, compiled": 2.0, "ours, triton": 1.0}
+    sides = [train_step.Side(name, [], torch.sum, seconds=[value]) for name, value in seconds.items()]
+    for figure in ("loss", "grad_norm", "gradients"):
+        figures = {"loss": 1e-7, "grad_norm": 1e-7, "gradients": 1e-7}
+        found = {name: figures | ({figure: apart} if name in wrong else {}) for name in seconds}
+        assert train_step.fastest(sides, found, 1e-3) == choice

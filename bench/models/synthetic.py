@@ -10,7 +10,7 @@ these the last third, the answer, is labelled (a quarter of the text, as in exam
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 import numpy as np
@@ -154,6 +154,34 @@ def samples_of(count: int, shards: str | None, seed: int = 0, *, long: bool = Fa
     opened = ShardSet(shards)
     found = list(opened.read_arrays(range(min(count, len(opened)))))
     return [sample for sample in found if isinstance(sample, Arrays)], opened.special_ids
+
+
+def narrow(samples: list[Arrays], ids: SpecialIds, vocabulary: int) -> tuple[list[Arrays], SpecialIds]:
+    """The same samples over a smaller vocabulary, whose last two ids stand for audio."""
+    audio_in, audio_out = vocabulary - 3, vocabulary - 2
+    changed = []
+    for sample in samples:
+        tokens_2L = sample.tokens_2L.copy()
+        text = tokens_2L % (vocabulary - 3)
+        tokens_2L[tokens_2L >= 0] = text[tokens_2L >= 0]
+        tokens_2L[0][sample.tokens_2L[0] == ids.audio_in] = audio_in
+        tokens_2L[0][sample.tokens_2L[0] == ids.audio_out] = audio_out
+        changed.append(Arrays(sample.key, tokens_2L, sample.codes_KT, sample.segment_frames))
+    return changed, SpecialIds(**asdict(ids) | {"audio_in": audio_in, "audio_out": audio_out})
+
+
+def packs_of(samples: list[Arrays], budget: int) -> list[list[Arrays]]:
+    """Samples in order, as many to a pack as fit; near enough to the plan for a handful of them."""
+    packs: list[list[Arrays]] = []
+    room = 0
+    for sample in samples:
+        length = position_count(sample)
+        if length > room:
+            packs.append([])
+            room = budget
+        packs[-1].append(sample)
+        room -= length
+    return packs
 
 
 def parameter_count(model: nn.Module) -> int:
