@@ -2,14 +2,17 @@
 
     python bench/lora_kinds.py --size small [--pairs 5] [--out kinds.json]
 
-One base model holds an adapter of every kind; a round runs forward and backward of each over the same pack, so the
-ratio of a round compares steps that ran one after the other. Without a GPU the ratio of CPU time stands beside it:
-other programs on the same cores change it less.
+One base model holds the adapters of every kind; a round runs forward and backward of each kind over the same pack, so
+the ratio of a round compares steps that ran one after the other. Before the rounds each kind runs once by plain
+operations too, under the same dropout masks: a relative difference of loss or gradient norm above 1e-3 in float32, or
+2e-2 in bfloat16, ends the run. Memory is what the decoder keeps. Without a GPU the ratio of CPU time stands beside that
+of time: other programs on the same cores change it less.
 """
 
 from __future__ import annotations
 
 import json
+import re
 import statistics
 import time
 from dataclasses import dataclass
@@ -18,25 +21,32 @@ from typing import Any
 
 import torch
 import tyro
-from growth import LOSS, kept_bytes, pack_of
+from growth import LOSS, equal_pack, kept_bytes, pack_of
 from higgs_tune.shards.memory import keep_memory
-from higgs_tune.train.data.batch import collate
+from higgs_tune.train.data.batch import Batch, collate
 from higgs_tune.train.model.forward import ExecOptions, label_states
 from higgs_tune.train.model.fused_linear import stack_layer
 from higgs_tune.train.model.loss import pack_loss
 from higgs_tune.train.model.memory import activation_bytes
-from higgs_tune.train.presets import PRESETS
+from higgs_tune.train.presets import LORA_EXTRAS, PRESETS
 from machine import describe_machine
 from models.synthetic import IDS, SIZES, SizeName, config_of, make_model
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
+from train_step import TOLERANCES, agrees
 
-KINDS: dict[str, dict[str, Any]] = {
-    "LoRA": {},
-    "dropout 0.1": {"lora_dropout": 0.1},
-    "rsLoRA": {"use_rslora": True},
-    "DoRA": {"use_dora": True},
-    "DoRA, dropout 0.1": {"use_dora": True, "lora_dropout": 0.1},
+PATTERN = PRESETS["comprehensive"].pattern
+WITH_HEADS = "|".join([PATTERN, *map(re.escape, LORA_EXTRAS["heads"])])
+# the options of each adapter that is active, beside those of plain LoRA
+KINDS: dict[str, list[dict[str, Any]]] = {
+    "LoRA": [{}],
+    "dropout 0.1": [{"lora_dropout": 0.1}],
+    "rsLoRA": [{"use_rslora": True}],
+    "DoRA": [{"use_dora": True}],
+    "DoRA, rsLoRA": [{"use_dora": True, "use_rslora": True}],
+    "DoRA, dropout 0.1": [{"use_dora": True, "lora_dropout": 0.1}],
+    "two adapters": [{}, {}],
+    "heads too": [{"target_modules": WITH_HEADS}],
 }
 
 
@@ -56,17 +66,26 @@ class Options:
     """JSON file of the results."""
 
 
+def names_of(kind: str) -> list[str]:
+    """Names of a kind's adapters."""
+    return [f"kind{list(KINDS).index(kind)}_{number}" for number in range(len(KINDS[kind]))]
+
+
 def adapted(options: Options, device: torch.device, dtype: torch.dtype) -> PeftModel:
-    """A model with an adapter of every kind, by the names of `KINDS`; its layers are stacked."""
+    """A model with the adapters of every kind; its layers are stacked."""
     model = make_model(config_of(SIZES[options.size]), device, dtype)
     torch.manual_seed(0)
-    common: dict[str, Any] = {"r": options.rank, "lora_alpha": 2 * options.rank}
-    common["target_modules"] = PRESETS["comprehensive"].pattern
-    names = dict(zip(KINDS, "abcde", strict=True))
-    peft_model = get_peft_model(model, LoraConfig(**common), adapter_name=names["LoRA"])  # pyright: ignore
+    common: dict[str, Any] = {"r": options.rank, "lora_alpha": 2 * options.rank, "target_modules": PATTERN}
+    configs = {
+        name: LoraConfig(**common | changes)
+        for kind, adapters in KINDS.items()
+        for name, changes in zip(names_of(kind), adapters, strict=True)
+    }
+    first, *others = configs
+    peft_model = get_peft_model(model, configs[first], adapter_name=first)  # pyright: ignore
     assert isinstance(peft_model, PeftModel)
-    for kind, changes in list(KINDS.items())[1:]:
-        peft_model.add_adapter(names[kind], LoraConfig(**common, **changes))
+    for name in others:
+        peft_model.add_adapter(name, configs[name])
     for name, parameter in peft_model.named_parameters():
         if "lora_" in name:
             parameter.data = parameter.data.float()
@@ -77,38 +96,94 @@ def adapted(options: Options, device: torch.device, dtype: torch.dtype) -> PeftM
     return peft_model.train()
 
 
+@dataclass(frozen=True)
+class Step:
+    """Forward and backward of one pack by the adapters that are active."""
+
+    model: Any
+    batch: Batch
+    weights: torch.Tensor
+
+    def run(self, exec_options: ExecOptions) -> torch.Tensor:
+        """Returns the loss; the gradients stay."""
+        self.model.zero_grad(set_to_none=True)
+        states = label_states(self.model, self.batch, exec_options)
+        loss = pack_loss(self.model, states, self.batch, self.weights, LOSS, at_labels=True).total
+        loss.backward()
+        if loss.device.type == "cuda":
+            torch.cuda.synchronize()
+        return loss.detach()
+
+    def compare(self, kind: str, tolerance: float) -> dict[str, float]:
+        """Relative differences of loss and gradient norm from those of plain operations.
+
+        Raises:
+            SystemExit: one is above the tolerance.
+        """
+        found = []
+        for exec_options in (ExecOptions(), ExecOptions(plain=True)):
+            torch.manual_seed(0)  # of the dropout masks
+            loss = self.run(exec_options)
+            norms = [parameter.grad.norm() for parameter in self.model.parameters() if parameter.grad is not None]
+            found.append((float(loss), float(torch.stack(norms).norm())))
+        (loss, norm), (plain_loss, plain_norm) = found
+        apart = {"loss": abs(loss / plain_loss - 1), "grad_norm": abs(norm / plain_norm - 1)}
+        if not agrees(apart, tolerance):
+            raise SystemExit(f"{kind} differs from plain operations by more than {tolerance:g}: {apart}")
+        return apart
+
+    def memory(self) -> tuple[float, float]:
+        """Bytes that the decoder keeps for a position, and the estimate."""
+        text_share = 1 - self.batch["codes_KA"].shape[1] / self.batch.positions
+        kept = kept_bytes(self.model, self.batch, ExecOptions()) / self.batch.positions
+        return kept, activation_bytes(self.model, text_share=text_share)
+
+
 def main() -> None:
     options = tyro.cli(Options)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cpu":
         keep_memory()
-    peft_model = adapted(options, device, torch.bfloat16 if device.type == "cuda" else torch.float32)
-    model: Any = peft_model.get_base_model()
-    batch = collate(pack_of(options.positions), 0.0, IDS).to(device)
+    dtype = "bfloat16" if device.type == "cuda" else "float32"
+    peft_model = adapted(options, device, getattr(torch, dtype))
+    # the stated distribution has no sample that fits into the smallest packs
+    samples = pack_of(options.positions) or equal_pack(options.positions, options.positions)
+    batch = collate(samples, 0.0, IDS).to(device)
     weights = LOSS.per_label(torch.cat([batch["label_counts"], batch["pairs"]]).float())
+    step = Step(peft_model.get_base_model(), batch, weights)
     seconds: dict[str, list[float]] = {kind: [] for kind in KINDS}
     cpu_seconds: dict[str, list[float]] = {kind: [] for kind in KINDS}
     memory: dict[str, tuple[float, float]] = {}
+    apart: dict[str, dict[str, float]] = {}
     for number in range(options.pairs + 1):
-        for kind, name in zip(KINDS, "abcde", strict=True):
-            peft_model.set_adapter(name)
-            model.zero_grad(set_to_none=True)
+        for kind in KINDS:
+            peft_model.base_model.set_adapter(names_of(kind))  # pyright: ignore[reportCallIssue]
+            if not number:  # this sets things up, too
+                apart[kind] = step.compare(kind, TOLERANCES[dtype])
+                memory[kind] = step.memory()
+                continue
             began, cpu_began = time.perf_counter(), time.process_time()
-            pack_loss(model, label_states(model, batch), batch, weights, LOSS, at_labels=True).total.backward()
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-            if number:  # the first round sets things up
-                seconds[kind].append(time.perf_counter() - began)
-                cpu_seconds[kind].append(time.process_time() - cpu_began)
-            else:
-                text_share = 1 - batch["codes_KA"].shape[1] / batch.positions
-                kept = kept_bytes(model, batch, ExecOptions()) / batch.positions
-                memory[kind] = (kept, activation_bytes(model, text_share=text_share))
+            step.run(ExecOptions())
+            seconds[kind].append(time.perf_counter() - began)
+            cpu_seconds[kind].append(time.process_time() - cpu_began)
     print(describe_machine())
     print(f"{options.size}, {batch.positions} positions, rank {options.rank}; {options.pairs} pairs")
+    largest = max(value for of_kind in apart.values() for value in of_kind.values())
+    print(f"loss and gradient norm differ from those of plain operations by {largest:.0e} at most (relative)")
+    result = show(seconds, cpu_seconds, memory)
+    for kind, values in result.items():
+        values["relative_differences"] = apart[kind]
+    if options.out:
+        options.out.write_text(json.dumps({"options": vars(options), "kinds": result}, indent=1, default=str) + "\n")
+
+
+def show(
+    seconds: dict[str, list[float]], cpu_seconds: dict[str, list[float]], memory: dict[str, tuple[float, float]]
+) -> dict[str, dict[str, Any]]:
+    """Print the table; returns its values by kind."""
     heads = {"s a step": 10, "ratio": 8, "spread": 16, "of CPU time": 22, "kept B/position": 17, "estimate": 10}
     print(" " * 20 + "".join(f"{head:>{width}}" for head, width in heads.items()))
-    result: dict[str, Any] = {}
+    result: dict[str, dict[str, Any]] = {}
     for kind, values in seconds.items():
         ratios, of_cpu = ([a / b for a, b in zip(of[kind], of["LoRA"], strict=True)] for of in (seconds, cpu_seconds))
         spread, (kept, estimate) = f"{min(ratios):.2f} to {max(ratios):.2f}", memory[kind]
@@ -117,8 +192,7 @@ def main() -> None:
         cpu = f"{statistics.median(of_cpu):.2f}x {min(of_cpu):.2f} to {max(of_cpu):.2f}"
         print(f"{kind:<20}{statistics.median(values):>10.2f}{statistics.median(ratios):>7.2f}x{spread:>16}{cpu:>22}"
               f"{kept:>17,.0f}{estimate:>10,.0f}")  # fmt: skip
-    if options.out:
-        options.out.write_text(json.dumps({"options": vars(options), "kinds": result}, indent=1, default=str) + "\n")
+    return result
 
 
 if __name__ == "__main__":
