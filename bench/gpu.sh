@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Everything at the released sizes on one GPU: training step side by side, by eager, compiled and Triton kernels; the
-# whole trainer, by the fastest of them; growth, roofline, simulated scale. Random weights and synthetic samples; needs no
-# network. Writes one JSON, with hardware and versions; its `kernels` is the choice for --kernels.
+# whole trainer, by the fastest of them; encoding (`audio_hours_an_hour`: a GPU hour); growth, kinds of LoRA, roofline,
+# simulated scale. Random weights and synthetic samples; needs no network. Writes one JSON, with hardware and versions;
+# its `kernels` is the choice for --kernels.
 #
 #     bench/gpu.sh [OUT] [SIZE]        (OUT: gpu.json; SIZE: 3b; tiny is for a machine without a GPU)
 #
@@ -37,23 +38,26 @@ part() { # name, seconds, command...
 }
 
 if [ "$size" = tiny ]; then
-    packs=(1024 2048) lengths=(128 512) length_pack=2048 samples=4 pairs=2 steps=12 loop_pack=2048
+    packs=(1024 2048) lengths=(128 512) length_pack=2048 samples=4 pairs=2 steps=12 loop_pack=2048 kinds_pack=1024
+    clips=(--samples 2 --seconds 1 --rounds 1)
 else
     packs=(2048 4096 8192 16384 32768) lengths=(128 512 2048 4096) length_pack=16384 samples=66 pairs=5
-    steps=40 loop_pack=16384
+    steps=40 loop_pack=16384 kinds_pack=4096 clips=(--samples 192 --rounds 1 --device cuda --num_processes 4)
 fi
 part step 200 train_step.py --size "$size" --samples "$samples" --pairs "$pairs" --tokens_per_pack "$loop_pack" \
     --kernels compiled triton
 choice=$("$python" -c 'import json, sys; print(json.load(open(sys.argv[1]))["choice"] or "")' "$work/step.json" 2>/dev/null)
 part loop 160 train_loop.py --size "$size" --steps "$steps" --tokens_per_pack "$loop_pack" --kernels "${choice:-auto}"
+part encode 110 preprocess.py --shares 1 --loops 1 "${clips[@]}"
 (
     export CUDA_VISIBLE_DEVICES= # arithmetic and simulation, beside the GPU's work
     part roofline 60 -m models.roofline
     part scale 90 -m models.scale_sim --samples 100000
 ) &
-part growth 120 growth.py --size "$size" --packs "${packs[@]}" --lengths "${lengths[@]}" --length_pack "$length_pack" \
+part growth 100 growth.py --size "$size" --packs "${packs[@]}" --lengths "${lengths[@]}" --length_pack "$length_pack" \
     --kernels "${choice:-auto}"
-part growth_eager 120 growth.py --size "$size" --packs "${packs[@]}" --lengths "${lengths[0]}" \
+part kinds 60 lora_kinds.py --size "$size" --positions "$kinds_pack" --pairs 3
+part growth_eager 80 growth.py --size "$size" --packs "${packs[@]}" --lengths "${lengths[0]}" \
     --length_pack "$length_pack" --kernels eager
 wait
 

@@ -68,6 +68,8 @@ class Options:
     """CPU threads of boson's side; 0: all cores."""
     loops: int = 0
     """Processes of boson's loop, with one thread each; 0: one a core. 1: they are left out."""
+    out: Path | None = None
+    """JSON file of the results."""
 
 
 @dataclass(frozen=True)
@@ -243,6 +245,7 @@ def compare(share: int, tokenizer: Any, loops: int, folder: Path, options: Optio
         middle = statistics.median(found)
         speed = f"{count / middle:.2f} samples/s, {data.seconds / middle:.2f} hours of samples' audio an hour"
         print(f"{name:<14}{middle:>8.1f} s  ({min(found):.1f} to {max(found):.1f})  {speed}")
+    print(f"ours: {data.distinct_s / statistics.median(steady):.2f} hours of distinct audio an hour, all told")
     print(f"one process of ours encodes {data.distinct_s / spent['ours']['encode']:.2f} hours of audio an hour")
     print(f"{'start-up':<14}{statistics.median(took['start-up']):>8.1f} s")
     steady_cpu = [a - b for a, b in zip(cpu["ours"], cpu["start-up"], strict=True)]
@@ -257,6 +260,9 @@ def compare(share: int, tokenizer: Any, loops: int, folder: Path, options: Optio
     print(f"equal codes   {equal:.4%}")
     return {
         "share": share,
+        "distinct_audio_s": data.distinct_s,
+        "audio_hours_an_hour": data.distinct_s / statistics.median(steady),
+        "encoded_hours_an_hour_of_one_process": data.distinct_s / spent["ours"]["encode"],
         "seconds": took,
         "cpu_seconds": cpu,
         "ratios": ratios,
@@ -281,6 +287,9 @@ def main() -> None:
         with torch.inference_mode():
             results = [compare(share, tokenizer, loops, folder, options) for share in options.shares]
     print(json.dumps(results))
+    if options.out:
+        found = {"machine": describe_machine(), "device": options.device, "scenarios": results}
+        options.out.write_text(json.dumps(found, indent=1) + "\n")
 
 
 if __name__ == "__main__":
