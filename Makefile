@@ -4,6 +4,7 @@ BIN := .venv/bin
 RUNS := .venv/installed-run
 INSTALLED := .venv/installed
 SETUP ?= setup
+OPTIONAL := $(CURDIR)/runs/optional
 TOY := runs/toy
 DEMO := runs/demo
 TOY_DEMO := runs/toy-demo
@@ -13,7 +14,7 @@ SAY := --audio_tokenizer_path $(TOY)/codec --layout chat --max_seconds 4 \
 TRAIN := $(BIN)/torchrun --standalone --nproc_per_node 2 -m higgs_tune.train
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check
 
-.PHONY: setup setup-run toy toy-demo demo test test-fast native lint bench clean
+.PHONY: setup setup-run toy toy-demo demo test test-fast test-optional native lint bench clean
 
 # for development: all that is here; SETUP=setup-run makes the other targets do with setup-run, where they can
 setup: $(INSTALLED)
@@ -60,15 +61,21 @@ toy-demo: toy
 	$(BIN)/higgs-speak --model_path $(TOY)/model $(SAY) -o $(TOY_DEMO)/spoken/base.wav
 	$(BIN)/higgs-speak --model_path $(TOY_DEMO)/stage2 $(SAY) -o $(TOY_DEMO)/spoken/stage2.wav
 
-# what a machine without a GPU can measure, in about 40 minutes on two idle cores; OMP_NUM_THREADS is yours to set
+# what a machine without a GPU can measure, in an hour or more on two idle cores; OMP_NUM_THREADS is yours to set. The
+# export is of a small checkpoint (the released size takes 26 GB of disk); loaders from PyPI count where installed
 bench: setup
 	cd bench && ../$(BIN)/python train_step.py --size small
 	cd bench && ../$(BIN)/python growth.py --size small --packs 2048 4096 8192 --lengths 128 512 2048 --length_pack 4096
+	cd bench && ../$(BIN)/python lora_kinds.py --size small --positions 1024
 	cd bench && ../$(BIN)/python train_loop.py --size small --steps 12 --tokens_per_pack 2048
 	cd bench && ../$(BIN)/python -m models.roofline
 	cd bench && ../$(BIN)/python -m models.scale_sim
 	cd bench && ../$(BIN)/python plan.py --samples 10000 100000 1000000
 	cd bench && ../$(BIN)/python loader.py --samples 2000 --rounds 3
+	cd bench && ../$(BIN)/python loader_peers.py --samples 2000 --rounds 3
+	cd bench && ../$(BIN)/python preprocess.py --shares 8 --samples 8 --rounds 2
+	cd bench && ../$(BIN)/python generate.py --size small
+	cd bench && ../$(BIN)/python export.py --size small
 
 # the tests of the report in a browser are skipped without Chromium (Debian: apt-get install chromium chromium-driver)
 test: setup
@@ -77,6 +84,17 @@ test: setup
 # a quick test or two of every file, in less than two minutes
 test-fast: setup
 	$(BIN)/pytest -n 2 --dist loadfile -m fast
+
+# the tests that need bitsandbytes and triton; both are downloaded (250 MB) into a folder beside .venv, and must import,
+# so that no test is skipped for want of them
+test-optional: export PYTHONPATH := $(OPTIONAL)/packages$(PYTHONPATH:%=:%)
+test-optional: $(OPTIONAL)/installed
+	$(BIN)/python -c "import bitsandbytes, triton"
+	$(BIN)/pytest -n 2 --dist loadfile tests/test_quantized.py tests/test_triton_kernels.py
+
+$(OPTIONAL)/installed: $(INSTALLED)
+	$(PIP) --no-deps --upgrade --target $(OPTIONAL)/packages bitsandbytes==0.50.2 triton==3.7.1
+	touch $@
 
 # parity with transformers' own class, in an environment of its own that this downloads: tests/native/README.md
 native: setup
