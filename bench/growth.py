@@ -123,7 +123,7 @@ def measure(model: HiggsAudioModel, samples: list[Arrays], options: Options) -> 
         "tokens_per_second": batch.positions / time_s, "peak_memory_gb": memory.more_gb,
         "kept_bytes_per_position_and_layer": kept / batch.positions / layers,
         "estimated_bytes_per_position_and_layer": activation_bytes(
-            model, options.checkpointing, compiled=exec_options.kernels == "compiled") / layers,
+            model, options.checkpointing, compiled=exec_options.kernels == "compiled", label_share=0.0) / layers,
     }  # fmt: skip
 
 

@@ -136,7 +136,7 @@ class Step:
         """Bytes that the decoder keeps for a position, and the estimate."""
         text_share = 1 - self.batch["codes_KA"].shape[1] / self.batch.positions
         kept = kept_bytes(self.model, self.batch, ExecOptions()) / self.batch.positions
-        return kept, activation_bytes(self.model, text_share=text_share)
+        return kept, activation_bytes(self.model, text_share=text_share, label_share=0.0)
 
 
 def main() -> None:

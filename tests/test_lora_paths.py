@@ -6,13 +6,17 @@ import itertools
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from helpers.kept import kept_share
+from helpers.samples import random_sample
 from helpers.step import loss_and_gradients
+from helpers.tiny import ids_of, tiny_config
 from higgs_tune.shards.reader import ShardSet
 from higgs_tune.train.data.batch import Batch, collate
-from higgs_tune.train.model import fused_linear, linear
+from higgs_tune.train.model import forward, fused_linear, linear
+from higgs_tune.train.model.attention import _BlockedAttention  # pyright: ignore[reportPrivateUsage]
 from higgs_tune.train.model.dropout import drop
 from higgs_tune.train.model.forward import Checkpointing, ExecOptions
 from higgs_tune.train.model.fused_linear import fused_project, stack_frozen_weights, stack_layer
@@ -22,8 +26,10 @@ from higgs_tune.train.model.load import HiggsAudioModel, load_model
 from higgs_tune.train.model.lora import TrainableOptions, add_lora
 from higgs_tune.train.model.paths import BY_PEFT, describe_paths
 from higgs_tune.train.presets import PRESETS
+from higgs_tune.train.toy import make_model
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
+from transformers import PreTrainedTokenizerBase
 
 SEED = 1234567
 KINDS: dict[str, dict[str, Any]] = {
@@ -37,6 +43,7 @@ PLACES: dict[str, dict[str, Any]] = {
     "every preset layer": {},
     "heads and norms": {"extra": ("heads",), "norms": True},
     "much in full": {"heads": True, "norms": True, "text_embeddings": True, "audio_embeddings": True},
+    "audio attention": {"audio_attention": True},
     "attention alone": {"preset": "attention_only"},
     "text alone": {"preset": "text_only"},
     "queries of one layer": {"pattern": r"layers\.1\.self_attn\.q_proj"},
@@ -122,17 +129,29 @@ def test_values_and_gradients_are_pefts(
                 expected = expected if residual is None else [residual + expected[0]]
 
 
-def model_with(toy: Path, **options: Any) -> HiggsAudioModel:
-    """The toy model with LoRA in training, whose B matrices are not zero."""
-    model = load_model(toy / "model", device=torch.device("cpu"), dtype=torch.float32).model
+def model_with(toy: Path, dtype: torch.dtype = torch.float32, **options: Any) -> HiggsAudioModel:
+    """The toy model with LoRA in training; what begins at zero (B, and new attention's output) does not."""
+    attention = options.get("audio_attention", False)
+    model = load_model(toy / "model", device=torch.device("cpu"), dtype=dtype, audio_attention=attention).model
+    return adapted(model, toy / "model", **options)
+
+
+def adapted(model: HiggsAudioModel, base: Path, **options: Any) -> HiggsAudioModel:
     torch.manual_seed(0)
-    add_lora(model, TrainableOptions(r=4, **options), "single", toy / "model", None)
+    add_lora(model, TrainableOptions(r=4, **options), "single", base, None)
     for name, parameter in model.named_parameters():
-        if ".lora_B." in name:
+        if ".lora_B." in name or "audio_attn.o_proj" in name:
             nn.init.normal_(parameter, std=0.02)
     for layer in model.layers:
         stack_layer(layer)
     return model
+
+
+def assert_keeps_what_is_estimated(
+    model: HiggsAudioModel, batch: Batch, mode: Checkpointing, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    share = kept_share(model, batch, ExecOptions(checkpointing=mode), monkeypatch)
+    assert share == pytest.approx(1, abs=0.1), mode
 
 
 def batch_of(shards: ShardSet, rows: range) -> Batch:
@@ -156,7 +175,7 @@ def test_every_combination_runs_fused_as_printed_and_keeps_what_is_estimated(
         assert got.keys() == expected.keys()
         for name, value in expected.items():
             assert (got[name] - value).abs().max() <= 1e-5 * value.abs().max() + 1e-9, (mode, name)
-        assert kept_share(model, batch, ExecOptions(checkpointing=mode), monkeypatch) == pytest.approx(1, abs=0.1), mode
+        assert_keeps_what_is_estimated(model, batch, mode, monkeypatch)
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.25])
@@ -184,7 +203,42 @@ def test_several_adapters_run_fused_and_keep_what_is_estimated(
         got = loss_and_gradients(model, batch, ExecOptions(checkpointing=mode))
         for name, value in expected.items():
             assert (got[name] - value).abs().max() <= 1e-5 * value.abs().max() + 1e-9, (mode, name)
-        assert kept_share(model, batch, ExecOptions(checkpointing=mode), monkeypatch) == pytest.approx(1, abs=0.1), mode
+        assert_keeps_what_is_estimated(model, batch, mode, monkeypatch)
+
+
+@pytest.mark.parametrize("place", ["every preset layer", "heads and norms", "much in full"])
+@pytest.mark.parametrize("kind", ["plain", "DoRA, dropout"])
+def test_bfloat16_keeps_what_is_estimated(
+    kind: str, place: str, toy: Path, shards: ShardSet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With blocked attention, which like a GPU's flash kernel keeps queries, keys, values and output alone.
+
+    On a CPU, attention in bfloat16 is torch's own, which keeps more.
+    """
+    model = model_with(toy, torch.bfloat16, **KINDS[kind], **PLACES[place])
+    monkeypatch.setattr(forward, "causal_attention", blocked_attention)
+    for mode in MODES:
+        assert_keeps_what_is_estimated(model, batch_of(shards, range(4)), mode, monkeypatch)
+
+
+def blocked_attention(q_NhD: torch.Tensor, k_NhD: torch.Tensor, v_NhD: torch.Tensor, *lengths: Any) -> torch.Tensor:
+    """`causal_attention`'s kernel for float32 on a CPU, which takes any dtype."""
+    out_NhD = _BlockedAttention.apply(q_NhD, k_NhD, v_NhD, [length for length in lengths[0] if length])
+    assert isinstance(out_NhD, torch.Tensor)
+    return out_NhD
+
+
+@pytest.mark.parametrize("kind", ["dual_ffn", "dual_ffn_fast_forward"])
+def test_layers_without_an_audio_ffn_keep_what_is_estimated(
+    kind: str, toy_tokenizer: PreTrainedTokenizerBase, toy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One of two layers: audio takes the text FFN there, or passes by; audio attention in the other."""
+    changes = {"audio_adapter_type": kind, "audio_dual_ffn_layers": [1], "use_audio_out_self_attention": True}
+    model = adapted(make_model(tiny_config(toy_tokenizer, **changes), 0), toy)
+    rng, ids = np.random.default_rng(0), ids_of(toy / "model")
+    samples = [random_sample(str(number), rng, toy_tokenizer, ids, frames=(20, 60)) for number in range(4)]
+    for mode in MODES:
+        assert_keeps_what_is_estimated(model, collate(samples, 0.0, ids), mode, monkeypatch)
 
 
 @pytest.mark.fast

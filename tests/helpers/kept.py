@@ -1,4 +1,4 @@
-"""What forward keeps for backward, seen by autograd's hooks, beside the estimate."""
+"""What forward and loss keep for backward, seen by autograd's hooks, beside the estimate."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from higgs_tune.train.data.batch import Batch
 from higgs_tune.train.model import forward
 from higgs_tune.train.model.forward import ExecOptions, hidden_states
 from higgs_tune.train.model.load import HiggsAudioModel
-from higgs_tune.train.model.memory import activation_bytes
+from higgs_tune.train.model.loss import LossOptions, pack_loss
+from higgs_tune.train.model.memory import activation_bytes, head_gradient_bytes
 from higgs_tune.train.model.quantized import QuantizedWeight
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
@@ -53,12 +54,16 @@ def kept_share(
     with monkeypatch.context() as patched:
         patched.setattr(forward, "checkpoint", checkpointed)
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda box: box.value):
+            counts = torch.cat([batch["label_counts"], batch["pairs"]]).float()
             states = hidden_states(model, batch, exec_options)
+            loss = pack_loss(model, states, batch, LossOptions().per_label(counts), LossOptions()).total
     text_share, compiled = 1 - batch["codes_KA"].shape[1] / batch.positions, exec_options.kernels == "compiled"
+    label_share = (len(batch["text_labels"]) + batch["audio_labels_KL"].shape[1]) / batch.positions
     estimate = activation_bytes(model, exec_options.checkpointing, compiled=compiled, text_share=text_share,
-                                windows=batch.windows / batch.positions)  # fmt: skip
+                                label_share=label_share, windows=batch.windows / batch.positions)  # fmt: skip
     gc.collect()  # what a checkpoint without gradient held is gone
     values = [box.value for box in held if not isinstance(box.value, QuantizedWeight)]
     kept = {value.untyped_storage().data_ptr(): value.untyped_storage().nbytes() for value in values}
-    del states
-    return sum(size for at, size in kept.items() if at not in owned) / (batch.positions * estimate)
+    del states, loss
+    expected = batch.positions * estimate + head_gradient_bytes(model)
+    return sum(size for at, size in kept.items() if at not in owned) / expected

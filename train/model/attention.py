@@ -95,7 +95,8 @@ class _RopeAndReorder(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_NhD: torch.Tensor, to_sequence: Any, to_sorted: Any, cos: Any, sin: Any) -> torch.Tensor:
         ctx.save_for_backward(to_sorted, cos, sin)
-        return plain_rope_and_reorder(x_NhD, to_sequence, to_sorted, cos, sin)
+        out_NhD = plain_rope_and_reorder(x_NhD, to_sequence, to_sorted, cos, sin)
+        return out_NhD.clone() if out_NhD is x_NhD else out_NhD  # values in a block with queries and keys would keep it
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:

@@ -107,6 +107,7 @@ class _HeadCrossEntropy(torch.autograd.Function):
                 grad_nKV -= smoothing / grad_nKV.shape[-1]
             grad_nKV.scatter_add_(-1, index_nK1, grad_nKV.new_full(index_nK1.shape, smoothing - 1.0))
             grad_nV = grad_nKV.mul_((labelled_nK * weights_K)[..., None]).flatten(1).to(hidden_nH.dtype)
+            del logits_nV, log_share_nKV, grad_nKV  # the gradients below take their place
             part_nH, (parts,) = layer_grads(
                 [grad_nV], rows_nH, [used], kept, [needed], mask_of, needs_input=grad_hidden is not None
             )
@@ -125,9 +126,9 @@ class _HeadCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        saved = iter(ctx.saved_tensors)
-        grad_hidden = next(saved).mul(grads[0]) if ctx.needs_input_grad[0] else None
-        of_head = [None if dtype is None else (next(saved) * grads[0]).to(dtype) for dtype in ctx.dtypes]
+        saved = iter(ctx.saved_tensors)  # scaled in place: backward runs once
+        grad_hidden = next(saved).mul_(grads[0]) if ctx.needs_input_grad[0] else None
+        of_head = [None if dtype is None else next(saved).mul_(grads[0]).to(dtype) for dtype in ctx.dtypes]
         return grad_hidden, None, None, None, None, None, *of_head
 
 

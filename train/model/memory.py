@@ -1,7 +1,8 @@
 """The memory of a run, by arithmetic: weights and states, what forward keeps, the checkpointing that fits.
 
-Guarantees: what autograd keeps, within 10 %, for every kind of LoRA and of checkpointing (test_lora_paths.py), with a
-Whisper tower that trains too (test_whisper_path.py); a step's measured peak on a CPU, within 15 % (test_estimate.py).
+Guarantees: what autograd keeps, within 10 %, for every kind of LoRA and of checkpointing, heads and loss included
+(test_lora_paths.py), with a Whisper tower that trains too (test_whisper_path.py); a step's measured peak on a CPU,
+within 15 % (test_estimate.py).
 """
 
 from __future__ import annotations
@@ -33,32 +34,53 @@ def activation_bytes(
     *,
     compiled: bool = False,
     text_share: float = TEXT_SHARE,
+    label_share: float = sum(LABEL_SHARES),
     windows: float = WINDOWS,
 ) -> float:
-    """Bytes that are saved for backward, for a position of the packed forward, over all layers.
+    """Bytes that are saved for backward, for a position of the packed forward, over all layers and the loss.
 
     Args:
-        text_share: of the positions. windows: of the Whisper tower, for a position; they count where it trains.
+        text_share, label_share: of the positions. windows: of the Whisper tower, for a position; they count where it
+            trains.
 
     A layer saves the residual stream before each half, queries, keys, values and output of the attention, gate and
     up, the attention's normaliser, and what LoRA adds (`_lora_values`). A compiled one also saves its norms' outputs
-    and SiLU(gate) * up. Layers below the first that trains save nothing.
+    and SiLU(gate) * up. Layers below the first that trains save nothing. A fast-forward layer runs over text alone.
     """
-    size, values, normalisers = stream_dtype(model).itemsize, 0.0, 0.0
-    for layer in _layers_with_gradient(model):
+    size, values, others = stream_dtype(model).itemsize, 0.0, 0.0
+    layers = _layers_with_gradient(model)
+    for layer in layers:
         shared, *audio = (getattr(layer, name) for name in ("self_attn", "audio_attn") if hasattr(layer, name))
-        width, audio_share = shared.config.hidden_size, 1 - text_share
-        values += width * (1 + len(audio))
+        width = shared.config.hidden_size
+        values += width
         if checkpointing == "full":
             continue
-        values += width + _attention_values(shared) + sum(audio_share * _attention_values(own) for own in audio)
-        normalisers += 4 * shared.num_heads * (1 + audio_share * len(audio))
+        audio_share = 0.0 if getattr(layer, "fast_forward", False) else 1 - text_share
+        shared_share = text_share + audio_share
+        values += shared_share * (width + _attention_values(shared))
+        values += sum(width + audio_share * _attention_values(own) for own in audio)
+        others += 4 * shared.num_heads * (shared_share + audio_share * len(audio))
         if checkpointing == "none":
             for name, share in (("mlp", text_share), ("audio_mlp", audio_share)):
                 values += share * _ffn_values(getattr(layer, name, layer.mlp), compiled=compiled)
-        values += width * (compiled and _compiles(shared, "q_proj", "k_proj", "v_proj"))
-    kept = values * size + normalisers + size * (1 - text_share) * _projector_values(model)
+        values += shared_share * width * (compiled and _compiles(shared, "q_proj", "k_proj", "v_proj"))
+    if layers:
+        others += label_share * _label_bytes(model)
+    kept = values * size + others + size * (1 - text_share) * _projector_values(model)
     return kept + windows * _tower_bytes(model)
+
+
+def head_gradient_bytes(model: HiggsAudioModel) -> float:
+    """Gradients of the heads, in float32: the loss has them from forward on (`loss.py`)."""
+    return 4.0 * sum(p.numel() for p in model.audio_decoder_proj.parameters() if p.requires_grad)
+
+
+def _label_bytes(model: HiggsAudioModel) -> float:
+    """What the last norm and the loss keep of a row with a label: the row in float32, and its gradient."""
+    norm: Any = model.norm
+    trains = any(parameter.requires_grad for parameter in norm.parameters())
+    size = stream_dtype(model).itemsize
+    return model.config.text_config.hidden_size * (4 + size + (size if trains else 0)) + 4
 
 
 def _tower_bytes(model: HiggsAudioModel) -> float:
@@ -134,10 +156,11 @@ def _lora_values(modules: Sequence[nn.Module], *, are_kept: bool = False) -> flo
 def working_bytes(model: HiggsAudioModel, positions: float, checkpointing: Checkpointing = "none") -> float:
     """What the loss, or backward of one layer, needs beside that, for a pack: the larger of the two.
 
-    That is a chunk of logits; or gradients and remade inputs of a layer, with what is recomputed of it.
+    That is a chunk of logits; or gradients and remade inputs of a layer, with what is recomputed of it. Gradients of
+    heads count beside those of `StateBytes`: both are there where gradients accumulate, or lie in DDP's buckets.
     """
-    logits = min(_logits_bytes(model) * positions, _most_logits_bytes(model))
-    return max(logits, positions * _layer_bytes(model, checkpointing)) + _whole_weight_bytes(model)
+    logits = min(_logits_bytes(model) * positions, _most_logits_bytes(model)) + _head_weight_bytes(model)
+    return max(logits, positions * _layer_bytes(model, checkpointing)) + _fixed_bytes(model)
 
 
 def _logits_bytes(model: HiggsAudioModel) -> float:
@@ -152,9 +175,27 @@ def _most_logits_bytes(model: HiggsAudioModel) -> float:
 
 
 def _logits_copies(model: HiggsAudioModel) -> int:
-    """Bytes of a logit: of two copies in float32, and one in a narrower dtype of activations."""
+    """Bytes of a logit: of two copies in float32, and one in a narrower dtype of activations.
+
+    DoRA with dropout keeps one more. Where the gradient is computed, DoRA has four: the output that it scales, the
+    gradient before and after its scale, and their product.
+    """
     size = stream_dtype(model).itemsize
-    return 2 * 4 + (size if size < 4 else 0)
+    with_dora = [layer for layer in _heads(model) if layer.magnitude_O is not None]
+    dropped = size if any(layer.dropout for layer in with_dora) else 0
+    return max(2 * 4 + (size if size < 4 else 0) + dropped, 4 * size if with_dora else 0)
+
+
+def _heads(model: HiggsAudioModel) -> list[Layer]:
+    heads = model.audio_decoder_proj
+    return [layer for layer in map(layer_of, (heads.text_lm_head, heads.audio_lm_head)) if layer is not None]
+
+
+def _head_weight_bytes(model: HiggsAudioModel) -> float:
+    """Of the larger head that trains in full: a chunk's gradient, and its weight in a narrower dtype of activations."""
+    size = stream_dtype(model).itemsize
+    trained = [layer.weight_OH.numel() for layer in _heads(model) if layer.weight_OH.requires_grad]
+    return max(trained, default=0) * size * (2 if size < 4 else 1)
 
 
 def _layer_bytes(model: HiggsAudioModel, checkpointing: Checkpointing) -> float:
@@ -163,6 +204,11 @@ def _layer_bytes(model: HiggsAudioModel, checkpointing: Checkpointing) -> float:
     recomputed = activation_bytes(model) - activation_bytes(model, checkpointing)
     own = stream_dtype(model).itemsize * 4 * (config.hidden_size + config.intermediate_size)
     return own + recomputed / max(1, len(_layers_with_gradient(model)))
+
+
+def _fixed_bytes(model: HiggsAudioModel) -> float:
+    """What does not depend on the pack."""
+    return head_gradient_bytes(model) + _whole_weight_bytes(model)
 
 
 def _whole_weight_bytes(model: HiggsAudioModel) -> float:
@@ -214,9 +260,10 @@ def largest_pack(model: HiggsAudioModel, checkpointing: Checkpointing, free: flo
     """Positions of the largest pack whose estimate fits into the free memory (bytes); 0 where none does."""
     kept, room = (
         activation_bytes(model, checkpointing, compiled=compiled),
-        FREE_SHARE * free - _whole_weight_bytes(model),
+        FREE_SHARE * free - _fixed_bytes(model),
     )
     by_layer = room / (kept + _layer_bytes(model, checkpointing))
+    room -= _head_weight_bytes(model)
     by_logits = max(room / (kept + _logits_bytes(model)), (room - _most_logits_bytes(model)) / max(1.0, kept))
     return max(0, int(min(by_layer, by_logits)))
 
