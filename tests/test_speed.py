@@ -163,9 +163,12 @@ def test_the_step_does_not_synchronise(toy: Path, shards: ShardSet) -> None:
         torch.cuda.set_sync_debug_mode("default")
 
 
-def test_model_flops_are_what_torch_counts(toy: Path, shards: ShardSet, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("options", [{}, {"dora": True}, {"dora": True, "dropout": 0.25, "extra": ("heads",)}], ids=str)
+def test_model_flops_are_what_torch_counts(
+    options: dict[str, Any], toy: Path, shards: ShardSet, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Matrix products of the plain operations, by torch's own counter; attention is left out on both sides."""
-    model, batch = with_lora(toy), batch_of(shards, range(6))
+    model, batch = with_lora(toy, **options), batch_of(shards, range(6))
     audio = batch["codes_KA"].shape[1]
     labels = (len(batch["text_labels"]), batch["audio_labels_KL"].shape[1])
     rows = Rows(batch.positions, batch.positions - audio, audio, 0, *labels)

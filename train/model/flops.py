@@ -1,7 +1,8 @@
 """The cost of a step, by arithmetic: floating-point operations.
 
 Model FLOPs count the operations that the result needs, no recomputation: 2 a weight and row in forward; 2 more for the
-gradient of its input; 2 more for the weight's own gradient where it trains. Attention takes 4 H a pair of positions
+gradient of its input; 2 more for the weight's own gradient where it trains. DoRA with dropout takes a frozen weight
+twice, for its input with and without dropout, and so do their gradients. Attention takes 4 H a pair of positions
 in forward, half of the pairs being masked, and twice that in backward. A Whisper tower runs over whole windows of 30 s,
 without a mask, and has no backward where it is frozen. MFU is model FLOPs a second over the peak of
 the GPU (`gpus.py`; https://arxiv.org/abs/2204.02311, appendix B, with frozen weights left out of the weight gradients).
@@ -16,8 +17,10 @@ import torch
 from higgs_tune.shards.sequence import MEL_WINDOW
 from higgs_tune.train.model.forward import Checkpointing
 from higgs_tune.train.model.gpus import Gpu, gpu_of_device
+from higgs_tune.train.model.linear import layer_of
 from higgs_tune.train.model.load import HiggsAudioModel
 from higgs_tune.train.model.quantized import QuantizedWeight, stored_bytes
+from peft.tuners.lora import LoraLayer
 from torch import nn
 
 # `estimated_seconds`
@@ -88,7 +91,7 @@ def recomputed_flops(model: HiggsAudioModel, rows: Rows, checkpointing: Checkpoi
         ffns = (getattr(layer, "mlp", None), getattr(layer, "audio_mlp", None))
         for module, count in _parts_of(layer, rows):
             if checkpointing == "full" or module in ffns:
-                total += 2 * count * sum(p.numel() for p in module.parameters() if p.ndim == 2)
+                total += 2 * count * sum(p.numel() * times for p, times in _products(module))
         if checkpointing == "full":
             total += 4 * layer.self_attn.num_heads * layer.self_attn.head_dim * rows.squares / 2
     return total
@@ -125,4 +128,11 @@ def _parts_of(layer: Any, rows: Rows) -> list[tuple[nn.Module, float]]:
 
 
 def _flops_a_row(module: nn.Module) -> float:
-    return sum((6 if p.requires_grad else 4) * p.numel() for p in module.parameters() if p.ndim == 2)
+    return sum((6 if p.requires_grad else 4 * times) * p.numel() for p, times in _products(module))
+
+
+def _products(module: nn.Module) -> list[tuple[torch.Tensor, int]]:
+    """Each matrix of the module, and how often forward multiplies rows by it: twice by those of DoRA with dropout."""
+    layers = [layer_of(part) for part in module.modules() if isinstance(part, LoraLayer)]
+    twice = {id(layer.weight_OH) for layer in layers if layer and layer.magnitude_O is not None and layer.dropout}
+    return [(p, 2 if id(p) in twice else 1) for p in module.parameters() if p.ndim == 2]
