@@ -24,9 +24,9 @@ from higgs_tune.train.model.layer_input import Gated, Normed, Rows, Source
 from higgs_tune.train.model.linear import layer_of, layers_of, plain_project
 from higgs_tune.train.model.load import HiggsAudioModel, load_model
 from higgs_tune.train.model.lora import TrainableOptions, add_lora
-from higgs_tune.train.model.paths import BY_PEFT, describe_paths
+from higgs_tune.train.model.paths import BY_BOSON, BY_PEFT, describe_kernels, describe_paths
 from higgs_tune.train.presets import PRESETS
-from higgs_tune.train.toy import make_model
+from higgs_tune.train.toy import make_model, tower_changes
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import PreTrainedTokenizerBase
@@ -256,6 +256,34 @@ def test_what_is_not_fused_is_printed(toy: Path, shards: ShardSet) -> None:
     assert all("boson's forward" in line for line in describe_paths(model, ExecOptions(), reference=True))
     compiled = describe_paths(model, ExecOptions("compiled"))
     assert any("q_proj" in line and " compiled " in line for line in compiled)
+
+
+@pytest.mark.fast
+def test_the_kernels_beside_are_printed(toy: Path) -> None:
+    """Triton's by name where they run, and where their backward is eager; attention's."""
+    model, triton = model_with(toy, norms=True), ExecOptions("triton")
+    found = {line.split("  ")[1]: " triton " in line for line in describe_paths(model, triton)}
+    assert {kind for kind, by_triton in found.items() if by_triton} == {
+        "self_attn q_proj, k_proj, v_proj", "mlp gate_proj, up_proj", "mlp down_proj",
+        "audio_mlp gate_proj, up_proj", "audio_mlp down_proj",
+    }  # fmt: skip
+    attention, norms = describe_kernels(model, triton)
+    assert attention == "  attention: blocked" and norms.endswith("eager backward")
+    assert describe_kernels(model, ExecOptions()) == describe_kernels(model_with(toy), triton) == [attention]
+    assert describe_kernels(model_with(toy, torch.bfloat16), triton) == ["  attention: torch's own, a sample at a time"]
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_tower_with_lora_is_printed(kind: str, toy_tokenizer: PreTrainedTokenizerBase, toy: Path) -> None:
+    """Its layers run by PEFT's forward, those without LoRA by boson's; all others stay fused."""
+    model = make_model(tiny_config(toy_tokenizer, **tower_changes()), 0)
+    adapted(model, toy, features="mel", pattern=r"audio_tower\.layers\.\d+\.(self_attn\.[qv]_proj|fc1)", **KINDS[kind])
+    lines = describe_paths(model, ExecOptions())
+    tower = {line.split()[1]: line for line in lines if "audio_tower" in line}
+    assert {name for name, line in tower.items() if BY_PEFT in line} == {"q_proj", "v_proj", "fc1"}
+    assert {name for name, line in tower.items() if BY_BOSON in line} == {"k_proj", "out_proj", "fc2"}
+    assert all(" fused " in line for line in lines if "audio_tower" not in line)
 
 
 @pytest.mark.parametrize("kind", ["dropout", "DoRA", "DoRA, dropout"])

@@ -23,7 +23,7 @@ from higgs_tune.train.model.lora import add_lora, describe_trainable, trainable
 from higgs_tune.train.model.loss import LossOptions
 from higgs_tune.train.model.memory import choose_checkpointing, free_bytes
 from higgs_tune.train.model.pack_model import PackModel
-from higgs_tune.train.model.paths import describe_paths
+from higgs_tune.train.model.paths import describe_kernels, describe_paths
 from higgs_tune.train.optim import Ema, make_optimizer
 from higgs_tune.train.resolve import (
     Inputs,
@@ -176,6 +176,8 @@ def describe_run(run: Run, checkpoint: Path | None) -> str:
         f"{run.total_steps} steps ({run.steps_per_epoch} an epoch) on {run.context.world.size} x "
         f"{run.context.device.type}{base}{begun}"
     )
-    paths = describe_paths(run.model, run.exec_options, reference=run.config.model.forward == "reference")
+    by_boson = run.config.model.forward == "reference"
+    paths = describe_paths(run.model, run.exec_options, reference=by_boson)
+    paths += [] if by_boson else describe_kernels(run.model, run.exec_options)
     ways = f"which way each kind of layer runs, with --kernels {run.exec_options.kernels}:"
     return "\n".join([line, *describe_trainable(run.parameters), ways, *paths])

@@ -21,6 +21,8 @@ from torch.nn.attention.varlen import varlen_attn
 
 BLOCK = 64  # positions at a time on a CPU; of 32 to 256, 48 to 96 are best, with 1 MiB of cache a core
 
+FLASH, BLOCKED, PLAIN = "variable-length flash", "blocked", "torch's own, a sample at a time"
+
 
 def causal_attention(
     q_NhD: torch.Tensor, k_NhD: torch.Tensor, v_NhD: torch.Tensor, lengths: list[int], cu_lengths: torch.Tensor
@@ -33,13 +35,21 @@ def causal_attention(
     lengths = [length for length in lengths if length]
     if not lengths:  # nothing to attend to; the gradient still reaches all three
         return q_NhD + 0 * (k_NhD.sum() + v_NhD.sum())
-    if q_NhD.is_cuda and q_NhD.dtype in (torch.bfloat16, torch.float16):
+    kernel = attention_kernel(q_NhD.device, q_NhD.dtype)
+    if kernel == FLASH:
         return _flash(q_NhD, k_NhD, v_NhD, lengths, cu_lengths)
-    if q_NhD.is_cuda or q_NhD.dtype != torch.float32:
+    if kernel == PLAIN:
         return plain_attention(q_NhD, k_NhD, v_NhD, lengths)
     out_NhD = _BlockedAttention.apply(q_NhD, k_NhD, v_NhD, lengths)
     assert isinstance(out_NhD, torch.Tensor)
     return out_NhD
+
+
+def attention_kernel(device: torch.device, dtype: torch.dtype) -> str:
+    """The kernel that `causal_attention` takes: FLASH, BLOCKED or PLAIN."""
+    if device.type == "cuda":
+        return FLASH if dtype in (torch.bfloat16, torch.float16) else PLAIN
+    return BLOCKED if dtype == torch.float32 else PLAIN
 
 
 def plain_attention(
