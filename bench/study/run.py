@@ -16,6 +16,8 @@ import time
 from collections.abc import Collection
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import cache
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +53,9 @@ SETS = {  # voices, sentences; a minute is about 20 sentences in Arabic and 15 i
     "minutes-10": (MIXED, 350),
     "validation": (MIXED, 60),
 }
+
+
+FIGURES = ("cer", "sim", "run_on_rate", "duration_ratio", "silence")
 
 
 @dataclass(frozen=True)
@@ -105,13 +110,28 @@ class Study:
     """Python that has the speaker model's package, if another."""
 
 
+@cache
+def miniature_sha256() -> dict[str, str]:
+    """What the miniature is made of; results of another one are not those of this one."""
+    files = {"base": BASE, "codec": CODEC, "recogniser": MINIATURE / "recogniser"}
+    return {
+        name: sha256((folder / "model.safetensors").read_bytes()).hexdigest()[:12] for name, folder in files.items()
+    }
+
+
 def call(*command: object, log: Path, python: str = sys.executable) -> int:
-    """Run a Python command on one thread; its output goes to `log`."""
+    """Run a Python command on one thread; its output goes to `log`. Returns its exit code."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     with log.open("a") as out:
         return subprocess.run(
             [python, *map(str, command)], stdout=out, stderr=out, env=environment, check=False
         ).returncode
+
+
+def must(*command: object, log: Path, python: str = sys.executable) -> None:
+    """`call` a command that has to succeed."""
+    if code := call(*command, log=log, python=python):
+        raise SystemExit(f"exit code {code}: {command[0]} {command[1]}; see {log}")
 
 
 def make_sets(out: Path, names: Collection[str], whisper: Path | None = None) -> None:
@@ -123,14 +143,14 @@ def make_sets(out: Path, names: Collection[str], whisper: Path | None = None) ->
         given = ("--data", MINIATURE / "words" / "manifest.jsonl", "--out", words, "--ref_drop", 1)
         rules = ("--min_seconds", 0.1, "--val_fraction", 0)
         stored = ("--whisper_features", "encoder", "--whisper_roles", "both", *heard) if whisper else ()
-        call("-c", "from higgs_tune.preprocess.cli import main; main()", *given, *rules, *stored, *tools, log=log)
+        must("-c", "from higgs_tune.preprocess.cli import main; main()", *given, *rules, *stored, *tools, log=log)
     for number, (name, (voices, samples)) in enumerate(SETS.items()):
         folder = out / f"{name}{ending}"
         if name in names and not (folder / "speech.jsonl").is_file():
             said = ("--kinds", "digits", "--layouts", "chat", "--longest", 5, "--samples", samples, "--seed", number)
             judged = ("--held_out_voices", *ARABIC, "nour", *ENGLISH, "--held_out", 8 if name == "mixed" else 0)
             source = ("--words", MINIATURE / "words", "--word_shards", words, "--out", folder, "--voices", *voices)
-            call(MINIATURE / "compose.py", *tools, *source, *said, *judged, *heard, log=log)
+            must(MINIATURE / "compose.py", *tools, *source, *said, *judged, *heard, log=log)
 
 
 def train(config: Study, arm: Arm, folder: Path, seed: int) -> int:
@@ -178,7 +198,7 @@ def judge(config: Study, model: Path, folder: Path) -> dict[str, Any]:
     given = ("--model_path", f"model={model}", "--audio_tokenizer_path", CODEC, "--asr", MINIATURE / "recogniser")
     speaker = ("--speaker_model", config.speaker_model) if config.speaker_model else ()
     where = ("--data", config.out / "mixed" / "held_out.jsonl", "--out", folder / "eval", "--ceiling")
-    call(
+    must(
         "-m",
         "higgs_tune.evaluate",
         *given,
@@ -190,10 +210,7 @@ def judge(config: Study, model: Path, folder: Path) -> dict[str, Any]:
     )
     groups = json.loads((folder / "eval" / "eval.json").read_text())["groups"]["language"]
     return {
-        language: {
-            who: {name: group["figures"][who][name] for name in ("cer", "sim", "run_on_rate", "duration_ratio")}
-            for who in ("model", "ceiling")
-        }
+        language: {who: {name: group["figures"][who][name] for name in FIGURES} for who in ("model", "ceiling")}
         for language, group in groups.items()
     }
 
@@ -202,7 +219,7 @@ def run_one(config: Study, name: str, seed: int) -> dict[str, Any]:
     """Train and judge an arm; `base` is judged as it is."""
     arm, folder, began = ARMS.get(name), config.out / f"{name.replace(' ', '-')}-{seed}", time.monotonic()
     folder.mkdir(parents=True, exist_ok=True)
-    result: dict[str, Any] = {"arm": name, "seed": seed}
+    result: dict[str, Any] = {"arm": name, "seed": seed, "miniature": miniature_sha256()}
     model = BASE
     if arm is not None:
         if arm.leaked:  # what a user sees who does not ask for it
@@ -230,7 +247,7 @@ def main() -> None:
     config.out.mkdir(parents=True, exist_ok=True)
     results = config.out / "results.jsonl"
     done = [json.loads(line) for line in results.read_text().splitlines()] if results.is_file() else []
-    there = {(line["arm"], line["seed"]) for line in done}
+    there = {(line["arm"], line["seed"]) for line in done if line.get("miniature") == miniature_sha256()}
     make_sets(config.out, SETS)
     if config.whisper_path:
         make_sets(config.out, ("mixed", "validation"), config.whisper_path)

@@ -127,7 +127,7 @@ def read_voices(config: Composition, codec: HiggsCodec) -> dict[str, Voice]:
 
 
 def draw_text(config: Composition, rng: Random, voice: Voice, name: str, split: str, longest: int) -> str:
-    """A sentence of a split, of at most `longest` words and pauses. Single words are of both splits."""
+    """A sentence of a split, of at most `longest` words and pauses. Single words are of the split `train`."""
     words = [word for word in voice.words if word != PAUSE]
     while True:
         kind, count = rng.choice(config.kinds), rng.randint(1, longest)
@@ -138,7 +138,7 @@ def draw_text(config: Composition, rng: Random, voice: Voice, name: str, split: 
         else:
             text = without_marks(make_sentence(language_of(name), (kind,), rng))
         length = len(parts_of(text))
-        if length <= longest and (length == 1 or split_of(text) == split):
+        if length <= longest and ("train" if length == 1 else split_of(text)) == split:
             return text
 
 

@@ -13,7 +13,13 @@ train() {
 speak() {
     "$bin/higgs-speak" --audio_tokenizer_path "$codec" --layout chat --temperature 0.3 --ras_win_len 0 --max_seconds 8 "$@"
 }
+if [ -e "$out" ] && [ ! -f "$out/.demo" ]; then
+    echo "error: $out is not of an earlier demo; name another folder" >&2
+    exit 2
+fi
 rm -rf "$out"
+mkdir -p "$out"
+touch "$out/.demo"
 
 echo "== 1. recordings of words and phrases, six voices, two languages -> codes"
 "$bin/higgs-preprocess" --data $here/words/manifest.jsonl --out "$out/words" "${checkpoint[@]}" --ref_drop 1 --min_seconds 0.1 --val_fraction 0
@@ -45,7 +51,11 @@ echo "== 6. held-out sentences of all voices: base against tuned against what th
 "$bin/higgs-eval" --model_path "base=$base" "tuned=$out/stage2" --audio_tokenizer_path "$codec" --layout chat \
     --temperature 0.3 --ras_win_len 0 --data "$out/data/held_out.jsonl" --out "$out/eval" --asr $here/recogniser \
     --ceiling --speak_seconds 8
-"$bin/python" examples/miniature/closing_table.py "$out/eval"
+"$bin/python" examples/miniature/demo_table.py "$out/eval" $here/recogniser
+if [ -n "${WHISPER:-}" ]; then # another judge of the same wavs, such as openai/whisper-base
+    "$bin/higgs-eval" --wavs "base=$out/eval/wavs/base" "tuned=$out/eval/wavs/tuned" --data "$out/data/held_out.jsonl" \
+        --out "$out/eval-whisper" --asr "$WHISPER" --ceiling --audio_tokenizer_path "$codec"
+fi
 "$bin/higgs-inspect" report "$out/shards" -o "$out/report.html" --run "$out/stage1" --run "$out/stage2" --no_audio
 echo "listen: $out/spoken/base.wav, $out/spoken/tuned.wav, and all sentences in $out/eval/index.html"
 echo "the training: $out/report.html"

@@ -4,9 +4,10 @@
         --speech runs/miniature/codec-speech --asr examples/miniature/recogniser --out runs/miniature/codec-eval
 
 Both sides are compared as they would be written with digits ("three hundred and forty two" is 342), since recognisers
-differ in how they write numbers (`cer`), and by letters (`cer_letters`), for recognisers that write words as said.
+differ in how they write numbers (`cer`; where digits are said one by one, an error is an error of a word), and by
+letters (`cer_letters`), for recognisers that write words as said. Rates are `[mean, low, high]`, with 95 % intervals.
 
-Out: `OUT/original` and `OUT/decoded` (wav files), `OUT/eval.json`.
+Out: `OUT/original` and `OUT/decoded` (wav files), `OUT/eval.json`: figures by language and voice, what was heard.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import numpy as np
 import soundfile
 import torch
 import tyro
+from higgs_tune.evaluate.bootstrap import resample
 from higgs_tune.preprocess.audio.resample import resample_soxr
 from higgs_tune.preprocess.codec.checkpoint import load_codec
 from higgs_tune.preprocess.judges.edits import count_edits
@@ -90,6 +92,17 @@ def held_out(speech: Path, languages: tuple[str, ...], clips: int) -> list[dict[
     return [line for lines in by_voice.values() for line in lines[:clips]]
 
 
+def error_rates(heard: list[dict[str, Any]]) -> dict[str, Any]:
+    """Error rates with 95 % intervals over clips, clips without an error, and clips."""
+    errors_N2 = np.array([(clip["errors"], clip["letter_errors"]) for clip in heard], dtype=float)
+    lengths_N2 = np.array([(clip["length"], clip["letters"]) for clip in heard], dtype=float)
+    resampled, rates = resample(errors_N2, lengths_N2), dict[str, Any]()
+    for number, name in enumerate(("cer", "cer_letters")):
+        found = resampled.interval(number) or {}
+        rates[name] = [round(found[part], 4) for part in ("mean", "low", "high")]
+    return rates | {"right": int((errors_N2[:, 0] == 0).sum()), "clips": len(heard)}
+
+
 def main() -> None:
     config = tyro.cli(CodecEvaluation)
     codec, recogniser = load_codec(config.codec), load_recogniser(config.asr, "cpu")
@@ -110,17 +123,10 @@ def main() -> None:
             line[kind] = {"heard": heard, "errors": edits.errors, "length": edits.length,
                           "letter_errors": letters.errors, "letters": letters.length}  # fmt: skip
     figures: dict[str, Any] = {"recogniser": recogniser.name, "bits": entropy_bits(_joined(codes))}
-    for language in config.languages:
-        chosen = [line for line in lines if line["language"] == language]
-        for kind in ("original", "decoded"):
-            counts = [line[kind] for line in chosen]
-            rate = sum(count["errors"] for count in counts) / max(1, sum(count["length"] for count in counts))
-            right = sum(not count["errors"] for count in counts)
-            by_letters = sum(count["letter_errors"] for count in counts) / max(
-                1, sum(count["letters"] for count in counts)
-            )
-            figures[f"{language} {kind}"] = {"cer": round(rate, 4), "cer_letters": round(by_letters, 4),
-                                             "right": right, "clips": len(counts)}  # fmt: skip
+    for group in ("language", "voice"):
+        for name in dict.fromkeys(line[group] for line in lines):
+            chosen = [line for line in lines if line[group] == name]
+            figures[name] = {kind: error_rates([line[kind] for line in chosen]) for kind in ("original", "decoded")}
     write_bytes(config.out / "eval.json", json.dumps({"figures": figures, "clips": lines}, indent=1).encode())
     print(json.dumps(figures, indent=1))
 

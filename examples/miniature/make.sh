@@ -7,21 +7,27 @@ out=${1:-runs/miniature}
 python=${PYTHON:-.venv/bin/python}
 speech() { [ -f "$out/$1/speech.jsonl" ] || "$python" examples/miniature/speech.py --out "$out/$1" "${@:2}"; }
 
-train_codec() { "$python" examples/miniature/train_codec.py --out "$out/codec" "$@"; }
+train_codec() {
+    OMP_NUM_THREADS=$((3 - ${processes:-1})) "$python" -m torch.distributed.run --nproc_per_node "${processes:-1}" \
+        examples/miniature/train_codec.py --out "$out/codec" "$@"
+}
 
-# codec: on all voices and kinds of sentences, on the base's domain, the decoder alone; then all of it again with a floor
-# under which no burst and no f is lost, and the decoder alone
+# codec: on all voices and kinds of sentences, on the base's domain, the decoder alone; then all of it again, and the decoder
+# alone, for an hour at last by two processes on numbers, times and dates of all voices
 speech codec-wide --minutes 4
 speech codec-narrow --minutes 10 --voices slt rms amal karim --kinds digits numbers --seed 3
-wide=$out/codec-wide narrow=$out/codec-narrow
-train_codec --speech "$wide" --steps 700 --decay 0 --floor 5e-4 --learning_rate 8e-4
-train_codec --speech "$wide" --steps 1500 --decay 0 --floor 5e-4 --learning_rate 3e-4
-train_codec --speech "$narrow" --steps 2100 --decay 0 --floor 5e-4
-train_codec --speech "$narrow" --steps 3100 --decay 0 --floor 5e-4 --learning_rate 5e-4 --decoder_only
-train_codec --speech "$narrow" --steps 7400 --decay 0.5 --floor 5e-4 --decoder_only
+speech codec-domain --minutes 6 --kinds digits numbers time date --seed 200
+speech codec-english --minutes 8 --voices slt rms awb --kinds digits numbers time date --seed 201
+wide=$out/codec-wide narrow=$out/codec-narrow domain=("$out/codec-domain" "$out/codec-english" "$out/codec-narrow")
+train_codec --speech "$wide" --steps 700 --decay 0 --learning_rate 8e-4
+train_codec --speech "$wide" --steps 1500 --decay 0 --learning_rate 3e-4
+train_codec --speech "$narrow" --steps 2100 --decay 0
+train_codec --speech "$narrow" --steps 3100 --decay 0 --learning_rate 5e-4 --decoder_only
+train_codec --speech "$narrow" --steps 7400 --decay 0.5 --decoder_only
 train_codec --speech "$wide" "$narrow" --steps 8300 --decay 0.06
 train_codec --speech "$wide" "$narrow" --steps 9900 --decay 0 --learning_rate 5e-4 --decoder_only
 train_codec --speech "$wide" "$narrow" --steps 10200 --decay 0.03 --learning_rate 3e-4 --decoder_only
+processes=2 train_codec --speech "${domain[@]}" --steps 15000 --decay 0.17 --learning_rate 5e-4 --decoder_only
 
 # recogniser
 speech asr-wide --minutes 10 --seed 1
@@ -89,3 +95,23 @@ train_base base-4 base-5 "$out/base-data-4/shards" "${recorded[@]}" --mix_weight
     --tokens_per_pack 2048 --max_steps 400 --learning_rate 1e-3 --head_learning_rate 1e-3 --lr_decay_fraction 0.6
 train_base base-5 base "$out/base-data-4/shards" "${recorded[@]}" --mix_weights 12 1 0.5 \
     --tokens_per_pack 2048 --max_steps 500 --learning_rate 8e-4 --head_learning_rate 8e-4 --lr_decay_fraction 0.6 --seed 3
+
+# recordings of the demo, and the figures of the model card; with WHISPER=openai/whisper-base the codec's by that, too
+[ -f "$out/demo-words/manifest.jsonl" ] || "$python" examples/miniature/word_clips.py --out "$out/demo-words" \
+    --digits_only --references 3 --voices slt rms awb amal karim nour
+judge_codec() {
+    "$python" examples/miniature/evaluate_codec.py --codec "$codec" --speech "$out/$1" --clips "$2" --asr "$3" --out "$out/$4" "${@:5}"
+}
+judge_codec codec-narrow 14 "$out/recogniser/model" codec-eval-narrow
+judge_codec asr-domain 15 "$out/recogniser/model" codec-eval-domain
+judge_codec codec-wide 6 "$out/recogniser/model" codec-eval-wide
+[ -z "${WHISPER:-}" ] || judge_codec codec-narrow 14 "$WHISPER" codec-eval-whisper --languages en
+[ -z "${WHISPER:-}" ] || judge_codec asr-domain 15 "$WHISPER" codec-eval-whisper-domain --languages en
+compose base-held-out "${english[@]}" --samples 3 --longest 14 --takes 2 --kinds digits numbers --held_out 20 --seed 80
+for layout in chat serve; do
+    "$(dirname "$python")/higgs-eval" --model_path "base=$out/base" --audio_tokenizer_path "$codec" --layout $layout \
+        --temperature 0.3 --ras_win_len 0 --data "$out/base-held-out/held_out.jsonl" --out "$out/base-eval-$layout" \
+        --asr "$out/recogniser/model" --ceiling --speak_seconds 10
+done
+echo "in place of examples/miniature/{codec,base,recogniser,words}: $out/codec/{native,original}, $out/base, $out/recogniser/model," \
+    "$out/demo-words"

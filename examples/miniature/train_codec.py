@@ -2,10 +2,12 @@
 
     python examples/miniature/train_codec.py --speech runs/miniature/codec-speech --out runs/miniature/codec
 
-Started again, it goes on from its last checkpoint. Out: `OUT/state.pt` (tensors), `OUT/metrics.jsonl`, and, each
-time it saves, `OUT/native` and `OUT/original`, the codec in both layouts.
+On two cores: `OMP_NUM_THREADS=1 torchrun --nproc_per_node 2 examples/miniature/train_codec.py ...`; each process has a
+batch of its own. Started again, it goes on from its last checkpoint. Out: `OUT/state.pt` (tensors),
+`OUT/metrics.jsonl`, and, each time it saves, `OUT/native` and `OUT/original`, the codec in both layouts.
 
-Loss: L1 between log-mel spectrograms at five window lengths, and the commitment loss; no discriminator. A clip in six
+Loss: L1 between log-mel spectrograms at five window lengths, more where the sound changes, and the commitment loss; no
+discriminator. A clip in six
 uses only its first few codebooks, so that these carry most.
 """
 
@@ -19,6 +21,7 @@ from pathlib import Path
 import numpy as np
 import soundfile
 import torch
+import torch.distributed as dist
 import tyro
 from codec_files import write_codec
 from codec_model import CODEBOOK_SIZE, CODEBOOKS, SAMPLE_RATE_HZ, MiniatureCodec
@@ -29,6 +32,7 @@ from transformers.audio_utils import mel_filter_bank
 
 HOP = 960
 MELS = {2048: 80, 1024: 64, 512: 40, 256: 24, 128: 12}  # window in samples: mel bands
+CHANGE_WEIGHT, CHANGE_SAMPLES = 3.0, 960  # bursts and onsets last a few ms of a second, and carry the consonants
 COMMITMENT = 0.02
 
 
@@ -46,13 +50,13 @@ class CodecTraining:
     """Share of the steps, at the end, over which the learning rate falls to 0."""
     batch: int = 4
     """Crops a step."""
-    frames: int = 16
+    frames: int = 25
     """Frames of a crop, 40 ms each."""
     learning_rate: float = 4e-4
     """Peak learning rate."""
     decoder_only: bool = False
     """Train the decoder alone, so that codes stay as they are."""
-    floor: float = 1e-5
+    floor: float = 5e-4
     """Added to mel magnitudes before the logarithm, so that silence need not be exact; f and s must stay above it."""
     save_steps: int = 100
     """Steps between checkpoints."""
@@ -68,6 +72,7 @@ class MelLoss(nn.Module):
         self.floor = floor
         for window, bands in MELS.items():
             bank = mel_filter_bank(window // 2 + 1, bands, 0.0, SAMPLE_RATE_HZ / 2, SAMPLE_RATE_HZ, "slaney")
+            bank = bank / np.maximum(bank.sum(0), 1e-9)  # means, so that the floor is as high for every window
             self.register_buffer(f"bank_{window}", torch.from_numpy(bank).float())
             self.register_buffer(f"window_{window}", torch.hann_window(window))
 
@@ -79,9 +84,18 @@ class MelLoss(nn.Module):
             )
             power = spectrum.real.square() + spectrum.imag.square()
             mel = (power + 1e-10).sqrt().transpose(1, 2) @ self.get_buffer(f"bank_{size}")
-            made, wanted = mel.chunk(2)
-            loss = loss + ((made + self.floor).log() - (wanted + self.floor).log()).abs().mean()
+            made, wanted = (mel + self.floor).log().chunk(2)
+            loss = loss + ((made - wanted).abs() * _change(wanted, max(1, CHANGE_SAMPLES // size))).mean()
         return loss / len(MELS)
+
+
+@torch.no_grad()
+def _change(log_mel_BTM: torch.Tensor, reach: int) -> torch.Tensor:
+    """Weights [B, T, 1] of mean 1: more where the sound changes from `reach` frames before to `reach` after."""
+    change_BT = torch.zeros(log_mel_BTM.shape[:2])
+    change_BT[:, reach:-reach] = (log_mel_BTM[:, 2 * reach :] - log_mel_BTM[:, : -2 * reach]).abs().mean(2)
+    weight_BT = 1 + CHANGE_WEIGHT * change_BT
+    return (weight_BT / weight_BT.mean())[..., None]
 
 
 @dataclass(frozen=True)
@@ -107,9 +121,11 @@ def load_clips(folders: tuple[Path, ...], split: str, model: MiniatureCodec, sho
     return clips
 
 
-def draw_batch(clips: list[Clip], config: CodecTraining, step: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def draw_batch(
+    clips: list[Clip], config: CodecTraining, step: int, rank: int = 0
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Crops [B, S] of random loudness, their features [B, T, C], and how many codebooks each uses [B]."""
-    rng = np.random.default_rng((config.seed, step))
+    rng = np.random.default_rng((config.seed, step, rank) if rank else (config.seed, step))
     share = np.array([len(clip.semantic_TC) for clip in clips], dtype=float)
     waves, semantic, books = [], [], []
     for index in rng.choice(len(clips), config.batch, p=share / share.sum()):
@@ -141,8 +157,22 @@ def save_state(config: CodecTraining, model: MiniatureCodec, optimizer: torch.op
     write_codec(model.codec, config.out)
 
 
+def average(model: MiniatureCodec, trained: list[nn.Parameter]) -> None:
+    """Average the gradients of all processes; codebooks are those of the first."""
+    grads = [parameter.grad for parameter in trained if parameter.grad is not None]
+    flat = torch.cat([grad.flatten() for grad in grads]) / dist.get_world_size()
+    dist.all_reduce(flat)
+    for grad, part in zip(grads, flat.split([grad.numel() for grad in grads]), strict=True):
+        grad.copy_(part.view_as(grad))
+    for codebook in (*(q.get_buffer("embed") for q in model.codec.quantizers), model.counts_KN):
+        dist.broadcast(codebook, 0)
+
+
 def main() -> None:
     config = tyro.cli(CodecTraining)
+    if dist.is_torchelastic_launched():
+        dist.init_process_group("gloo")
+    rank = dist.get_rank() if dist.is_initialized() else 0
     config.out.mkdir(parents=True, exist_ok=True)
     model, loss_of, done, saved = MiniatureCodec(config.seed), MelLoss(config.floor), 0, config.out / "state.pt"
     state = torch.load(saved, weights_only=True) if saved.exists() else None
@@ -159,13 +189,17 @@ def main() -> None:
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(config, step)
         torch.manual_seed(step)
-        waves, semantic, books = draw_batch(clips, config, step)
+        waves, semantic, books = draw_batch(clips, config, step, rank)
         made, commitment, codes_KBT = model(waves, semantic, books, learn_codes=not config.decoder_only)
         loss = loss_of(made, waves)
         optimizer.zero_grad()
         (loss + COMMITMENT * commitment).backward()
+        if dist.is_initialized():
+            average(model, trained)
         norm = nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
+        if rank:
+            continue
         losses.append((loss.item(), commitment.item(), norm.item()))
         codes.append(codes_KBT.flatten(1))
         if (step + 1) % config.save_steps == 0:

@@ -3,7 +3,8 @@
     python examples/miniature/train_recogniser.py --speech runs/miniature/asr-speech --out runs/miniature/recogniser
 
 Started again, it goes on from its last checkpoint. Out: `OUT/state.pt` (tensors), `OUT/metrics.jsonl`, and
-`OUT/model`, a checkpoint of transformers (`HubertForCTC`, its processor, float16) that higgs-eval takes as `--asr`.
+`OUT/model`, a checkpoint of transformers (`HubertForCTC`, its processor, float16) that higgs-eval takes as `--asr`, and
+its character error rates on held-out recordings, `error_rates.json`.
 Texts are normalised as higgs-eval does by default (omnivoice): Arabic without vowel marks. Clips are heard at random
 speeds and under random noise, so that more is learned than clean speech of known voices.
 """
@@ -225,7 +226,9 @@ def main() -> None:
             print(line, flush=True)
             losses = []
             save(config, model, optimizer, step + 1)
-    print(error_rates(config.out / "model", load_clips(config.speech, "test"), config.test_clips))
+    rates = error_rates(config.out / "model", load_clips(config.speech, "test"), config.test_clips)
+    write_bytes(config.out / "model" / "error_rates.json", json.dumps(rates).encode() + b"\n")
+    print(rates)
 
 
 if __name__ == "__main__":
