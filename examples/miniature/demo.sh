@@ -52,10 +52,6 @@ echo "== 6. held-out sentences of all voices: base against tuned against what th
     --temperature 0.3 --ras_win_len 0 --data "$out/data/held_out.jsonl" --out "$out/eval" --asr $here/recogniser \
     --ceiling --speak_seconds 8
 "$bin/python" examples/miniature/demo_table.py "$out/eval" $here/recogniser
-if [ -n "${WHISPER:-}" ]; then # another judge of the same wavs, such as openai/whisper-base
-    "$bin/higgs-eval" --wavs "base=$out/eval/wavs/base" "tuned=$out/eval/wavs/tuned" --data "$out/data/held_out.jsonl" \
-        --out "$out/eval-whisper" --asr "$WHISPER" --ceiling --audio_tokenizer_path "$codec"
-fi
 "$bin/higgs-inspect" report "$out/shards" -o "$out/report.html" --run "$out/stage1" --run "$out/stage2" --no_audio
 echo "listen: $out/spoken/base.wav, $out/spoken/tuned.wav, and all sentences in $out/eval/index.html"
 echo "the training: $out/report.html"

@@ -92,6 +92,14 @@ def held_out(speech: Path, languages: tuple[str, ...], clips: int) -> list[dict[
     return [line for lines in by_voice.values() for line in lines[:clips]]
 
 
+def count_errors(text: str, heard: str) -> dict[str, Any]:
+    """Errors in what was heard, in digits and by letters."""
+    plain = normaliser("omnivoice").apply
+    edits, letters = count_edits(in_digits(text), in_digits(heard)), count_edits(plain(text), plain(heard))
+    return {"heard": heard, "errors": edits.errors, "length": edits.length,
+            "letter_errors": letters.errors, "letters": letters.length}  # fmt: skip
+
+
 def error_rates(heard: list[dict[str, Any]]) -> dict[str, Any]:
     """Error rates with 95 % intervals over clips, clips without an error, and clips."""
     errors_N2 = np.array([(clip["errors"], clip["letter_errors"]) for clip in heard], dtype=float)
@@ -106,7 +114,6 @@ def error_rates(heard: list[dict[str, Any]]) -> dict[str, Any]:
 def main() -> None:
     config = tyro.cli(CodecEvaluation)
     codec, recogniser = load_codec(config.codec), load_recogniser(config.asr, "cpu")
-    plain = normaliser("omnivoice").apply
     codes, lines = [], held_out(config.speech, config.languages, config.clips)
     for kind in ("original", "decoded"):
         (config.out / kind).mkdir(parents=True, exist_ok=True)
@@ -118,10 +125,7 @@ def main() -> None:
         for kind, wave in (("original", wave_S), ("decoded", codec.decode(codes[-1]))):
             soundfile.write(config.out / kind / f"{Path(line['audio']).stem}.wav", wave, rate)
             heard = recogniser.transcribe([resample_soxr(wave, rate, SAMPLE_RATE_HZ)], line["language"])[0]
-            edits = count_edits(in_digits(line["text"]), in_digits(heard))
-            letters = count_edits(plain(line["text"]), plain(heard))
-            line[kind] = {"heard": heard, "errors": edits.errors, "length": edits.length,
-                          "letter_errors": letters.errors, "letters": letters.length}  # fmt: skip
+            line[kind] = count_errors(line["text"], heard)
     figures: dict[str, Any] = {"recogniser": recogniser.name, "bits": entropy_bits(_joined(codes))}
     for group in ("language", "voice"):
         for name in dict.fromkeys(line[group] for line in lines):

@@ -3,6 +3,9 @@
     python examples/miniature/evaluate_voice.py --data runs/miniature/base-speech/held_out.jsonl \\
         --wavs runs/miniature/base-eval/wavs/base --speaker_model resemblyzer
 
+With `--asr` a recogniser hears the English lines, and errors are counted in digits, as in `evaluate_codec.py`, so that
+one that writes "7 3" for "seven three" can judge.
+
 Prints the share of lines whose own reference is nearer than those of the other voices are on average, the share whose
 own reference is nearer than every single one of those, and mean similarities.
 """
@@ -16,9 +19,10 @@ from pathlib import Path
 import numpy as np
 import soundfile
 import tyro
+from evaluate_codec import count_errors, error_rates
 from higgs_tune.preprocess.audio.resample import resample_soxr
 from higgs_tune.preprocess.judges.interface import SAMPLE_RATE_HZ, SpeakerEncoder
-from higgs_tune.preprocess.judges.load import load_speaker_encoder
+from higgs_tune.preprocess.judges.load import load_recogniser, load_speaker_encoder
 
 
 @dataclass(frozen=True)
@@ -31,15 +35,19 @@ class VoiceEvaluation:
     """Folder of the spoken lines, ID.wav."""
     speaker_model: str
     """Speaker encoder, as higgs-eval takes it."""
+    asr: str | None = None
+    """Recogniser, as higgs-eval takes it."""
+
+
+def read_wave(path: Path) -> np.ndarray:
+    """A recording at the judges' rate."""
+    samples, rate_hz = soundfile.read(path, dtype="float32")
+    return resample_soxr(samples, rate_hz, SAMPLE_RATE_HZ)
 
 
 def embed(encoder: SpeakerEncoder, paths: list[Path]) -> np.ndarray:
     """Speaker embeddings of length 1: [clips, dimensions]."""
-    waves = []
-    for path in paths:
-        samples, rate_hz = soundfile.read(path, dtype="float32")
-        waves.append(resample_soxr(samples, rate_hz, SAMPLE_RATE_HZ))
-    vectors = np.stack([encoder.embed(wave) for wave in waves])
+    vectors = np.stack([encoder.embed(read_wave(path)) for path in paths])
     return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
 
 
@@ -65,6 +73,11 @@ def main() -> None:
         "nearest_other": nearest_other.mean(),
     }
     print(json.dumps({name: round(float(value), 3) for name, value in figures.items()}))
+    if config.asr:
+        recogniser = load_recogniser(config.asr, "cpu")
+        english = [(line["text"], config.wavs / f"{line['id']}.wav") for line in lines if line["language"] == "en"]
+        heard = [(text, recogniser.transcribe([read_wave(path)], "en")[0]) for text, path in english]
+        print(json.dumps({recogniser.name: error_rates([count_errors(*pair) for pair in heard])}))
 
 
 if __name__ == "__main__":

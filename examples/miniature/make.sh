@@ -28,6 +28,7 @@ train_codec --speech "$wide" "$narrow" --steps 8300 --decay 0.06
 train_codec --speech "$wide" "$narrow" --steps 9900 --decay 0 --learning_rate 5e-4 --decoder_only
 train_codec --speech "$wide" "$narrow" --steps 10200 --decay 0.03 --learning_rate 3e-4 --decoder_only
 processes=2 train_codec --speech "${domain[@]}" --steps 15000 --decay 0.17 --learning_rate 5e-4 --decoder_only
+train_codec --speech "${domain[@]}" --steps 17400 --decay 0.12 --learning_rate 4e-4 --decoder_only
 
 # recogniser
 speech asr-wide --minutes 10 --seed 1
@@ -95,7 +96,6 @@ train_base base-4 base-5 "$out/base-data-4/shards" "${recorded[@]}" --mix_weight
     --tokens_per_pack 2048 --max_steps 400 --learning_rate 1e-3 --head_learning_rate 1e-3 --lr_decay_fraction 0.6
 train_base base-5 base "$out/base-data-4/shards" "${recorded[@]}" --mix_weights 12 1 0.5 \
     --tokens_per_pack 2048 --max_steps 500 --learning_rate 8e-4 --head_learning_rate 8e-4 --lr_decay_fraction 0.6 --seed 3
-
 # recordings of the demo, and the figures of the model card; with WHISPER=openai/whisper-base the codec's by that, too
 [ -f "$out/demo-words/manifest.jsonl" ] || "$python" examples/miniature/word_clips.py --out "$out/demo-words" \
     --digits_only --references 3 --voices slt rms awb amal karim nour
