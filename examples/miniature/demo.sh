@@ -13,7 +13,7 @@ train() {
 speak() {
     "$bin/higgs-speak" --audio_tokenizer_path "$codec" --layout chat --temperature 0.3 --ras_win_len 0 --max_seconds 8 "$@"
 }
-if [ -e "$out" ] && [ ! -f "$out/.demo" ]; then
+if [ -n "$(ls -A "$out" 2>/dev/null)" ] && [ ! -f "$out/.demo" ]; then
     echo "error: $out is not of an earlier demo; name another folder" >&2
     exit 2
 fi
