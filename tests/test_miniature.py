@@ -35,6 +35,7 @@ from codec_files import write_codec  # noqa: E402
 from codec_model import MiniatureCodec  # noqa: E402
 from evaluate_codec import in_digits  # noqa: E402
 from sentences import ONES, TENS, arabic_number, arabic_words, english_number, without_marks  # noqa: E402
+from speech import split_of  # noqa: E402
 from train_codec import CodecTraining, MelLoss, entropy_bits, learning_rate  # noqa: E402
 from train_recogniser import BANDS, SAMPLE_RATE_HZ, WINDOW, filter_bank  # noqa: E402
 
@@ -61,6 +62,13 @@ def test_numbers_are_said_and_written() -> None:
     assert in_digits("two, thirty one") == in_digits("2 31") == "231"
     assert in_digits("two hundred and thirty one") == in_digits("200 and 31") == "231"
     assert in_digits("The twelfth of July.") == in_digits("the 12th of July") == "the12ofjuly"
+
+
+@pytest.mark.fast
+def test_the_split_goes_by_the_written_text() -> None:
+    """Vowel marks do not move a sentence to the other side."""
+    for number in range(1000):
+        assert split_of(arabic_number(number)) == split_of(without_marks(arabic_number(number)))
 
 
 def test_the_codec_that_trains_is_the_codec_that_encodes(tmp_path: Path) -> None:
