@@ -245,8 +245,9 @@ def compare(share: int, tokenizer: Any, loops: int, folder: Path, options: Optio
         middle = statistics.median(found)
         speed = f"{count / middle:.2f} samples/s, {data.seconds / middle:.2f} hours of samples' audio an hour"
         print(f"{name:<14}{middle:>8.1f} s  ({min(found):.1f} to {max(found):.1f})  {speed}")
-    print(f"ours: {data.distinct_s / statistics.median(steady):.2f} hours of distinct audio an hour, all told")
-    print(f"one process of ours encodes {data.distinct_s / spent['ours']['encode']:.2f} hours of audio an hour")
+    hours, encoded = data.distinct_s / statistics.median(steady), data.distinct_s / spent["ours"]["encode"]
+    print(f"ours: {hours:.2f} hours of distinct audio an hour, all told")
+    print(f"one process of ours encodes {encoded:.2f} hours of audio an hour")
     print(f"{'start-up':<14}{statistics.median(took['start-up']):>8.1f} s")
     steady_cpu = [a - b for a, b in zip(cpu["ours"], cpu["start-up"], strict=True)]
     work = [theirs / ours for theirs, ours in zip(cpu["boson"], steady_cpu, strict=True)]
@@ -261,8 +262,8 @@ def compare(share: int, tokenizer: Any, loops: int, folder: Path, options: Optio
     return {
         "share": share,
         "distinct_audio_s": data.distinct_s,
-        "audio_hours_an_hour": data.distinct_s / statistics.median(steady),
-        "encoded_hours_an_hour_of_one_process": data.distinct_s / spent["ours"]["encode"],
+        "audio_hours_an_hour": hours,
+        "encoded_hours_an_hour_of_one_process": encoded,
         "seconds": took,
         "cpu_seconds": cpu,
         "ratios": ratios,

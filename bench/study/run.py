@@ -17,11 +17,11 @@ from collections.abc import Collection
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cache
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import tyro
+from higgs_tune.shards.writer import file_sha256
 
 ROOT = Path(__file__).parents[2]
 MINIATURE = ROOT / "examples" / "miniature"
@@ -53,9 +53,7 @@ SETS = {  # voices, sentences; a minute is about 20 sentences in Arabic and 15 i
     "minutes-10": (MIXED, 350),
     "validation": (MIXED, 60),
 }
-
-
-FIGURES = ("cer", "sim", "run_on_rate", "duration_ratio", "silence")
+FIGURES = ("cer", "sim", "run_on_rate", "duration_ratio", "silence")  # of higgs-eval
 
 
 @dataclass(frozen=True)
@@ -114,9 +112,7 @@ class Study:
 def miniature_sha256() -> dict[str, str]:
     """What the miniature is made of; results of another one are not those of this one."""
     files = {"base": BASE, "codec": CODEC, "recogniser": MINIATURE / "recogniser"}
-    return {
-        name: sha256((folder / "model.safetensors").read_bytes()).hexdigest()[:12] for name, folder in files.items()
-    }
+    return {name: file_sha256(folder / "model.safetensors")[:12] for name, folder in files.items()}
 
 
 def call(*command: object, log: Path, python: str = sys.executable) -> int:
@@ -198,16 +194,8 @@ def judge(config: Study, model: Path, folder: Path) -> dict[str, Any]:
     given = ("--model_path", f"model={model}", "--audio_tokenizer_path", CODEC, "--asr", MINIATURE / "recogniser")
     speaker = ("--speaker_model", config.speaker_model) if config.speaker_model else ()
     where = ("--data", config.out / "mixed" / "held_out.jsonl", "--out", folder / "eval", "--ceiling")
-    must(
-        "-m",
-        "higgs_tune.evaluate",
-        *given,
-        *options,
-        *speaker,
-        *where,
-        log=folder / "log.txt",
-        python=config.judges_python,
-    )
+    program, log = ("-m", "higgs_tune.evaluate"), folder / "log.txt"
+    must(*program, *given, *options, *speaker, *where, log=log, python=config.judges_python)
     groups = json.loads((folder / "eval" / "eval.json").read_text())["groups"]["language"]
     return {
         language: {who: {name: group["figures"][who][name] for name in FIGURES} for who in ("model", "ceiling")}

@@ -106,7 +106,8 @@ def error_rates(heard: list[dict[str, Any]]) -> dict[str, Any]:
     lengths_N2 = np.array([(clip["length"], clip["letters"]) for clip in heard], dtype=float)
     resampled, rates = resample(errors_N2, lengths_N2), dict[str, Any]()
     for number, name in enumerate(("cer", "cer_letters")):
-        found = resampled.interval(number) or {}
+        found = resampled.interval(number)
+        assert found  # every sentence has letters
         rates[name] = [round(found[part], 4) for part in ("mean", "low", "high")]
     return rates | {"right": int((errors_N2[:, 0] == 0).sum()), "clips": len(heard)}
 

@@ -7,10 +7,7 @@ out=${1:-runs/miniature}
 python=${PYTHON:-.venv/bin/python}
 speech() { [ -f "$out/$1/speech.jsonl" ] || "$python" examples/miniature/speech.py --out "$out/$1" "${@:2}"; }
 
-train_codec() {
-    OMP_NUM_THREADS=$((3 - ${processes:-1})) "$python" -m torch.distributed.run --nproc_per_node "${processes:-1}" \
-        examples/miniature/train_codec.py --out "$out/codec" "$@"
-}
+train_codec() { "$python" examples/miniature/train_codec.py --out "$out/codec" "$@"; }
 
 # codec: on all voices and kinds of sentences, on the base's domain, the decoder alone; then all of it again, and the decoder
 # alone, for an hour at last by two processes on numbers, times and dates of all voices
@@ -27,7 +24,8 @@ train_codec --speech "$narrow" --steps 7400 --decay 0.5 --decoder_only
 train_codec --speech "$wide" "$narrow" --steps 8300 --decay 0.06
 train_codec --speech "$wide" "$narrow" --steps 9900 --decay 0 --learning_rate 5e-4 --decoder_only
 train_codec --speech "$wide" "$narrow" --steps 10200 --decay 0.03 --learning_rate 3e-4 --decoder_only
-processes=2 train_codec --speech "${domain[@]}" --steps 15000 --decay 0.17 --learning_rate 5e-4 --decoder_only
+OMP_NUM_THREADS=1 "$(dirname "$python")/torchrun" --nproc_per_node 2 examples/miniature/train_codec.py --out "$out/codec" \
+    --speech "${domain[@]}" --steps 15000 --decay 0.17 --learning_rate 5e-4 --decoder_only
 train_codec --speech "${domain[@]}" --steps 17400 --decay 0.12 --learning_rate 4e-4 --decoder_only
 
 # recogniser
@@ -96,6 +94,7 @@ train_base base-4 base-5 "$out/base-data-4/shards" "${recorded[@]}" --mix_weight
     --tokens_per_pack 2048 --max_steps 400 --learning_rate 1e-3 --head_learning_rate 1e-3 --lr_decay_fraction 0.6
 train_base base-5 base "$out/base-data-4/shards" "${recorded[@]}" --mix_weights 12 1 0.5 \
     --tokens_per_pack 2048 --max_steps 500 --learning_rate 8e-4 --head_learning_rate 8e-4 --lr_decay_fraction 0.6 --seed 3
+
 # recordings of the demo, and the figures of the model card; with WHISPER=openai/whisper-base the codec's by that, too
 [ -f "$out/demo-words/manifest.jsonl" ] || "$python" examples/miniature/word_clips.py --out "$out/demo-words" \
     --digits_only --references 3 --voices slt rms awb amal karim nour

@@ -7,8 +7,7 @@ batch of its own. Started again, it goes on from its last checkpoint. Out: `OUT/
 `OUT/metrics.jsonl`, and, each time it saves, `OUT/native` and `OUT/original`, the codec in both layouts.
 
 Loss: L1 between log-mel spectrograms at five window lengths, more where the sound changes, and the commitment loss; no
-discriminator. A clip in six
-uses only its first few codebooks, so that these carry most.
+discriminator. A clip in six uses only its first few codebooks, so that these carry most.
 """
 
 from __future__ import annotations
@@ -28,6 +27,7 @@ from codec_model import CODEBOOK_SIZE, CODEBOOKS, SAMPLE_RATE_HZ, MiniatureCodec
 from higgs_tune.preprocess.audio.resample import resample_soxr
 from higgs_tune.shards.durable import atomic_file
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from transformers.audio_utils import mel_filter_bank
 
 HOP = 960
@@ -157,17 +157,6 @@ def save_state(config: CodecTraining, model: MiniatureCodec, optimizer: torch.op
     write_codec(model.codec, config.out)
 
 
-def average(model: MiniatureCodec, trained: list[nn.Parameter]) -> None:
-    """Average the gradients of all processes; codebooks are those of the first."""
-    grads = [parameter.grad for parameter in trained if parameter.grad is not None]
-    flat = torch.cat([grad.flatten() for grad in grads]) / dist.get_world_size()
-    dist.all_reduce(flat)
-    for grad, part in zip(grads, flat.split([grad.numel() for grad in grads]), strict=True):
-        grad.copy_(part.view_as(grad))
-    for codebook in (*(q.get_buffer("embed") for q in model.codec.quantizers), model.counts_KN):
-        dist.broadcast(codebook, 0)
-
-
 def main() -> None:
     config = tyro.cli(CodecTraining)
     if dist.is_torchelastic_launched():
@@ -184,18 +173,18 @@ def main() -> None:
     if state:
         done = state["step"]
         optimizer.load_state_dict(state["optimizer"])
+    # each process has a batch of its own; codebooks are those of the first
+    forward = DistributedDataParallel(model, find_unused_parameters=True) if dist.is_initialized() else model
     begin, losses, codes = time.monotonic(), [], []
     for step in range(done, config.steps):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(config, step)
         torch.manual_seed(step)
         waves, semantic, books = draw_batch(clips, config, step, rank)
-        made, commitment, codes_KBT = model(waves, semantic, books, learn_codes=not config.decoder_only)
+        made, commitment, codes_KBT = forward(waves, semantic, books, learn_codes=not config.decoder_only)
         loss = loss_of(made, waves)
         optimizer.zero_grad()
         (loss + COMMITMENT * commitment).backward()
-        if dist.is_initialized():
-            average(model, trained)
         norm = nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         if rank:
