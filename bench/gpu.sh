@@ -6,14 +6,15 @@
 #
 #     bench/gpu.sh [OUT] [SIZE]        (OUT: gpu.json; SIZE: 3b; tiny is for a machine without a GPU)
 #
-# PYTHON names the interpreter; torch 2.11 with Python 3.12 will do. All of it ends within 9 minutes: every part has a
-# time limit, and a part that fails or runs out of time is named in the JSON while the others go on.
+# PYTHON names the interpreter; torch 2.11 with Python 3.12 will do. All of it ends within 9 minutes, or within LIMIT_S
+# seconds: every part has a time limit, the most wanted come first, and a part that fails or runs out of time is named in
+# the JSON while the others go on.
 set -uo pipefail
 cd "$(dirname "$0")"
 out=$(realpath -m "${1:-gpu.json}")
 size=${2:-3b}
 python=${PYTHON:-python3}
-whole_s=525
+whole_s=${LIMIT_S:-525}
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 
@@ -28,7 +29,7 @@ part() { # name, seconds, command...
     limit=$((limit < whole_s - SECONDS ? limit : whole_s - SECONDS))
     if [ "$limit" -le 0 ]; then
         echo "no time was left" >"$work/$name.failed"
-    elif timeout --kill-after 5 "$limit" "$python" "$@" --out "$work/$name.json" >"$work/$name.log" 2>&1; then
+    elif timeout --kill-after 5 "$limit" "$python" -u "$@" --out "$work/$name.json" >"$work/$name.log" 2>&1; then
         tail -n 14 "$work/$name.log"
     else
         echo "$name failed or took more than $limit s:" && tail -n 5 "$work/$name.log"
@@ -38,17 +39,19 @@ part() { # name, seconds, command...
 }
 
 if [ "$size" = tiny ]; then
-    packs=(1024 2048) lengths=(128 512) length_pack=2048 samples=4 pairs=2 steps=12 loop_pack=2048 kinds_pack=1024
-    clips=(--samples 2 --seconds 1 --rounds 1)
+    packs=(1024 2048) lengths=(128 512) length_pack=2048 samples=4 pairs=2 steps=15 pack=2048 loop_packs=(2048)
+    kinds_pack=1024 clips=(--samples 2 --seconds 1 --rounds 1)
 else
-    packs=(2048 4096 8192 16384 32768) lengths=(128 512 2048 4096) length_pack=16384 samples=66 pairs=5
-    steps=40 loop_pack=16384 kinds_pack=4096 clips=(--samples 192 --rounds 1 --device cuda --num_processes 4)
+    packs=(2048 4096 8192 16384 32768) lengths=(128 512 2048 4096) length_pack=16384 samples=33 pairs=5 steps=33
+    pack=16384 loop_packs=(16384 32768) kinds_pack=4096
+    clips=(--samples 300 --rounds 1 --device cuda --num_processes 6)
 fi
-part step 200 train_step.py --size "$size" --samples "$samples" --pairs "$pairs" --tokens_per_pack "$loop_pack" \
+part step 330 train_step.py --size "$size" --samples "$samples" --pairs "$pairs" --tokens_per_pack "$pack" --parts \
     --kernels compiled triton
 choice=$("$python" -c 'import json, sys; print(json.load(open(sys.argv[1]))["choice"] or "")' "$work/step.json" 2>/dev/null)
-part loop 160 train_loop.py --size "$size" --steps "$steps" --tokens_per_pack "$loop_pack" --kernels "${choice:-auto}"
-part encode 110 preprocess.py --shares 1 --loops 1 "${clips[@]}"
+part loop 120 train_loop.py --size "$size" --steps "$steps" --tokens_per_pack "${loop_packs[@]}" --kernels "${choice:-auto}"
+part kinds 100 lora_kinds.py --size "$size" --positions "$kinds_pack" --pairs "$pairs"
+part encode 130 preprocess.py --shares 1 --loops 1 "${clips[@]}"
 (
     export CUDA_VISIBLE_DEVICES= # arithmetic and simulation, beside the GPU's work
     part roofline 60 -m models.roofline
@@ -56,7 +59,6 @@ part encode 110 preprocess.py --shares 1 --loops 1 "${clips[@]}"
 ) &
 part growth 100 growth.py --size "$size" --packs "${packs[@]}" --lengths "${lengths[@]}" --length_pack "$length_pack" \
     --kernels "${choice:-auto}"
-part kinds 60 lora_kinds.py --size "$size" --positions "$kinds_pack" --pairs 3
 part growth_eager 80 growth.py --size "$size" --packs "${packs[@]}" --lengths "${lengths[0]}" \
     --length_pack "$length_pack" --kernels eager
 wait

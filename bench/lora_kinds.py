@@ -33,9 +33,9 @@ from machine import describe_machine
 from models.synthetic import IDS, SIZES, SizeName, config_of, make_model
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
-from train_step import TOLERANCES, agrees
 
 PATTERN = PRESETS["comprehensive"].pattern
+TOLERANCES = {"float32": 1e-3, "bfloat16": 2e-2}  # of loss and gradient norm
 WITH_HEADS = "|".join([PATTERN, *map(re.escape, LORA_EXTRAS["heads"])])
 # the options of each adapter that is active, beside those of plain LoRA
 KINDS: dict[str, list[dict[str, Any]]] = {
@@ -128,7 +128,7 @@ class Step:
             found.append((float(loss), float(torch.stack(norms).norm())))
         (loss, norm), (plain_loss, plain_norm) = found
         apart = {"loss": abs(loss / plain_loss - 1), "grad_norm": abs(norm / plain_norm - 1)}
-        if not agrees(apart, tolerance):
+        if not all(value < tolerance for value in apart.values()):
             raise SystemExit(f"{kind} differs from plain operations by more than {tolerance:g}: {apart}")
         return apart
 
@@ -161,6 +161,7 @@ def main() -> None:
             if not number:  # this sets things up, too
                 apart[kind] = step.compare(kind, TOLERANCES[dtype])
                 memory[kind] = step.memory()
+                print(f"{kind} is ready", flush=True)
                 continue
             began, cpu_began = time.perf_counter(), time.process_time()
             step.run(ExecOptions())

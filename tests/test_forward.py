@@ -317,13 +317,15 @@ def test_cuda_attention_is_called_as_torch_wants_it(plain: Case, monkeypatch: py
     """The variable-length kernel runs on a GPU only; here a naive stand-in checks how it is called."""
     from higgs_tune.train.model import attention, forward
 
+    asks = [True]
+
     def stand_in(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *args: Any, **options: Any) -> torch.Tensor:
         cu_q, cu_k, longest_q, longest_k = args
         assert torch.equal(cu_q, cu_k)
         assert cu_q.dtype == torch.int32
         assert longest_q == longest_k == int(cu_q.diff().max())
         assert options.pop("window_size") == (-1, 0)
-        assert options.pop("enable_gqa", False) or k.shape[1] == q.shape[1]
+        assert options.pop("enable_gqa", False) == asks[0]
         assert not options
         groups, out = q.shape[1] // k.shape[1], torch.zeros_like(q)
         for a, b in itertools.pairwise(cu_q.tolist()):
@@ -334,8 +336,8 @@ def test_cuda_attention_is_called_as_torch_wants_it(plain: Case, monkeypatch: py
 
     expected = packed_logits(plain, plain.batch())[0]
     monkeypatch.setattr(attention, "varlen_attn", stand_in)
-    for takes_gqa in (True, False):
-        monkeypatch.setattr(attention, "_varlen_takes_gqa", lambda takes=takes_gqa: takes)
+    for asks[0] in (True, False):
+        monkeypatch.setattr(attention, "_varlen_asks_for_gqa", lambda: asks[0])
         monkeypatch.setattr(forward, "causal_attention", attention._flash)
         torch.testing.assert_close(packed_logits(plain, plain.batch())[0], expected, atol=1e-5, rtol=0)
 

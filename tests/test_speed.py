@@ -25,7 +25,7 @@ from higgs_tune.train.model.load import HiggsAudioModel, load_model
 from higgs_tune.train.model.lora import TrainableOptions, add_lora, trainable
 from higgs_tune.train.model.loss import LossOptions, pack_loss
 from higgs_tune.train.model.memory import activation_bytes, choose_checkpointing, working_bytes
-from higgs_tune.train.model.products import product
+from higgs_tune.train.model.products import product, scaled_product
 from higgs_tune.train.monitor.profiling import kind_of, table
 from higgs_tune.train.step import train_step
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -145,7 +145,7 @@ def test_no_operator_of_the_step_waits_for_the_device(
     train(TrainConfig.of(training_stage="single", **paths, **options))  # pyright: ignore[reportArgumentType]
     assert len(seen) == 3
     for operators in seen:
-        assert {"aten::mm", "aten::_fused_adamw_"} <= operators.names
+        assert {"aten::addmm", "aten::_fused_adamw_"} <= operators.names
         assert not [name for name in operators.names if any(word in name for word in WAITING)]
 
 
@@ -237,3 +237,10 @@ def test_product_is_a_matrix_product(
         torch.testing.assert_close(product(x, weight), expected.float())
         added = product(x, weight, plus.clone(), overwrite=overwrite)
         torch.testing.assert_close(added, (expected + plus).float())
+        wide = torch.full((rows, out + 3), torch.nan)  # what is there before counts for nothing
+        for values in (
+            scaled_product(x, weight, 0.5),
+            scaled_product(x.contiguous(), weight, 0.5, wide[:, 2 : 2 + out]),
+        ):
+            torch.testing.assert_close(values, 0.5 * expected.float())
+        assert wide[:, :2].isnan().all() and wide[:, 2 + out :].isnan().all()

@@ -51,7 +51,8 @@ def peer_step(model: HiggsAudioModel, weights: torch.Tensor, batch: Batch, atten
 def packed_hidden(model: HiggsAudioModel, batch: Batch, attend: Attend) -> torch.Tensor:
     """The states after the last layer, before the final norm, in sequence order: [N, H]."""
     to_sequence, to_sorted = batch["to_sequence"].long(), batch["to_sorted"].long()
-    embedded = model.embed_tokens(batch["text_ids"]), model._embed_audio_ids(batch["codes_KA"])
+    with torch.autocast(to_sorted.device.type, enabled=False):  # on a GPU autocast makes float32 of a sum
+        embedded = model.embed_tokens(batch["text_ids"]), model._embed_audio_ids(batch["codes_KA"])
     hidden_NH = torch.cat(embedded)[to_sequence]
     rotary = model.rotary_emb(hidden_NH, batch["positions"][to_sequence][None])
     text, audio = to_sorted.split([len(batch["text_ids"]), len(to_sorted) - len(batch["text_ids"])])

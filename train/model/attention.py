@@ -121,10 +121,8 @@ def _flash(
 ) -> torch.Tensor:
     """One call of torch's variable-length flash attention."""
     options: dict[str, Any] = {"window_size": (-1, 0)}  # causal
-    if _varlen_takes_gqa():
+    if _varlen_asks_for_gqa():
         options["enable_gqa"] = True
-    elif (groups := q_NhD.shape[1] // k_NhD.shape[1]) > 1:
-        k_NhD, v_NhD = k_NhD.repeat_interleave(groups, 1), v_NhD.repeat_interleave(groups, 1)
     longest = max(lengths)
     out_NhD = varlen_attn(q_NhD, k_NhD, v_NhD, cu_lengths, cu_lengths, longest, longest, **options)
     assert isinstance(out_NhD, torch.Tensor)
@@ -132,8 +130,8 @@ def _flash(
 
 
 @cache
-def _varlen_takes_gqa() -> bool:
-    """True from torch 2.12 on."""
+def _varlen_asks_for_gqa() -> bool:
+    """True from torch 2.12 on; before, the kernel shared keys among query heads without being asked."""
     return "enable_gqa" in signature(varlen_attn).parameters
 
 

@@ -121,25 +121,26 @@ class _FusedProject(torch.autograd.Function):
         source, layers = _grouped(kind, fields)
         outputs, kept = run_layers(source.forward(), layers, stacked, residual_NO, mask_of)
         ctx.kind, ctx.mask_of, ctx.count = kind, mask_of, len(layers)
-        _save(ctx, [*fields, kept.low_Nr, *kept.scales, *kept.parts])
+        _save(ctx, [*fields, kept.low_Nr, kept.a_rH, *kept.b, *kept.scales, *kept.parts])
         return tuple(outputs)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[Any, ...]:
         values, count = _saved(ctx), ctx.count
-        fields, (low_Nr, *of_dora) = values[: -2 * count - 1], values[-2 * count - 1 :]
-        kept = Kept(low_Nr, of_dora[:count], of_dora[count:])
+        fields, (low_Nr, a_rH, *of_layers) = values[: -3 * count - 2], values[-3 * count - 2 :]
+        b, scales, parts = (of_layers[at * count : (at + 1) * count] for at in range(3))
+        kept = Kept(low_Nr, a_rH, b, scales, parts)
         source, layers = _grouped(ctx.kind, fields)
         _, _, needs_residual, _, *needs = ctx.needs_input_grad
         needed_source, needed_layers = _grouped(ctx.kind, needs)
         x_NH, recomputed = source.recompute()
-        grad_x_NH, of_layers = layer_grads(
+        grad_x_NH, grads_of_layers = layer_grads(
             grads, x_NH, layers, kept, needed_layers, ctx.mask_of, needs_input=any(needed_source)
         )
         of_source: Grads = [None] * len(needed_source)
         if grad_x_NH is not None:
             of_source = source.backward(grad_x_NH, recomputed, needed_source)
-        return (None, None, grads[0] if needs_residual else None, None, *of_source, *chain(*of_layers))
+        return (None, None, grads[0] if needs_residual else None, None, *of_source, *chain(*grads_of_layers))
 
 
 def _grouped(kind: type[Source], fields: Iterable[Any]) -> tuple[Any, list[Layer]]:

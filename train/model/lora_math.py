@@ -25,7 +25,7 @@ import torch.nn.functional as F  # noqa: N812
 from higgs_tune.train.model.dropout import Mask
 from higgs_tune.train.model.layer_input import Grads
 from higgs_tune.train.model.linear import Layer
-from higgs_tune.train.model.products import product
+from higgs_tune.train.model.products import product, scaled_product
 
 Maybe = torch.Tensor | None
 MaskMaker = Callable[[torch.Tensor, float], Mask]  # from rows like those that are dropped from, and the share
@@ -34,11 +34,14 @@ MaskMaker = Callable[[torch.Tensor, float], Mask]  # from rows like those that a
 class Kept(NamedTuple):
     """What backward needs beside the input: for each layer, or for all.
 
-    low_Nr: A d(x) of every layer, side by side. scales: DoRA's g [O], or None. parts: the term of DoRA whose product
-    with the gradient gives the magnitude's [N, O], or None.
+    low_Nr: A d(x) of every layer, side by side. a_rH, b: the A matrices, one below another, and each B matrix [O, r],
+    in the dtype of the rows. scales: DoRA's g [O], or None. parts: the term of DoRA whose product with the gradient
+    gives the magnitude's [N, O], or None.
     """
 
     low_Nr: torch.Tensor
+    a_rH: Maybe
+    b: list[Maybe]
     scales: list[Maybe]
     parts: list[Maybe]
 
@@ -64,19 +67,22 @@ def run_layers(
     late = residual_NO if scales[0] is not None else None
     outputs = _base_outputs(x_NH, layers, stacked, None if late is not None else residual_NO)
     read_NH = mask_of(x_NH, share).drop(x_NH) if share and mask_of else x_NH
-    low_Nr, parts = _low_rank(read_NH, layers), []
+    a_rH, b = _matrices(layers, x_NH.dtype)
+    low_Nr = x_NH.new_zeros(len(x_NH), 0) if a_rH is None else product(read_NH, a_rH)
+    parts: list[Maybe] = []
     for number, (layer, low_part_Nr, scale_O) in enumerate(zip(layers, by_rank(low_Nr, layers), scales, strict=True)):
         y_NO, part_NO = outputs[number], None
-        if layer.b_Or is None:
+        b_Or = b[number]
+        if b_Or is None:
             pass
         elif scale_O is None:
-            _add_low_rank(y_NO, low_part_Nr, layer)
+            _add_low_rank(y_NO, low_part_Nr, b_Or, layer)
         elif share:
             part_NO = product(read_NH, layer.weight_OH.to(x_NH.dtype)).mul_(1 / (1 - share))
             y_NO.sub_(part_NO)
-            y_NO.addcmul_(_add_low_rank(part_NO, low_part_Nr, layer), scale_O.to(y_NO.dtype))
+            y_NO.addcmul_(_add_low_rank(part_NO, low_part_Nr, b_Or, layer), scale_O.to(y_NO.dtype))
         else:
-            part_NO = _add_low_rank(y_NO, low_part_Nr, layer).mul_(scale_O.to(y_NO.dtype))
+            part_NO = _add_low_rank(y_NO, low_part_Nr, b_Or, layer).mul_(scale_O.to(y_NO.dtype))
             if late is not None or layer.bias_O is not None:
                 y_NO = outputs[number] = part_NO.clone()
         if layer.bias_O is not None:
@@ -84,7 +90,7 @@ def run_layers(
         if late is not None:
             y_NO.add_(late)
         parts.append(part_NO)
-    return outputs, Kept(low_Nr, scales, parts)
+    return outputs, Kept(low_Nr, a_rH, b, scales, parts)
 
 
 def layer_grads(
@@ -111,9 +117,9 @@ def layer_grads(
         grad_NO if scale_O is None else grad_NO * scale_O.to(grad_NO.dtype)
         for grad_NO, scale_O in zip(grads, kept.scales, strict=True)
     ]
-    grad_low_Nr = _low_rank_grad(scaled, layers, kept.low_Nr)
-    has_lora = kept.low_Nr.shape[1] > 0
-    grad_a = by_rank(product(grad_low_Nr.t(), read_NH.t()), layers, 0) if has_lora else [None] * len(layers)
+    grad_low_Nr = _low_rank_grad(scaled, layers, kept)
+    a_rH = kept.a_rH
+    grad_a = [None] * len(layers) if a_rH is None else by_rank(product(grad_low_Nr.t(), read_NH.t()), layers, 0)
     of_layers = [
         _tensor_grads(layer, wanted, grads[i], scaled[i], x_NH, read_NH, low_Nr, kept.parts[i], grad_a[i])
         for i, (layer, wanted, low_Nr) in enumerate(zip(layers, needed, by_rank(kept.low_Nr, layers), strict=True))
@@ -123,15 +129,14 @@ def layer_grads(
     through_base = grads if share else scaled
     grad_x_NH = _sum_of_products(through_base, layers)
     assert grad_x_NH is not None
-    if not has_lora:
+    if a_rH is None:
         return grad_x_NH, of_layers
-    stacked_rH = _stacked_a(layers).to(x_NH.dtype)
     if mask is None:
-        return grad_x_NH.addmm_(grad_low_Nr, stacked_rH), of_layers
+        return grad_x_NH.addmm_(grad_low_Nr, a_rH), of_layers
     is_dora = [number for number, scale_O in enumerate(kept.scales) if scale_O is not None]
     extra = [(scaled[number] - grads[number]).mul_(1 / (1 - share)) for number in is_dora]
     grad_read_NH = _sum_of_products(extra, [layers[number] for number in is_dora])
-    low_NH = grad_low_Nr @ stacked_rH if grad_read_NH is None else grad_read_NH.addmm_(grad_low_Nr, stacked_rH)
+    low_NH = grad_low_Nr @ a_rH if grad_read_NH is None else grad_read_NH.addmm_(grad_low_Nr, a_rH)
     return mask.add_dropped(grad_x_NH, low_NH), of_layers
 
 
@@ -162,36 +167,31 @@ def _base_outputs(
     return [product(x_NH, layer.weight_OH.to(x_NH.dtype), residual_NO) for layer in layers]
 
 
-def _low_rank(x_NH: torch.Tensor, layers: Sequence[Layer]) -> torch.Tensor:
-    """A x of every layer with LoRA, side by side: [N, sum of r]."""
-    if not any(layer.rank for layer in layers):
-        return x_NH.new_zeros(len(x_NH), 0)
-    return product(x_NH, _stacked_a(layers).to(x_NH.dtype))
-
-
-def _stacked_a(layers: Sequence[Layer]) -> torch.Tensor:
-    """The A matrices of all layers that have LoRA [sum of r, H]."""
-    return torch.cat([layer.a_rH for layer in layers if layer.a_rH is not None])
+def _matrices(layers: Sequence[Layer], dtype: torch.dtype) -> tuple[Maybe, list[Maybe]]:
+    """The A matrices of all layers that have LoRA, one below another [sum of r, H], and each layer's B, in a dtype."""
+    a = [layer.a_rH for layer in layers if layer.a_rH is not None]
+    stacked_rH = None if not a else a[0] if len(a) == 1 else torch.cat(a)
+    b = [None if layer.b_Or is None else layer.b_Or.to(dtype) for layer in layers]
+    return None if stacked_rH is None else stacked_rH.to(dtype), b
 
 
 def by_rank(values: torch.Tensor, layers: Sequence[Layer], dim: int = 1) -> Sequence[torch.Tensor]:
     """Each layer's part of a tensor that holds the ranks of all layers side by side; empty without LoRA."""
-    return values.split([layer.rank for layer in layers], dim)
+    return [values] if len(layers) == 1 else values.split([layer.rank for layer in layers], dim)
 
 
-def _add_low_rank(y_NO: torch.Tensor, low_Nr: torch.Tensor, layer: Layer) -> torch.Tensor:
+def _add_low_rank(y_NO: torch.Tensor, low_Nr: torch.Tensor, b_Or: torch.Tensor, layer: Layer) -> torch.Tensor:
     """s B times A's output, added in place."""
-    assert layer.b_Or is not None
-    return y_NO.addmm_(low_Nr, layer.b_Or.to(y_NO.dtype).t(), alpha=layer.scaling / (1 - layer.dropout))
+    return y_NO.addmm_(low_Nr, b_Or.t(), alpha=layer.scaling / (1 - layer.dropout))
 
 
-def _low_rank_grad(scaled: Sequence[torch.Tensor], layers: Sequence[Layer], low_Nr: torch.Tensor) -> torch.Tensor:
-    """Gradient of `_low_rank`'s output: s grad B of each layer, side by side [N, sum of r]."""
-    grad_low_Nr = torch.empty_like(low_Nr)
-    for layer, grad_NO, part_Nr in zip(layers, scaled, by_rank(grad_low_Nr, layers), strict=True):
-        if layer.b_Or is not None:
-            part_Nr.copy_(product(grad_NO, layer.b_Or.to(grad_NO.dtype).t()))
-            part_Nr.mul_(layer.scaling / (1 - layer.dropout))
+def _low_rank_grad(scaled: Sequence[torch.Tensor], layers: Sequence[Layer], kept: Kept) -> torch.Tensor:
+    """Gradient of A's output: s grad B of each layer, side by side [N, sum of r]."""
+    grad_low_Nr = torch.empty_like(kept.low_Nr)
+    parts = by_rank(grad_low_Nr, layers)
+    for layer, grad_NO, b_Or, part_Nr in zip(layers, scaled, kept.b, parts, strict=True):
+        if b_Or is not None:
+            scaled_product(grad_NO, b_Or.t(), layer.scaling / (1 - layer.dropout), part_Nr)
     return grad_low_Nr
 
 
@@ -225,7 +225,7 @@ def _tensor_grads(
     if needed.a_rH:
         a = grad_a_rH
     if needed.b_Or:
-        b = (scaled_NO.t() @ low_Nr).mul_(layer.scaling / (1 - layer.dropout))
+        b = scaled_product(scaled_NO.t(), low_Nr.t(), layer.scaling / (1 - layer.dropout))
     if needed.magnitude_O and part_NO is not None and layer.magnitude_O is not None:
         # of g: grad times the term that g scales, which is kept with g in it where there is no dropout
         magnitude = ((scaled_NO if layer.dropout else grad_NO) * part_NO).sum(0, dtype=torch.float32)
