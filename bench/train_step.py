@@ -158,7 +158,8 @@ def public_step(model: PeftModel, weights: torch.Tensor, inputs: dict[str, Any])
     cannot put float32 rows among bfloat16 ones.
     """
     device, base = weights.device, model.get_base_model()
-    dtype, embed = base.get_parameter("norm.weight").dtype, base._embed_audio_ids
+    dtype = base.get_parameter("norm.weight").dtype
+    embed: Any = base._embed_audio_ids
 
     def embed_as_it_is(ids: torch.Tensor) -> torch.Tensor:
         with torch.autocast(device.type, enabled=False):
@@ -350,7 +351,8 @@ def show(result: dict[str, Any]) -> None:
 
 def main() -> None:
     options = tyro.cli(Options)
-    device, result = torch.device("cuda" if torch.cuda.is_available() else "cpu"), dict[str, Any]()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    result: dict[str, Any] = {}
     print(describe_machine(), flush=True)
     for found in measure(options, device):
         result = found | {"machine": describe_machine()}

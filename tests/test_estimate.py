@@ -81,12 +81,12 @@ def test_names_of_gpus() -> None:
 @pytest.mark.parametrize("config", sorted((ROOT / "examples" / "configs").glob("*.yaml")), ids=lambda path: path.stem)
 def test_the_released_sizes_need_no_file_at_all(config: Path, capfd: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    out = told(capfd, "--config", config, "--gpu", "h200")
+    out = told(capfd, "--config", config, "--gpu", "h100")
     assert "5.8" in out.splitlines()[1] and "B parameters" in out
     size = 4.222 if "quantize_base" in config.read_text() else 11.543
     assert f"  weights that stay{size:>36} GB" in out
     assert "ESTIMATE: nobody has measured this GPU" in out and "1 h of target speech" in out
-    at_revision = told(capfd, "--config", config, "--gpu", "h200", "--model_path", f"{BASE_MODEL}@main")
+    at_revision = told(capfd, "--config", config, "--gpu", "h100", "--model_path", f"{BASE_MODEL}@main")
     assert at_revision == out
 
 
@@ -195,8 +195,11 @@ def test_a_measured_gpu_is_no_estimate(capfd: Any, monkeypatch: pytest.MonkeyPat
     """Its share of the peak gives the speed: 989 TFLOP/s at half the peak, by FLOPs a position."""
     measured = [replace(gpu, measured_mfu=0.5) if gpu.name == "H200" else gpu for gpu in GPUS]
     monkeypatch.setattr("higgs_tune.train.model.gpus.GPUS", measured)
-    out = told(capfd, "--gpu", "h200", "--hours", 100)
+    out = told(capfd, "--gpu", "h200", "--hours", 100, "--tokens_per_pack", 16384)
     assert "ESTIMATE" not in out and "50% of the peak" in out
+    for other in (("--quantize_base", "nf4"), ("--activation_checkpointing", "full"), ("--tokens_per_pack", 8192)):
+        unlike = told(capfd, "--gpu", "h200", "--hours", 100, "--tokens_per_pack", 16384, *other)
+        assert "ESTIMATE: nobody has measured this GPU, but in bfloat16 with packs of 16,384" in unlike
     (speed,) = [line for line in out.splitlines() if line.startswith("speed: ")]
     rate, flops = float(speed.split()[1].replace(",", "")), float(speed.split("; ")[1].split()[0])
     assert rate * flops * 1e9 == pytest.approx(0.5 * 989e12, rel=0.01)

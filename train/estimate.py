@@ -5,7 +5,8 @@ of a GPU. Out: lines for people: memory by part, the largest pack that fits, tok
 read: no weights, no index, no shards. Guarantees (test_estimate.py): sizes are the loaded run's, memory is within 15 %
 of a measured step's on a CPU.
 
-Speed is that of a measured step of the same GPU (`Gpu.measured_mfu`), or an estimate that says so.
+Speed is that of a measured step of the same GPU (`Gpu.measured_mfu`), for runs like the measured one; else an estimate
+that says so.
 """
 
 from __future__ import annotations
@@ -46,6 +47,7 @@ from higgs_tune.train.whisper import trains_projector
 from torch import nn
 
 RESERVE_BYTES = 1.5e9  # assumed: CUDA's context, libraries, what the allocator loses
+MEASURED_PACK = 16_384  # positions; where a GPU was measured, in bfloat16 and without checkpointing
 MODES: tuple[Checkpointing, ...] = ("none", "selective", "full")
 
 
@@ -272,11 +274,13 @@ def _time_lines(config: TrainConfig, gpu: Gpu, planned: Planned, amount: Amount,
     packs = amount.packs(config.data.tokens_per_pack)
     pack = amount.rows * (1 / packs)
     flops = model_flops(planned.model, pack)
-    if gpu.measured_mfu:
+    large, quantized = config.data.tokens_per_pack >= MEASURED_PACK, config.model.quantize_base
+    if gpu.measured_mfu and large and mode == "none" and not quantized:
         pack_s, how = flops / (gpu.measured_mfu * gpu.flops), "at the share of the peak that was measured on this GPU"
     else:
         pack_s = estimated_seconds(planned.model, pack, gpu, mode)
-        how = "ESTIMATE: nobody has measured this GPU" + _slower_tower(planned.model)
+        other = f", but in bfloat16 with packs of {MEASURED_PACK:,}" if gpu.measured_mfu else ""
+        how = f"ESTIMATE: nobody has measured this GPU{other}" + _slower_tower(planned.model)
     epoch_steps = math.ceil(packs / (gpus * accumulation))
     asked, epochs = config.optim.max_steps, config.optim.num_train_epochs
     steps = asked if asked > 0 else math.ceil(epochs * epoch_steps)
