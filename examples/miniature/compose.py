@@ -170,7 +170,6 @@ def compose_one(
     audio = [{"type": "audio", "audio_url": f"composed/{name}-{number}-{side}"} for side in ("target", "reference")]
     layout = "chat" if written else config.layouts[number // len(config.voices) % len(config.layouts)]
     conversation = build_conversation(layout, text, audio[0], [Reference(audio[1], reference.text)])
-    conversation.pop("start_index", None)
     if written:
         conversation["messages"][-1]["content"] = text
     misc = {"language": "ar" if written else language_of(name), "said": [reference.text, text]}

@@ -51,8 +51,9 @@ compose() {
     [ -f "$out/$1/speech.jsonl" ] || "$python" examples/miniature/compose.py --model_path "$out/base-untrained" \
         --audio_tokenizer_path "$codec" --words "$words" --word_shards "$words/shards" --out "$out/$1" "${@:2}"
 }
+launch=("$python")
 train_base() {
-    "$python" -m higgs_tune.train --config examples/miniature/base.yaml --model_path "$out/$1" --output_dir "$out/$2" \
+    "${launch[@]}" -m higgs_tune.train --config examples/miniature/base.yaml --model_path "$out/$1" --output_dir "$out/$2" \
         --train_data_dir "${@:3}"
 }
 
@@ -92,8 +93,25 @@ done
 recorded=("$out/recorded-en/shards" "$out/recorded-ar/shards")
 train_base base-4 base-5 "$out/base-data-4/shards" "${recorded[@]}" --mix_weights 6 1.5 0.5 \
     --tokens_per_pack 2048 --max_steps 400 --learning_rate 1e-3 --head_learning_rate 1e-3 --lr_decay_fraction 0.6
-train_base base-5 base "$out/base-data-4/shards" "${recorded[@]}" --mix_weights 12 1 0.5 \
+train_base base-5 base-6 "$out/base-data-4/shards" "${recorded[@]}" --mix_weights 12 1 0.5 \
     --tokens_per_pack 2048 --max_steps 500 --learning_rate 8e-4 --head_learning_rate 8e-4 --lr_decay_fraction 0.6 --seed 3
+
+# and it meets many references, so that one that it has not heard will do: 600 phrases of each voice, of up to four words
+record_words() {
+    [ -f "$out/$1/manifest.jsonl" ] || "$python" examples/miniature/word_clips.py --out "$out/$1" "${english[@]}" "${@:2}"
+    encode "$1" manifest.jsonl --ref_drop 1 --min_seconds 0.1 --val_fraction 0
+    words=$out/$1 # of which `compose` makes sentences from here on
+}
+record_words words-600 --takes 4 --references 600 --longest_reference 4 --seed 7
+compose base-data-6 "${english[@]}" --samples 32000 --longest 10 --kinds digits numbers digits numbers words --held_out 0 \
+    --seed 100 --written 5
+train_base base-6 base-7 "$out/base-data-6/shards" "${recorded[@]}" --mix_weights 12 1 0.5 \
+    --tokens_per_pack 2048 --max_steps 1000 --learning_rate 1e-3 --head_learning_rate 1e-3 --seed 11
+compose base-data-7 "${english[@]}" --samples 32000 --longest 10 --kinds digits numbers digits numbers words --held_out 0 \
+    --seed 101 --written 5
+launch=("$(dirname "$python")/torchrun" --standalone --nproc_per_node 2)
+OMP_NUM_THREADS=1 train_base base-7 base "$out/base-data-7/shards" "${recorded[@]}" --mix_weights 12 1 0.5 \
+    --tokens_per_pack 2048 --max_steps 370 --learning_rate 1e-3 --head_learning_rate 1e-3 --lr_decay_fraction 0.7 --seed 12
 
 # recordings of the demo, and the figures of the model card; with WHISPER=openai/whisper-base the codec's by that, too
 [ -f "$out/demo-words/manifest.jsonl" ] || "$python" examples/miniature/word_clips.py --out "$out/demo-words" \
@@ -106,6 +124,7 @@ judge_codec asr-domain 15 "$out/recogniser/model" codec-eval-domain
 judge_codec codec-wide 6 "$out/recogniser/model" codec-eval-wide
 [ -z "${WHISPER:-}" ] || judge_codec codec-narrow 14 "$WHISPER" codec-eval-whisper --languages en
 [ -z "${WHISPER:-}" ] || judge_codec asr-domain 15 "$WHISPER" codec-eval-whisper-domain --languages en
+record_words words-unheard --takes 2 --references 20 --seed 77 # the base has heard none of these references
 compose base-held-out "${english[@]}" --samples 3 --longest 14 --takes 2 --kinds digits numbers --held_out 20 --seed 80
 for layout in chat serve; do
     "$(dirname "$python")/higgs-eval" --model_path "base=$out/base" --audio_tokenizer_path "$codec" --layout $layout \
