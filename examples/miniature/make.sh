@@ -124,7 +124,7 @@ judge_codec asr-domain 15 "$out/recogniser/model" codec-eval-domain
 judge_codec codec-wide 6 "$out/recogniser/model" codec-eval-wide
 [ -z "${WHISPER:-}" ] || judge_codec codec-narrow 14 "$WHISPER" codec-eval-whisper --languages en
 [ -z "${WHISPER:-}" ] || judge_codec asr-domain 15 "$WHISPER" codec-eval-whisper-domain --languages en
-record_words words-unheard --takes 2 --references 20 --seed 77 # the base has heard none of these references
+record_words words-anew --takes 2 --references 20 --seed 77 # other phrases, of which some are the same
 compose base-held-out "${english[@]}" --samples 3 --longest 14 --takes 2 --kinds digits numbers --held_out 20 --seed 80
 for layout in chat serve; do
     "$(dirname "$python")/higgs-eval" --model_path "base=$out/base" --audio_tokenizer_path "$codec" --layout $layout \
