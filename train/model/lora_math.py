@@ -70,9 +70,9 @@ def run_layers(
     a_rH, b = _matrices(layers, x_NH.dtype)
     low_Nr = x_NH.new_zeros(len(x_NH), 0) if a_rH is None else product(read_NH, a_rH)
     parts: list[Maybe] = []
-    for number, (layer, low_part_Nr, scale_O) in enumerate(zip(layers, by_rank(low_Nr, layers), scales, strict=True)):
+    each = zip(layers, b, by_rank(low_Nr, layers), scales, strict=True)
+    for number, (layer, b_Or, low_part_Nr, scale_O) in enumerate(each):
         y_NO, part_NO = outputs[number], None
-        b_Or = b[number]
         if b_Or is None:
             pass
         elif scale_O is None:
