@@ -142,7 +142,8 @@ def test_logits_and_gradients_equal_bosons(case: Case) -> None:
         states = label_states(case.model, batch, ExecOptions(plain=plain))
         got = gradients(pack_loss(case.model, states, batch, weights, loss, at_labels=True).total)
         for name, a, b in zip(["loss", *parameters], expected, got, strict=True):
-            torch.testing.assert_close(b, a, atol=2e-6, rtol=2e-3, msg=name)
+            atol = 2e-6 + 1e-5 * float(a.detach().abs().max())  # sums of large terms may be near 0
+            torch.testing.assert_close(b, a, atol=atol, rtol=2e-3, msg=name)
     with torch.no_grad():
         text, _ = packed_logits(case, batch)
         boson = case.model(**case.boson()).logits
