@@ -180,7 +180,8 @@ def test_a_taken_port_and_no_folder_are_named(tmp_path: Path, server: ReviewServ
 def test_a_person_decides_in_the_browser(
     prepared: tuple[Path, list[Segment]], server: ReviewServer, tmp_path: Path
 ) -> None:
-    """Verdicts, a text, split and merged speakers; nothing of the data runs; a narrow page does not overflow."""
+    """Verdicts, a text (which a verdict doesn't lose), split and merged speakers; nothing of the data runs; a narrow
+    page does not overflow."""
     folder, segments = prepared
     with open_browser(tmp_path / "profile") as browser:
         resize(browser, 390)
@@ -194,8 +195,11 @@ def test_a_person_decides_in_the_browser(
         text = _row(browser, segments[2]).find_element(By.TAG_NAME, "textarea")
         text.clear()
         text.send_keys("نص آخر")
+        _click(browser, segments[2], ".yes")
+        pressed = f'[data-id="{segments[2].id}"] .yes[aria-pressed=true]'
+        wait(lambda: browser.find_elements(By.CSS_SELECTOR, pressed), "the verdict")
         _click(browser, segments[2], ".save")
-        wait(lambda: read_decisions(folder).get(segments[2].id), "the text")
+        wait(lambda: read_decisions(folder)[segments[2].id].text, "the text")
         for segment in segments[3:5]:
             _row(browser, segment).find_element(By.CSS_SELECTOR, "input[type=checkbox]").click()
         browser.find_element(By.ID, "new-name").send_keys("guest")
@@ -213,7 +217,8 @@ def test_a_person_decides_in_the_browser(
         wait(lambda: browser.execute_script(play), "sound")
         assert browser.title == "Prepared recordings" and not console_errors(browser)
     decided = read_decisions(folder)
-    assert decided[segments[1].id].verdict == "reject" and decided[segments[2].id].text == "نص آخر"
+    assert decided[segments[1].id].verdict == "reject"
+    assert (decided[segments[2].id].verdict, decided[segments[2].id].text) == ("accept", "نص آخر")
     assert {decided[s.id].speaker for s in segments[3:5]} == {"guest"}
     assert {decided[s.id].speaker for s in segments[12:]} == {"narrator"}
 

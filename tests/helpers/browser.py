@@ -5,11 +5,12 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
+from selenium.common.exceptions import StaleElementReferenceException
 from selenium.webdriver import Chrome, ChromeOptions
 from selenium.webdriver.chrome.service import Service
 
@@ -58,12 +59,14 @@ def resize(browser: Chrome, width: int, *, dark: bool = False) -> None:
 
 
 def wait(condition: Callable[[], Any], what: str, seconds: float = 60.0) -> Any:
-    """Wait until a condition holds, and return what it gave."""
+    """Wait until a condition holds, and return what it gave; looks again where the page was drawn anew meanwhile."""
     end = time.monotonic() + seconds
-    while not (value := condition()):
+    while True:
+        with suppress(StaleElementReferenceException):
+            if value := condition():
+                return value
         assert time.monotonic() < end, f"waited in vain for {what}"
         time.sleep(0.05)
-    return value
 
 
 def console_errors(browser: Chrome) -> list[str]:

@@ -5,6 +5,7 @@ const section = document.getElementById("review");
 const token = section.dataset.token;
 const state = { offset: 0, count: 25, show: "", speaker: "", sort: "", query: "" };
 const selected = new Set();
+const unsaved = new Map(); // texts that were typed and not saved yet; rows are drawn anew around them
 
 /** An element. Properties: class, text, on<event>, and attributes. */
 function el(name, properties = {}, ...children) {
@@ -110,9 +111,12 @@ function facts(one) {
 
 /** One segment. */
 function row(one) {
-  const text = el("textarea", { class: "said", dir: "auto", rows: 2, "aria-label": "transcript", oninput: () => { save.disabled = text.value.trim() === (one.text ?? ""); } });
-  text.value = one.text ?? "";
-  const save = el("button", { type: "button", class: "save", text: "Save the text", disabled: true, onclick: () => send({ text: text.value }) });
+  const text = el("textarea", { class: "said", dir: "auto", rows: 2, "aria-label": "transcript", oninput: () => {
+    save.disabled = text.value.trim() === (one.text ?? "");
+    if (save.disabled) unsaved.delete(one.id); else unsaved.set(one.id, text.value);
+  } });
+  text.value = unsaved.get(one.id) ?? one.text ?? "";
+  const save = el("button", { type: "button", class: "save", text: "Save the text", disabled: !unsaved.has(one.id), onclick: () => send({ text: text.value }) });
   const verdict = (name, label) => el("button", { type: "button", class: name === "reject" ? "no" : "yes", text: label,
     "aria-pressed": String(one.verdict === name), onclick: () => send({ verdict: name }) });
   const tick = el("input", { type: "checkbox", "aria-label": "select", onchange: () => tick.checked ? selected.add(one.id) : selected.delete(one.id) });
@@ -128,7 +132,9 @@ function row(one) {
 
   async function send(decision) {
     const given = await decide({ decisions: [{ id: one.id, ...decision }] });
-    if (given) node.replaceWith(row(given.rows[0]));
+    if (!given) return;
+    if (unsaved.get(one.id) === decision.text) unsaved.delete(one.id);
+    node.replaceWith(row(given.rows[0]));
   }
   return node;
 }
