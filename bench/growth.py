@@ -27,7 +27,7 @@ from higgs_tune.train.model.fused_linear import stack_layer
 from higgs_tune.train.model.kernel_choice import choose_kernels
 from higgs_tune.train.model.load import HiggsAudioModel
 from higgs_tune.train.model.loss import LossOptions, pack_loss
-from higgs_tune.train.model.memory import activation_bytes
+from higgs_tune.train.model.memory import activation_bytes, lora_matrix_bytes
 from machine import describe_machine
 from models.synthetic import IDS, SIZES, SizeName, config_of, make_model, position_count, synthetic_sample, with_lora
 
@@ -118,12 +118,15 @@ def measure(model: HiggsAudioModel, samples: list[Arrays], options: Options) -> 
     seconds = [step() for _ in range(options.repeats)]
     kept = kept_bytes(model, batch, exec_options)
     time_s, layers = statistics.median(seconds), len(model.layers)
+    estimate = activation_bytes(
+        model, options.checkpointing, compiled=exec_options.kernels == "compiled", label_share=0.0
+    )
+    estimate += lora_matrix_bytes(model, options.checkpointing) / batch.positions
     return {
         "positions": batch.positions, "samples": len(samples), "seconds": seconds,
         "tokens_per_second": batch.positions / time_s, "peak_memory_gb": memory.more_gb,
         "kept_bytes_per_position_and_layer": kept / batch.positions / layers,
-        "estimated_bytes_per_position_and_layer": activation_bytes(
-            model, options.checkpointing, compiled=exec_options.kernels == "compiled", label_share=0.0) / layers,
+        "estimated_bytes_per_position_and_layer": estimate / layers,
     }  # fmt: skip
 
 

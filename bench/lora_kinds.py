@@ -27,7 +27,7 @@ from higgs_tune.train.data.batch import Batch, collate
 from higgs_tune.train.model.forward import ExecOptions, label_states
 from higgs_tune.train.model.fused_linear import stack_layer
 from higgs_tune.train.model.loss import pack_loss
-from higgs_tune.train.model.memory import activation_bytes
+from higgs_tune.train.model.memory import activation_bytes, lora_matrix_bytes
 from higgs_tune.train.presets import LORA_EXTRAS, PRESETS
 from machine import describe_machine
 from models.synthetic import IDS, SIZES, SizeName, config_of, make_model
@@ -137,7 +137,8 @@ class Step:
         """Bytes that the decoder keeps for a position, and the estimate."""
         text_share = 1 - self.batch["codes_KA"].shape[1] / self.batch.positions
         kept = kept_bytes(self.model, self.batch, ExecOptions()) / self.batch.positions
-        return kept, activation_bytes(self.model, text_share=text_share, label_share=0.0)
+        estimate = activation_bytes(self.model, text_share=text_share, label_share=0.0)
+        return kept, estimate + lora_matrix_bytes(self.model) / self.batch.positions
 
 
 def main() -> None:

@@ -14,7 +14,7 @@ from higgs_tune.train.model import forward
 from higgs_tune.train.model.forward import ExecOptions, hidden_states
 from higgs_tune.train.model.load import HiggsAudioModel
 from higgs_tune.train.model.loss import LossOptions, pack_loss
-from higgs_tune.train.model.memory import activation_bytes, head_gradient_bytes
+from higgs_tune.train.model.memory import activation_bytes, head_gradient_bytes, lora_matrix_bytes
 from higgs_tune.train.model.quantized import QuantizedWeight
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
@@ -66,4 +66,5 @@ def kept_share(
     kept = {value.untyped_storage().data_ptr(): value.untyped_storage().nbytes() for value in values}
     del states, loss
     expected = batch.positions * estimate + head_gradient_bytes(model)
+    expected += lora_matrix_bytes(model, exec_options.checkpointing)
     return sum(size for at, size in kept.items() if at not in owned) / expected

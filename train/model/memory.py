@@ -1,8 +1,8 @@
 """The memory of a run, by arithmetic: weights and states, what forward keeps, the checkpointing that fits.
 
-Guarantees: what autograd keeps, within 10 %, for every kind of LoRA and of checkpointing, heads and loss included
-(test_lora_paths.py), with a Whisper tower that trains too (test_whisper_path.py); a step's measured peak on a CPU,
-within 15 % (test_estimate.py).
+Guarantees: what autograd keeps, within 5 %, for every kind of LoRA and of checkpointing, heads and loss included
+(test_lora_paths.py), within 10 % with a Whisper tower that trains too (test_whisper_path.py); a step's measured peak
+on a CPU, within 15 % (test_estimate.py).
 """
 
 from __future__ import annotations
@@ -68,6 +68,30 @@ def activation_bytes(
         others += label_share * _label_bytes(model)
     kept = values * size + others + size * (1 - text_share) * _projector_values(model)
     return kept + windows * _tower_bytes(model)
+
+
+def lora_matrix_bytes(model: HiggsAudioModel, checkpointing: Checkpointing = "none") -> float:
+    """Bytes of LoRA's matrices as forward stacks, scales or casts them, which backward reuses; whatever the pack."""
+    total = _matrix_bytes(model, getattr(model, "audio_out_embed_projector", None))
+    for layer in _layers_with_gradient(model) if checkpointing != "full" else []:
+        for attention in (getattr(layer, name) for name in ("self_attn", "audio_attn") if hasattr(layer, name)):
+            total += _matrix_bytes(model, attention.q_proj, attention.k_proj, attention.v_proj)
+            total += _matrix_bytes(model, attention.o_proj)
+        runs = ("mlp",) if getattr(layer, "fast_forward", False) else ("mlp", "audio_mlp")
+        for ffn in (getattr(layer, name, layer.mlp) for name in runs if checkpointing == "none"):
+            total += _matrix_bytes(model, ffn.gate_proj, ffn.up_proj) + _matrix_bytes(model, ffn.down_proj)
+    return total
+
+
+def _matrix_bytes(model: HiggsAudioModel, *modules: Any) -> float:
+    """Of linear layers with one input (`lora_math.py`); a matrix that is used as it trains is no copy."""
+    layers = [layer for layer in map(layer_of, filter(None, modules)) if layer is not None]
+    dtype, a = stream_dtype(model), [layer.a_rH for layer in layers if layer.a_rH is not None]
+    b = [layer.b_Or for layer in layers if layer.b_Or is not None]
+    made = [matrix for matrix in (*a, *b) if not isinstance(matrix, nn.Parameter)]  # of several adapters
+    used = [matrix for matrix in a if len(a) > 1 or matrix.dtype != dtype]
+    used += [matrix for matrix in b if matrix.dtype != dtype]
+    return sum(matrix.nbytes for matrix in made) + dtype.itemsize * sum(matrix.numel() for matrix in used)
 
 
 def head_gradient_bytes(model: HiggsAudioModel) -> float:
@@ -160,7 +184,7 @@ def working_bytes(model: HiggsAudioModel, positions: float, checkpointing: Check
     heads count beside those of `StateBytes`: both are there where gradients accumulate, or lie in DDP's buckets.
     """
     logits = min(_logits_bytes(model) * positions, _most_logits_bytes(model)) + _head_weight_bytes(model)
-    return max(logits, positions * _layer_bytes(model, checkpointing)) + _fixed_bytes(model)
+    return max(logits, positions * _layer_bytes(model, checkpointing)) + _fixed_bytes(model, checkpointing)
 
 
 def _logits_bytes(model: HiggsAudioModel) -> float:
@@ -206,9 +230,9 @@ def _layer_bytes(model: HiggsAudioModel, checkpointing: Checkpointing) -> float:
     return own + recomputed / max(1, len(_layers_with_gradient(model)))
 
 
-def _fixed_bytes(model: HiggsAudioModel) -> float:
+def _fixed_bytes(model: HiggsAudioModel, checkpointing: Checkpointing) -> float:
     """What does not depend on the pack."""
-    return head_gradient_bytes(model) + _whole_weight_bytes(model)
+    return head_gradient_bytes(model) + _whole_weight_bytes(model) + lora_matrix_bytes(model, checkpointing)
 
 
 def _whole_weight_bytes(model: HiggsAudioModel) -> float:
@@ -260,7 +284,7 @@ def largest_pack(model: HiggsAudioModel, checkpointing: Checkpointing, free: flo
     """Positions of the largest pack whose estimate fits into the free memory (bytes); 0 where none does."""
     kept, room = (
         activation_bytes(model, checkpointing, compiled=compiled),
-        FREE_SHARE * free - _fixed_bytes(model),
+        FREE_SHARE * free - _fixed_bytes(model, checkpointing),
     )
     by_layer = room / (kept + _layer_bytes(model, checkpointing))
     room -= _head_weight_bytes(model)
