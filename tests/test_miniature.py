@@ -6,6 +6,7 @@ import json
 import shutil
 import sys
 from pathlib import Path
+from random import Random
 from typing import Any, Literal
 
 import numpy as np
@@ -176,6 +177,35 @@ def test_the_untrained_base_follows_a_text(untrained: Path) -> None:
     own_NH = model.embed_tokens(ids_1N)[0, :, make_base.OWN]
     likeness_N = torch.nn.functional.cosine_similarity(next_NH[9:-1], own_NH[10:])
     assert likeness_N.min() > 0.8
+
+
+@pytest.mark.fast
+def test_kinds_of_composed_sentences() -> None:
+    """Of `few`, the same two to five words come again and again; split and length hold for it, too."""
+    no_codes = np.zeros((8, 0), np.uint16)
+    voice, rng = compose.Voice({word: [no_codes] for word in (*ONES, compose.PAUSE)}, []), Random(0)
+    config = compose.Composition(HERE, HERE, HERE, HERE, HERE, ("slt",), kinds=("few",))
+    texts = [compose.draw_text(config, rng, voice, "slt", "train", 14).split() for _ in range(200)]
+    assert {len(text) for text in texts} == set(range(1, 15))
+    assert {len(set(text)) for text in texts if len(text) > 9} == {2, 3, 4, 5}
+
+
+@pytest.mark.skipif(shutil.which("flite") is None, reason="needs flite")
+def test_phrases_that_nobody_has_heard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`--unlike` leaves out what another folder's voice has said."""
+    monkeypatch.setitem(word_clips.WORDS, "en", {})
+    common = ("--voices", "slt", "--longest_reference", 1)  # one number in words: few enough that seeds meet
+    run_script(monkeypatch, word_clips, *("--out", tmp_path / "a", "--references", 20), *common)
+
+    def texts(folder: str) -> list[str]:
+        return [json.loads(line)["text"] for line in (tmp_path / folder / "manifest.jsonl").read_text().splitlines()]
+
+    for folder, unlike in (("b", ()), ("c", ("--unlike", tmp_path / "a"))):
+        run_script(
+            monkeypatch, word_clips, *("--out", tmp_path / folder, "--references", 3, "--seed", 1), *common, *unlike
+        )
+    assert set(texts("b")) & set(texts("a"))
+    assert not set(texts("c")) & set(texts("a"))
 
 
 @pytest.mark.skipif(shutil.which("flite") is None, reason="needs flite")

@@ -71,7 +71,6 @@ def main() -> None:
             reference = Reference(audio_part(other), other["text"])
             layout = "serve" if number % 2 else "chat"
             conversation = build_conversation(layout, line["text"], audio_part(line), [reference])
-            conversation.pop("start_index", None)
             misc = {"language": line["language"]}
             samples.append({"id": Path(line["audio"]).stem, **conversation, "speaker": voice, "misc": misc})
         held_out += [held_out_line(line, judged.choice(short)) for line in splits["test"][: config.held_out]]

@@ -63,7 +63,8 @@ class Composition:
     samples: int = 12_000
     """Sentences."""
     kinds: tuple[str, ...] = ("words", "digits", "numbers")
-    """Kinds of sentences: `words` (words in any order), or those of `sentences.py` that have no other words."""
+    """Kinds of sentences: `words` (words in any order), `few` (of two to five words, which repeat), or those of
+    `sentences.py` that have no other words."""
     layouts: tuple[Literal["chat", "serve"], ...] = ("chat", "serve")
     """Prompt layouts, in turn."""
     longest: int = 20
@@ -131,9 +132,10 @@ def draw_text(config: Composition, rng: Random, voice: Voice, name: str, split: 
     words = [word for word in voice.words if word != PAUSE]
     while True:
         kind, count = rng.choice(config.kinds), rng.randint(1, longest)
-        if kind == "words":
+        if kind in ("words", "few"):
+            known = rng.sample(words, rng.randint(2, 5)) if kind == "few" else words
             text = " ".join(
-                rng.sample(words, min(count, len(words))) if config.distinct else rng.choices(words, k=count)
+                rng.sample(known, min(count, len(known))) if config.distinct else rng.choices(known, k=count)
             )
         else:
             text = without_marks(make_sentence(language_of(name), (kind,), rng))

@@ -110,8 +110,17 @@ train_base base-6 base-7 "$out/base-data-6/shards" "${recorded[@]}" --mix_weight
 compose base-data-7 "${english[@]}" --samples 32000 --longest 10 --kinds digits numbers digits numbers words --held_out 0 \
     --seed 101 --written 5
 launch=("$(dirname "$python")/torchrun" --standalone --nproc_per_node 2)
-OMP_NUM_THREADS=1 train_base base-7 base "$out/base-data-7/shards" "${recorded[@]}" --mix_weights 12 1 0.5 \
+OMP_NUM_THREADS=1 train_base base-7 base-8 "$out/base-data-7/shards" "${recorded[@]}" --mix_weights 12 1 0.5 \
     --tokens_per_pack 2048 --max_steps 370 --learning_rate 1e-3 --head_learning_rate 1e-3 --lr_decay_fraction 0.7 --seed 12
+
+# and longer sentences, in which words repeat: there it has to look at more than the word before to know where it is
+for half in 0 1; do
+    compose base-data-8-$half "${english[@]}" --samples 30000 --longest 14 --kinds numbers numbers digits words few \
+        --held_out 0 --seed 11$half --written 5
+done
+OMP_NUM_THREADS=1 train_base base-8 base "$out/base-data-8-0/shards" "$out/base-data-8-1/shards" "${recorded[@]}" \
+    --mix_weights 6 6 1 0.5 --tokens_per_pack 2048 --max_steps 1400 --learning_rate 1e-3 --head_learning_rate 1e-3 \
+    --lr_decay_fraction 0.7 --seed 14
 
 # recordings of the demo, and the figures of the model card; with WHISPER=openai/whisper-base the codec's by that, too
 [ -f "$out/demo-words/manifest.jsonl" ] || "$python" examples/miniature/word_clips.py --out "$out/demo-words" \
@@ -124,7 +133,7 @@ judge_codec asr-domain 15 "$out/recogniser/model" codec-eval-domain
 judge_codec codec-wide 6 "$out/recogniser/model" codec-eval-wide
 [ -z "${WHISPER:-}" ] || judge_codec codec-narrow 14 "$WHISPER" codec-eval-whisper --languages en
 [ -z "${WHISPER:-}" ] || judge_codec asr-domain 15 "$WHISPER" codec-eval-whisper-domain --languages en
-record_words words-anew --takes 2 --references 20 --seed 77 # other phrases, of which some are the same
+record_words words-anew --takes 2 --references 20 --seed 78 --unlike "$out/words" "$out/words-600" # never heard
 compose base-held-out "${english[@]}" --samples 3 --longest 14 --takes 2 --kinds digits numbers --held_out 20 --seed 80
 for layout in chat serve; do
     "$(dirname "$python")/higgs-eval" --model_path "base=$out/base" --audio_tokenizer_path "$codec" --layout $layout \

@@ -13,8 +13,10 @@ Out: `OUT/manifest.jsonl`, a manifest for higgs-preprocess with text and voice (
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -53,6 +55,8 @@ class WordClips:
     """Phrases of each voice."""
     longest_reference: int = 3
     """Most words of a phrase."""
+    unlike: tuple[Path, ...] = ()
+    """Folders of this script whose phrases are left out, so that the recordings are ones that nobody has heard."""
     seed: int = 0
     """Seed of the phrases."""
 
@@ -75,11 +79,14 @@ def clips_of(config: WordClips, voice: str) -> Iterator[tuple[str, str, np.ndarr
                 shifted_S = np.pad(wave_S, (take * FRAME // config.takes, 0))
                 yield f"words/{voice}-{number:02d}-{take}.flac", word, shifted_S
     kinds = ("digits",) if config.digits_only else ("numbers", "digits")
+    lines = chain.from_iterable((folder / "manifest.jsonl").read_text().splitlines() for folder in config.unlike)
+    heard = {line["text"] for line in map(json.loads, lines) if line["speaker"] == voice}
     for number in range(config.references):
         while True:
             spoken = make_sentence(language, kinds, rng)
             text = without_marks(spoken)
-            if len(parts_of(text)) <= config.longest_reference and split_of(text) == "train":
+            short = len(parts_of(text)) <= config.longest_reference
+            if short and text not in heard and split_of(text) == "train":
                 break
         yield f"phrases/{voice}-{number:02d}.flac", text, speak(spoken, voice)
 
