@@ -34,7 +34,7 @@ echo "== 3. stage 1: text"
 train --training_stage stage1 --model_path "$base" --output_dir "$out/stage1" --max_steps "${STEPS1:-60}" --eval_steps 30
 
 echo "== 4. stage 2: text and audio, from stage 1"
-train --training_stage stage2 --model_path "$out/stage1" --output_dir "$out/stage2" --max_steps "${STEPS2:-450}" \
+train --training_stage stage2 --model_path "$out/stage1" --output_dir "$out/stage2" --max_steps "${STEPS2:-330}" \
     --train_audio_head --train_audio_embeddings --head_learning_rate 2e-3 --codebook_loss_weights 8 2 1 1 1 1 1 1 \
     --eval_steps 50 --sample_steps 100 --num_samples 2 --sample_max_seconds 8
 
