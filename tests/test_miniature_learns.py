@@ -27,7 +27,7 @@ BIN = Path(sys.executable).parent
 sys.path.append(str(ROOT / "bench" / "study"))
 from leaked import leaked_labels  # noqa: E402
 
-FORGOTTEN = 0.15  # character error rate that English may lose in two fifths of the demo's training
+FORGOTTEN = 0.08  # character error rate that English may lose; the demo itself loses 0.02
 SENTENCE = "خمسة ثلاثة سبعة أربعة"
 
 
@@ -40,7 +40,7 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "PROCESSES": "1",
         "SAMPLES": "2500",
         "STEPS1": "40",
-        "STEPS2": "260",
+        "STEPS2": "440",
     }
     run = subprocess.run(
         [MINIATURE / "demo.sh", folder], env={**os.environ, **small}, capture_output=True, text=True, check=False
