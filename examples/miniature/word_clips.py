@@ -14,9 +14,8 @@ Out: `OUT/manifest.jsonl`, a manifest for higgs-preprocess with text and voice (
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
-from itertools import chain
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -69,8 +68,10 @@ def spoken_word(word: str, voice: str) -> np.ndarray:
     return wave_S[max(0, loud[0] - margin) : loud[-1] + margin]
 
 
-def clips_of(config: WordClips, voice: str) -> Iterator[tuple[str, str, np.ndarray]]:
-    """Name, text and samples of each recording of a voice."""
+def clips_of(
+    config: WordClips, voice: str, heard: Collection[tuple[str, str]]
+) -> Iterator[tuple[str, str, np.ndarray]]:
+    """Name, text and samples of each recording of a voice; no phrase is one of those (voice, text) that were heard."""
     language, rng = language_of(voice), Random(f"{config.seed} {voice}")
     for number, (word, spoken) in enumerate(WORDS[language].items()):
         if word in DIGITS or not config.digits_only:
@@ -79,14 +80,12 @@ def clips_of(config: WordClips, voice: str) -> Iterator[tuple[str, str, np.ndarr
                 shifted_S = np.pad(wave_S, (take * FRAME // config.takes, 0))
                 yield f"words/{voice}-{number:02d}-{take}.flac", word, shifted_S
     kinds = ("digits",) if config.digits_only else ("numbers", "digits")
-    lines = chain.from_iterable((folder / "manifest.jsonl").read_text().splitlines() for folder in config.unlike)
-    heard = {line["text"] for line in map(json.loads, lines) if line["speaker"] == voice}
     for number in range(config.references):
         while True:
             spoken = make_sentence(language, kinds, rng)
             text = without_marks(spoken)
             short = len(parts_of(text)) <= config.longest_reference
-            if short and text not in heard and split_of(text) == "train":
+            if short and (voice, text) not in heard and split_of(text) == "train":
                 break
         yield f"phrases/{voice}-{number:02d}.flac", text, speak(spoken, voice)
 
@@ -98,11 +97,13 @@ def parts_of(text: str) -> list[str]:
 
 def main() -> None:
     config = tyro.cli(WordClips)
+    manifests = ((folder / "manifest.jsonl").read_text().splitlines() for folder in config.unlike)
+    heard = {(line["speaker"], line["text"]) for manifest in manifests for line in map(json.loads, manifest)}
     lines = list[dict[str, Any]]()
     for folder in ("words", "phrases"):
         (config.out / folder).mkdir(parents=True, exist_ok=True)
     for voice in config.voices:
-        for audio, text, wave_S in clips_of(config, voice):
+        for audio, text, wave_S in clips_of(config, voice, heard):
             soundfile.write(config.out / audio, wave_S, SAMPLE_RATE_HZ, format="FLAC")
             lines.append({"audio": audio, "text": text, "speaker": voice})
     write_lines(config.out / "manifest.jsonl", lines)
