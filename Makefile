@@ -79,7 +79,7 @@ bench: setup
 
 # the tests of the report in a browser are skipped without Chromium (Debian: apt-get install chromium chromium-driver)
 test: setup
-	$(BIN)/pytest -n 2 --dist loadfile
+	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 # a quick test or two of every file, in less than two minutes
 test-fast: setup

@@ -10,6 +10,7 @@ from typing import Any
 import fsspec
 import pytest
 import torch
+from helpers.ranks import shorten_the_selftest
 from higgs_tune.preprocess.config import PreprocessConfig
 from higgs_tune.preprocess.pipeline import build_shards
 from higgs_tune.shards.reader import ShardSet
@@ -18,6 +19,8 @@ from higgs_tune.train.toy import ToyConfig, make_toy
 from transformers import PreTrainedTokenizerBase
 
 ROOT = Path(__file__).parents[1]
+LONGEST = ("test_miniature_learns.py", "test_faults.py", "test_resume.py", "test_engine.py", "test_lora_paths.py")
+LONGEST += ("test_long_runs.py", "test_whisper_path.py", "test_page.py", "test_handover.py", "test_signals.py")
 EXAMPLES = ROOT / "examples" / "arabic" / "chatml.json"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the programs that tests start; see _one_thread
@@ -29,6 +32,17 @@ if not torch.cuda.is_available():
 def _one_thread() -> None:
     """The tensors are tiny; threads that wait for each other cost more than they bring."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _short_selftest() -> None:
+    """Every run begins with one, which would be a third of a short run's time."""
+    shorten_the_selftest()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest files first: a file is one process's, and none should wait for a long one at the end."""
+    items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
 
 
 @pytest.fixture(scope="session")

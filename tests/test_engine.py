@@ -268,7 +268,7 @@ def test_ray_gives_the_same_bytes_when_workers_are_killed(
 ) -> None:
     """A local Ray; a worker is killed while encoding, and one while assembling."""
     pytest.importorskip("ray")
-    data = make_data(tmp_path, 12)
+    data = make_data(tmp_path, 8)
     options = {"clips_per_unit": 2, "samples_per_shard": 4, "whisper_features": "mel"}
     preprocess(toy, data, tmp_path / "local", **options)
     for name in ("encode_unit", "assemble_shard"):

@@ -163,7 +163,7 @@ def test_every_combination_runs_fused_as_printed_and_keeps_what_is_estimated(
     options: dict[str, Any], toy: Path, shards: ShardSet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Numbers of the plain layers, checkpointed or not; no group of layers leaves the fused path."""
-    model, batch = model_with(toy, **options), batch_of(shards, range(4))
+    model, batch = model_with(toy, **options), batch_of(shards, range(2))
     expected = loss_and_gradients(model, batch, ExecOptions(plain=True))
     lines = describe_paths(model, ExecOptions())
     assert all(" fused " in line for line in lines)
@@ -185,7 +185,7 @@ def test_several_adapters_run_fused_and_keep_what_is_estimated(
     """Two active at once, as PEFT has them, of different rank and layers."""
     model, batch = (
         load_model(toy / "model", device=torch.device("cpu"), dtype=torch.float32).model,
-        batch_of(shards, range(4)),
+        batch_of(shards, range(2)),
     )
     torch.manual_seed(0)
     every = LoraConfig(r=4, lora_dropout=dropout, target_modules=PRESETS["comprehensive"].pattern)
@@ -218,7 +218,7 @@ def test_bfloat16_keeps_what_is_estimated(
     model = model_with(toy, torch.bfloat16, **KINDS[kind], **PLACES[place])
     monkeypatch.setattr(forward, "causal_attention", blocked_attention)
     for mode in MODES:
-        assert_keeps_what_is_estimated(model, batch_of(shards, range(4)), mode, monkeypatch)
+        assert_keeps_what_is_estimated(model, batch_of(shards, range(2)), mode, monkeypatch)
 
 
 def blocked_attention(q_NhD: torch.Tensor, k_NhD: torch.Tensor, v_NhD: torch.Tensor, *lengths: Any) -> torch.Tensor:
@@ -291,7 +291,7 @@ def test_dropout_and_dora_are_not_compiled(
     kind: str, toy: Path, shards: ShardSet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Compiled code would keep masks (a third more than estimated), so they run fused, as the run prints."""
-    model, batch = model_with(toy, **KINDS[kind]), batch_of(shards, range(4))
+    model, batch = model_with(toy, **KINDS[kind]), batch_of(shards, range(2))
     expected, compiled = loss_and_gradients(model, batch, ExecOptions()), ExecOptions("compiled")
     assert describe_paths(model, compiled) == describe_paths(model, ExecOptions())
     got = loss_and_gradients(model, batch, compiled)
