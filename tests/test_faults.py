@@ -31,7 +31,7 @@ def options(shards: ShardSet, toy: Path) -> Options:
         "training_stage": "single",
         "model_path": toy / "model",
         "train_data_dir": (shards.location,),
-        "tokens_per_pack": 1024,
+        "tokens_per_pack": 512,
         "learning_rate": 1e-2,
         "lora_dropout": 0.1,
         "max_steps": 8,

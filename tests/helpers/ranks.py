@@ -55,7 +55,9 @@ def serve(request: dict[str, Any]) -> dict[str, Any]:
         if killed_saving < request.get("saves", 0):  # these first: few steps are made in between
             killed_saving += wait_for(lambda: any(out.glob(".tmp-checkpoint-*")), pids)
         else:
-            wait_for(bool, pids, rng.uniform(0.2, 3.5))
+            until = newest_step(out) + rng.randint(0, 2)  # steps, so that a fast machine gets no further in between
+            wait_for(lambda until=until: newest_step(out) >= until, pids)
+            wait_for(bool, pids, rng.uniform(0.0, 0.4))
         if not kill(pids):
             break  # the run is done; the caller sees that it was not killed as often as it asked for
         killed += 1
@@ -66,6 +68,11 @@ def serve(request: dict[str, Any]) -> dict[str, Any]:
         os.kill(pids[request["kill_rank"]], signal.SIGKILL)
     codes = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
     return {"codes": codes, "killed": killed, "killed_saving": killed_saving, "s": time.monotonic() - began}
+
+
+def newest_step(out: Path) -> int:
+    """Of the checkpoints in a folder; 0 where there is none."""
+    return max((int(path.name.rpartition("-")[2]) for path in out.glob("checkpoint-*")), default=0)
 
 
 def shorten_the_selftest() -> None:
@@ -187,6 +194,7 @@ def kill(pids: list[int]) -> bool:
 
 
 if __name__ == "__main__":
+    import higgs_tune.train.loop  # noqa: F401  (before the first fork, so that no rank has to)
     import torch
 
     torch.set_num_threads(1)
