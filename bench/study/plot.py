@@ -1,8 +1,9 @@
 """Pictures and tables of the study, from what `run.py` wrote. Needs matplotlib, which the project itself does not.
 
-    python bench/study/plot.py bench/study/results.jsonl docs/study
+    python bench/study/plot.py bench/study/results.jsonl docs/study [EARLIER.jsonl]
 
-Prints tables in Markdown; writes `OUT/curves.svg` and `OUT/figures.svg`.
+Prints tables in Markdown; writes `OUT/curves.svg` and `OUT/figures.svg`. EARLIER: results on other miniatures, of which
+only differences are taken, each to the run of the same miniature with the same seed.
 """
 
 from __future__ import annotations
@@ -18,36 +19,37 @@ from typing import Any
 BASELINE = "two stages"
 CURVES = {"two stages": "#1f77b4", "one stage": "#ff7f0e", "leaked labels": "#d62728"}
 UNIFORM = {"text_loss": 7.10, "audio_loss": 6.93}  # nats, of a uniform guess
-T_95 = {2: 12.71, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365}  # Student's t for so many seeds
-Results = dict[str, dict[int, dict[str, Any]]]
+T_95 = {2: 12.71, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306}  # Student's t for so many runs
+Run = tuple[str, int]  # miniature, seed
+Results = dict[str, dict[Run, dict[str, Any]]]
 
 
-def read_results(path: Path) -> Results:
-    """Results by arm and seed."""
-    results = defaultdict[str, dict[int, dict[str, Any]]](dict)
-    for line in map(json.loads, path.read_text().splitlines()):
-        results[line["arm"]][line["seed"]] = line
-    return {arm: dict(sorted(seeds.items())) for arm, seeds in results.items()}
+def read_results(*paths: Path) -> Results:
+    """Results by arm and run."""
+    results = defaultdict[str, dict[Run, dict[str, Any]]](dict)
+    for line in (json.loads(line) for path in paths for line in path.read_text().splitlines()):
+        results[line["arm"]][line["miniature"]["base"], line["seed"]] = line
+    return {arm: dict(sorted(runs.items())) for arm, runs in results.items()}
 
 
-def values(results: Results, arm: str, language: str, name: str = "cer") -> dict[int, float]:
-    """A figure of every seed of an arm."""
+def values(results: Results, arm: str, language: str, name: str = "cer") -> dict[Run, float]:
+    """A figure of every run of an arm."""
     return {
-        seed: line["figures"][language]["model"][name]["mean"]
-        for seed, line in results[arm].items()
+        run: line["figures"][language]["model"][name]["mean"]
+        for run, line in results[arm].items()
         if line.get("figures") and line["figures"][language]["model"][name]["mean"] is not None
     }
 
 
-def mean(numbers: dict[int, float]) -> float:
-    """The mean over seeds."""
+def mean(numbers: dict[Run, float]) -> float:
+    """The mean over runs."""
     return sum(numbers.values()) / len(numbers) if numbers else math.nan
 
 
 def difference(results: Results, arm: str, language: str) -> str:
-    """Mean difference to the baseline with the same seeds, in points, with a 95 % interval over seeds."""
+    """Mean difference to the baseline with the same seeds, in points, with a 95 % interval over runs."""
     of_arm, of_base = values(results, arm, language), values(results, BASELINE, language)
-    pairs = [100 * (of_arm[seed] - of_base[seed]) for seed in of_arm if seed in of_base]
+    pairs = [100 * (of_arm[run] - of_base[run]) for run in of_arm if run in of_base]
     if arm in (BASELINE, "base") or len(pairs) < 2:
         return "–"
     middle = sum(pairs) / len(pairs)
@@ -68,10 +70,20 @@ def print_tables(results: Results) -> None:
             cells += [f"{100 * mean(seeds):.1f} ({listed})", difference(results, arm, language)]
         cells.append(f"{mean(values(results, arm, 'ar', 'sim')):.2f}")
         print("| " + " | ".join(cells) + " |")
-    for arm, seeds in results.items():
-        for seed, line in seeds.items():
+    for arm, runs in results.items():
+        for (_, seed), line in runs.items():
             last = (line.get("eval") or [{}])[-1]
             print(f"{arm} {seed}: {last} {line.get('refused', '')[:160]}")
+
+
+def print_pooled(results: Results) -> None:
+    """Differences over several miniatures."""
+    print("| | pairs of runs | Arabic | English |\n|---|---|---|---|")
+    for arm in results:
+        of_arm, of_base = values(results, arm, "ar"), values(results, BASELINE, "ar")
+        if arm not in (BASELINE, "base"):
+            both = (difference(results, arm, language) for language in ("ar", "en"))
+            print("|", arm, "|", len(of_arm.keys() & of_base.keys()), "|", " | ".join(both), "|")
 
 
 def points_of(line: dict[str, Any], kind: str, loss: str) -> tuple[list[int], list[float]]:
@@ -116,9 +128,11 @@ def draw_figures(plt: Any, results: Results, out: Path) -> None:
 
 
 def main() -> None:
-    source, out = map(Path, sys.argv[1:3])
+    source, out, *earlier = map(Path, sys.argv[1:])
     results = read_results(source)
     print_tables(results)
+    if earlier:
+        print_pooled(read_results(source, *earlier))
     plots: Any = importlib.import_module("matplotlib")
     plots.use("svg")
     plots.rcParams["svg.hashsalt"] = "study"

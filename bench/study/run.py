@@ -157,6 +157,7 @@ def train(config: Study, arm: Arm, folder: Path, seed: int) -> int:
     given += ["--train_data_dir", config.out / f"{arm.data}{ending}" / "shards"]
     given += ["--eval_data_dir", f"held={config.out / f'validation{ending}' / 'shards'}"]
     program = (ROOT / "bench" / "study" / "leaked.py",) if arm.leaked else ("-m", "higgs_tune.train")
+    given += ["--overwrite_output_dir"]  # of a run that was stopped: those that ended are not begun again
     given += ["--skip_alignment_check"] * arm.leaked
     stages = [("single", BASE, STEPS)] if arm.single else [
         ("stage1", BASE, TEXT_STEPS), ("stage2", folder / "stage1", STEPS - TEXT_STEPS)
