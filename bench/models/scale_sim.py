@@ -57,10 +57,10 @@ class Options:
     """Share of the last micro-step that the all-reduce hides behind, but for its last bucket of 25 MB."""
     lora_rank: int = 16
     """Rank of LoRA; its float32 gradients are what is sent."""
-    loader_samples_per_s: float = 2685.0
+    loader_samples_per_s: float = 1411.0
     """Samples/s of one loader process: a quarter of what four made on two cores (bench/loader.py)."""
-    peer_ratio: float = 1.35
-    """Our rate over that of the packed peer, which pads nothing either (bench/train_step.py, stated lengths, a CPU)."""
+    peer_ratio: float = 1.17
+    """Our rate over that of the packed peer, which pads nothing (bench/train_step.py --vocabulary 16384, on a CPU)."""
     workers: int = 4
     """Loader processes a GPU."""
     storage_gb_s: float = 10.0
