@@ -16,10 +16,11 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
+from scipy.stats import ttest_1samp
+
 BASELINE = "two stages"
 CURVES = {"two stages": "#1f77b4", "one stage": "#ff7f0e", "leaked labels": "#d62728"}
 UNIFORM = {"text_loss": 7.10, "audio_loss": 6.93}  # nats, of a uniform guess
-T_95 = {2: 12.71, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306}  # Student's t for so many runs
 Run = tuple[str, int]  # miniature, seed
 Results = dict[str, dict[Run, dict[str, Any]]]
 
@@ -46,16 +47,18 @@ def mean(numbers: dict[Run, float]) -> float:
     return sum(numbers.values()) / len(numbers) if numbers else math.nan
 
 
-def difference(results: Results, arm: str, language: str) -> str:
-    """Mean difference to the baseline with the same seeds, in points, with a 95 % interval over runs."""
+def differences(results: Results, arm: str, language: str) -> dict[Run, float]:
+    """Each run's difference to the baseline of the same miniature and seed, in points; none of `base` and itself."""
     of_arm, of_base = values(results, arm, language), values(results, BASELINE, language)
-    pairs = [100 * (of_arm[run] - of_base[run]) for run in of_arm if run in of_base]
-    if arm in (BASELINE, "base") or len(pairs) < 2:
+    return {run: 100 * (of_arm[run] - of_base[run]) for run in of_arm.keys() & of_base if arm not in (BASELINE, "base")}
+
+
+def with_interval(pairs: dict[Run, float]) -> str:
+    """Their mean, with a 95 % interval over runs (Student's t)."""
+    if len(pairs) < 2:
         return "–"
-    middle = sum(pairs) / len(pairs)
-    deviation = math.sqrt(sum((pair - middle) ** 2 for pair in pairs) / (len(pairs) - 1))
-    half = T_95[len(pairs)] * deviation / math.sqrt(len(pairs))
-    return f"{middle:+.1f} [{middle - half:+.1f}, {middle + half:+.1f}]"
+    low, high = ttest_1samp(list(pairs.values()), 0).confidence_interval(0.95)
+    return f"{mean(pairs):+.1f} [{low:+.1f}, {high:+.1f}]"
 
 
 def print_tables(results: Results) -> None:
@@ -67,7 +70,7 @@ def print_tables(results: Results) -> None:
         for language in ("ar", "en"):
             seeds = values(results, arm, language)
             listed = ", ".join(f"{100 * value:.0f}" for value in seeds.values())
-            cells += [f"{100 * mean(seeds):.1f} ({listed})", difference(results, arm, language)]
+            cells += [f"{100 * mean(seeds):.1f} ({listed})", with_interval(differences(results, arm, language))]
         cells.append(f"{mean(values(results, arm, 'ar', 'sim')):.2f}")
         print("| " + " | ".join(cells) + " |")
     for arm, runs in results.items():
@@ -80,10 +83,9 @@ def print_pooled(results: Results) -> None:
     """Differences over several miniatures."""
     print("| | pairs of runs | Arabic | English |\n|---|---|---|---|")
     for arm in results:
-        of_arm, of_base = values(results, arm, "ar"), values(results, BASELINE, "ar")
-        if arm not in (BASELINE, "base"):
-            both = (difference(results, arm, language) for language in ("ar", "en"))
-            print("|", arm, "|", len(of_arm.keys() & of_base.keys()), "|", " | ".join(both), "|")
+        arabic, english = (differences(results, arm, language) for language in ("ar", "en"))
+        if arabic:
+            print("|", arm, "|", len(arabic), "|", with_interval(arabic), "|", with_interval(english), "|")
 
 
 def points_of(line: dict[str, Any], kind: str, loss: str) -> tuple[list[int], list[float]]:
