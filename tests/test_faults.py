@@ -16,7 +16,7 @@ import pytest
 import torch
 from helpers.ranks import ask
 from higgs_tune.shards.reader import ShardSet
-from higgs_tune.train.checkpoint.folder import list_checkpoints, verify_checkpoint
+from higgs_tune.train.checkpoint.folder import checkpoint_step, list_checkpoints, verify_checkpoint
 from higgs_tune.train.dist.context import DIST_TIMEOUT
 from safetensors.torch import load_file
 
@@ -96,7 +96,7 @@ def test_sigusr1_to_the_whole_group_with_loader_processes(options: Options, tmp_
     os.killpg(process.pid, signal.SIGUSR1)
     _, said = process.communicate(timeout=300)
     assert process.returncode == 75, said
-    step = int(list_checkpoints(out)[0].name.rpartition("-")[2])
+    step = checkpoint_step(list_checkpoints(out)[0])
     assert f"stopped by SIGUSR1 at step {step}" in said
     verify_checkpoint(list_checkpoints(out)[0])
 

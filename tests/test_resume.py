@@ -15,6 +15,7 @@ from higgs_tune.shards.reader import ShardSet
 from higgs_tune.train.checkpoint import folder as checkpoint
 from higgs_tune.train.checkpoint.folder import (
     Snapshot,
+    checkpoint_step,
     list_checkpoints,
     newest_valid,
     verify_checkpoint,
@@ -96,7 +97,7 @@ def test_resume_is_bit_equal_at_any_step(options: Options, undisturbed: Path, tm
     out = tmp_path / "out"
     shutil.copytree(undisturbed, out)
     for later in list_checkpoints(out):
-        if int(later.name.rpartition("-")[2]) > step:
+        if checkpoint_step(later) > step:
             shutil.rmtree(later)
     (out / "adapter_model.safetensors").unlink()
     run(options, out, resume_from_checkpoint="auto")

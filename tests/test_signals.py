@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from helpers.samples import random_sample
 from helpers.tiny import ids_of, train_flags, write_checkpoint, write_set
-from higgs_tune.train.checkpoint.folder import list_checkpoints, verify_checkpoint
+from higgs_tune.train.checkpoint.folder import checkpoint_step, list_checkpoints, verify_checkpoint
 from transformers import PreTrainedTokenizerBase
 
 FAILING = Path(__file__).parent / "helpers" / "failing_rank.py"
@@ -91,7 +91,7 @@ def check_whole(out: Path) -> int:
     """Every checkpoint is whole; returns the newest one's step."""
     for path in list_checkpoints(out):
         verify_checkpoint(path)
-    return int(list_checkpoints(out)[0].name.rpartition("-")[2])
+    return checkpoint_step(list_checkpoints(out)[0])
 
 
 @pytest.mark.fast

@@ -72,9 +72,9 @@ def serve(request: dict[str, Any]) -> dict[str, Any]:
 
 def newest_step(out: Path) -> int:
     """Of the checkpoints in a folder; 0 where there is none."""
-    from higgs_tune.train.checkpoint.folder import list_checkpoints
+    from higgs_tune.train.checkpoint.folder import checkpoint_step, list_checkpoints
 
-    return next((int(path.name.rpartition("-")[2]) for path in list_checkpoints(out)), 0)
+    return next(map(checkpoint_step, list_checkpoints(out)), 0)
 
 
 def shorten_the_selftest() -> None:

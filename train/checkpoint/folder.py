@@ -29,7 +29,7 @@ from safetensors.torch import save_file
 
 VERSION = 1
 STATE, CHECKSUMS = "state.json", "checksums.json"
-_NAME = re.compile(r"checkpoint-(\d+)")
+_NAME = re.compile(r"checkpoint-\d+")
 _BLOCK = 1 << 24
 RETRY_AFTER_S = 1.0
 
@@ -52,10 +52,15 @@ def checkpoint_path(folder: Path, step: int) -> Path:
     return folder / f"checkpoint-{step}"
 
 
+def checkpoint_step(checkpoint: Path) -> int:
+    """The step that a checkpoint's folder is named by."""
+    return int(checkpoint.name.rpartition("-")[2])
+
+
 def list_checkpoints(folder: Path) -> list[Path]:
     """The checkpoints of an output folder, newest first."""
-    steps = [(int(match[1]), path) for path in folder.glob("checkpoint-*") if (match := _NAME.fullmatch(path.name))]
-    return [path for _, path in sorted(steps, reverse=True)]
+    found = [path for path in folder.glob("checkpoint-*") if _NAME.fullmatch(path.name)]
+    return sorted(found, key=lambda path: (checkpoint_step(path), path), reverse=True)
 
 
 def write_checkpoint(folder: Path, snapshot: Snapshot) -> None:

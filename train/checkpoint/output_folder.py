@@ -17,7 +17,7 @@ from higgs_tune.preprocess.checkpoints.training_record import RECORD
 from higgs_tune.shards import durable
 from higgs_tune.shards.errors import UserError, few
 from higgs_tune.shards.lock import locked
-from higgs_tune.train.checkpoint.folder import is_valid, list_checkpoints
+from higgs_tune.train.checkpoint.folder import checkpoint_step, is_valid, list_checkpoints
 from higgs_tune.train.checkpoint.output import (
     ADAPTER,
     ADAPTER_CONFIG,
@@ -146,15 +146,12 @@ def _is_run(folder: Path) -> bool:
 
 def _check_newest(checkpoint: Path, checkpoints: list[Path]) -> None:
     """Refuse to resume in a folder with newer valid checkpoints: they would mix with those of the resumed run."""
-    newer = [path.name for path in checkpoints if _step(path) > _step(checkpoint) and is_valid(path)]
+    later = [path for path in checkpoints if checkpoint_step(path) > checkpoint_step(checkpoint)]
+    newer = [path.name for path in later if is_valid(path)]
     if newer:
         hint = f"Choose another --output_dir, or remove the newer ones. {RESUME} auto resumes from the newest."
         raise UserError(f"the output folder holds newer checkpoints than {checkpoint.name}",
                         where=checkpoint.parent, got=few(newer), hint=hint)  # fmt: skip
-
-
-def _step(checkpoint: Path) -> int:
-    return int(checkpoint.name.rpartition("-")[2])
 
 
 def size_of(paths: Iterable[Path]) -> int:
