@@ -1,20 +1,20 @@
 #!/usr/bin/env bash
-# Everything at the released sizes on one GPU: training step side by side, by eager, compiled and Triton kernels; the
-# whole trainer, by the fastest of them; encoding (`audio_hours_an_hour`: a GPU hour); growth, kinds of LoRA, roofline,
-# simulated scale. Random weights and synthetic samples; needs no network. Writes one JSON, with hardware and versions;
-# its `kernels` is the choice for --kernels.
+# Everything at the released sizes on one GPU: training step side by side, eager and by Triton kernels; the whole
+# trainer, by the faster of them; encoding (`audio_hours_an_hour`: a GPU hour); kinds of LoRA; compiled layers beside
+# the others; growth, roofline, simulated scale. Random weights and synthetic samples; needs no network. Writes one
+# JSON, with hardware and versions; its `kernels` is the choice for --kernels.
 #
 #     bench/gpu.sh [OUT] [SIZE]        (OUT: gpu.json; SIZE: 3b; tiny is for a machine without a GPU)
 #
-# PYTHON names the interpreter; torch 2.11 with Python 3.12 will do. All of it ends within 9 minutes, or within LIMIT_S
+# PYTHON names the interpreter; torch 2.11 with Python 3.12 will do. All of it ends within 15 minutes, or within LIMIT_S
 # seconds: every part has a time limit, the most wanted come first, and a part that fails or runs out of time is named in
-# the JSON while the others go on.
+# the JSON while the others go on. PARTS names the parts to run ("step loop", say); by default all.
 set -uo pipefail
 cd "$(dirname "$0")"
 out=$(realpath -m "${1:-gpu.json}")
 size=${2:-3b}
 python=${PYTHON:-python3}
-whole_s=${LIMIT_S:-525}
+whole_s=${LIMIT_S:-900}
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 
@@ -26,6 +26,7 @@ fi
 part() { # name, seconds, command...
     local name=$1 limit=$2 began=$SECONDS
     shift 2
+    [[ " ${PARTS:-$name} " == *" $name "* ]] || return 0
     limit=$((limit < whole_s - SECONDS ? limit : whole_s - SECONDS))
     if [ "$limit" -le 0 ]; then
         echo "no time was left" >"$work/$name.failed"
@@ -44,14 +45,18 @@ if [ "$size" = tiny ]; then
 else
     packs=(2048 4096 8192 16384 32768) lengths=(128 512 2048 4096) length_pack=16384 samples=33 pairs=5 steps=33
     pack=16384 loop_packs=(16384 32768) kinds_pack=4096
-    clips=(--samples 300 --rounds 1 --device cuda --num_processes 6)
+    clips=(--samples 160 --rounds 1 --device cuda --num_processes 6)
 fi
-part step 330 train_step.py --size "$size" --samples "$samples" --pairs "$pairs" --tokens_per_pack "$pack" --parts \
-    --kernels compiled triton
-choice=$("$python" -c 'import json, sys; print(json.load(open(sys.argv[1]))["choice"] or "")' "$work/step.json" 2>/dev/null)
-part loop 120 train_loop.py --size "$size" --steps "$steps" --tokens_per_pack "${loop_packs[@]}" --kernels "${choice:-auto}"
-part kinds 100 lora_kinds.py --size "$size" --positions "$kinds_pack" --pairs "$pairs"
-part encode 130 preprocess.py --shares 1 --loops 1 "${clips[@]}"
+step=(train_step.py --size "$size" --samples "$samples" --pairs "$pairs" --tokens_per_pack "$pack")
+chosen() { # by a run of the step
+    "$python" -c 'import json, sys; print(json.load(open(sys.argv[1]))["choice"] or "")' "$work/$1.json" 2>/dev/null
+}
+part step 180 "${step[@]}" --parts --kernels triton
+choice=$(chosen step)
+part loop 200 train_loop.py --size "$size" --steps "$steps" --tokens_per_pack "${loop_packs[@]}" --kernels "${choice:-auto}"
+part encode 120 preprocess.py --shares 1 --loops 1 "${clips[@]}"
+part kinds 100 lora_kinds.py --size "$size" --positions "$kinds_pack" --pairs "$pairs" --kernels "${choice:-auto}"
+part compiled 240 "${step[@]}" --kernels triton compiled
 (
     export CUDA_VISIBLE_DEVICES= # arithmetic and simulation, beside the GPU's work
     part roofline 60 -m models.roofline
@@ -63,6 +68,7 @@ part growth_eager 80 growth.py --size "$size" --packs "${packs[@]}" --lengths "$
     --length_pack "$length_pack" --kernels eager
 wait
 
+choice=$(chosen compiled || echo "$choice")
 "$python" - "$work" "$out" "$size" "$choice" <<'PYTHON'
 import json, sys
 from pathlib import Path

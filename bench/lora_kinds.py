@@ -5,8 +5,8 @@
 One base model holds the adapters of every kind; a round runs forward and backward of each kind over the same pack, so
 the ratio of a round compares steps that ran one after the other. Before the rounds each kind runs once by plain
 operations too, under the same dropout masks: a relative difference of loss or gradient norm above 1e-3 in float32, or
-2e-2 in bfloat16, ends the run. Memory is what the decoder keeps. Without a GPU the ratio of CPU time stands beside that
-of time: other programs on the same cores change it less.
+2e-2 in bfloat16, ends the run with an error, after its results are written. Memory is what the decoder keeps. Without a
+GPU the ratio of CPU time stands beside that of time: other programs on the same cores change it less.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import statistics
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import tyro
@@ -26,6 +26,7 @@ from higgs_tune.shards.memory import keep_memory
 from higgs_tune.train.data.batch import Batch, collate
 from higgs_tune.train.model.forward import ExecOptions, label_states
 from higgs_tune.train.model.fused_linear import stack_layer
+from higgs_tune.train.model.kernel_choice import KernelName, choose_kernels
 from higgs_tune.train.model.loss import pack_loss
 from higgs_tune.train.model.memory import activation_bytes, lora_matrix_bytes
 from higgs_tune.train.presets import LORA_EXTRAS, PRESETS
@@ -63,6 +64,8 @@ class Options:
     """Rounds; each runs every kind once."""
     rank: int = 16
     """Rank of LoRA."""
+    kernels: KernelName | Literal["auto"] = "eager"
+    """As the trainer's --kernels."""
     out: Path | None = None
     """JSON file of the results."""
 
@@ -104,6 +107,7 @@ class Step:
     model: Any
     batch: Batch
     weights: torch.Tensor
+    exec_options: ExecOptions
 
     def run(self, exec_options: ExecOptions) -> torch.Tensor:
         """Returns the loss; the gradients stay."""
@@ -115,28 +119,21 @@ class Step:
             torch.cuda.synchronize()
         return loss.detach()
 
-    def compare(self, kind: str, tolerance: float) -> dict[str, float]:
-        """Relative differences of loss and gradient norm from those of plain operations.
-
-        Raises:
-            SystemExit: one is above the tolerance.
-        """
+    def compare(self) -> dict[str, float]:
+        """Relative differences of loss and gradient norm from those of plain operations."""
         found = []
-        for exec_options in (ExecOptions(), ExecOptions(plain=True)):
+        for exec_options in (self.exec_options, ExecOptions(plain=True)):
             torch.manual_seed(0)  # of the dropout masks
             loss = self.run(exec_options)
             norms = [parameter.grad.norm() for parameter in self.model.parameters() if parameter.grad is not None]
             found.append((float(loss), float(torch.stack(norms).norm())))
         (loss, norm), (plain_loss, plain_norm) = found
-        apart = {"loss": abs(loss / plain_loss - 1), "grad_norm": abs(norm / plain_norm - 1)}
-        if not agrees(apart, dict.fromkeys(apart, tolerance)):
-            raise SystemExit(f"{kind} differs from plain operations by more than {tolerance:g}: {apart}")
-        return apart
+        return {"loss": abs(loss / plain_loss - 1), "grad_norm": abs(norm / plain_norm - 1)}
 
     def memory(self) -> tuple[float, float]:
         """Bytes that the decoder keeps for a position, and the estimate."""
         text_share = 1 - self.batch["codes_KA"].shape[1] / self.batch.positions
-        kept = kept_bytes(self.model, self.batch, ExecOptions()) / self.batch.positions
+        kept = kept_bytes(self.model, self.batch, self.exec_options) / self.batch.positions
         estimate = activation_bytes(self.model, text_share=text_share, label_share=0.0)
         return kept, estimate + lora_matrix_bytes(self.model) / self.batch.positions
 
@@ -152,7 +149,7 @@ def main() -> None:
     samples = pack_of(options.positions) or equal_pack(options.positions, options.positions)
     batch = collate(samples, 0.0, IDS).to(device)
     weights = LOSS.per_label(torch.cat([batch["label_counts"], batch["pairs"]]).float())
-    step = Step(peft_model.get_base_model(), batch, weights)
+    step = Step(peft_model.get_base_model(), batch, weights, ExecOptions(choose_kernels(options.kernels, device)))
     seconds: dict[str, list[float]] = {kind: [] for kind in KINDS}
     cpu_seconds: dict[str, list[float]] = {kind: [] for kind in KINDS}
     memory: dict[str, tuple[float, float]] = {}
@@ -161,12 +158,12 @@ def main() -> None:
         for kind in KINDS:
             peft_model.base_model.set_adapter(names_of(kind))  # pyright: ignore[reportCallIssue]
             if not number:  # this sets things up, too
-                apart[kind] = step.compare(kind, TOLERANCES[dtype])
+                apart[kind] = step.compare()
                 memory[kind] = step.memory()
                 print(f"{kind} is ready", flush=True)
                 continue
             began, cpu_began = time.perf_counter(), time.process_time()
-            step.run(ExecOptions())
+            step.run(step.exec_options)
             seconds[kind].append(time.perf_counter() - began)
             cpu_seconds[kind].append(time.process_time() - cpu_began)
     print(describe_machine())
@@ -178,6 +175,10 @@ def main() -> None:
         values["relative_differences"] = apart[kind]
     if options.out:
         options.out.write_text(json.dumps({"options": vars(options), "kinds": result}, indent=1, default=str) + "\n")
+    tolerance = TOLERANCES[dtype]
+    for kind, differences in apart.items():
+        if not agrees(differences, dict.fromkeys(differences, tolerance)):
+            raise SystemExit(f"{kind} differs from plain operations by more than {tolerance:g}: {differences}")
 
 
 def show(

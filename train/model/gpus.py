@@ -47,7 +47,7 @@ class Gpu:
 
 GPUS = (
     Gpu("B200", 180, 8.0e12, 2250e12, "DGX B200 data sheet, an eighth of it"),
-    Gpu("H200", 141, 4.8e12, 989e12, "H200 data sheet (SXM)", 0.39),  # the lower of two machines: docs/benchmarks.md
+    Gpu("H200", 141, 4.8e12, 989e12, "H200 data sheet (SXM)", 0.44),  # docs/benchmarks.md
     Gpu("H100", 80, 3.35e12, 989e12, "H100 data sheet (SXM)"),
     Gpu("H100 NVL", 94, 3.9e12, 835e12, "H100 NVL data sheet"),
     Gpu("H100 PCIe", 80, 2.0e12, 756e12, "H100 data sheet (PCIe)"),
