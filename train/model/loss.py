@@ -16,6 +16,7 @@ Shapes: n label rows, K codebooks (1 for text), V classes, H hidden, S samples.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, fields
 from functools import partial
 from typing import Any, NamedTuple
@@ -91,7 +92,7 @@ class _HeadCrossEntropy(torch.autograd.Function):
         ]
         used = head._replace(weight_OH=head.weight_OH.to(hidden_nH.dtype))
         scales, stats_5K = dora_scales([used]), torch.zeros(5, targets_nK.shape[1], device=hidden_nH.device)
-        step = max(1, CHUNK_ELEMENTS // len(head.weight_OH))
+        step = _chunk_rows(len(hidden_nH), len(head.weight_OH))
         for start in range(0, len(hidden_nH), step):
             rows_nH = hidden_nH[start : start + step]
             target_nK = targets_nK[start : start + step].long()
@@ -245,12 +246,18 @@ def head_cross_entropy(
 
     count = int(labels_nK.shape[1])
     total, stats_5K = normed_nH.new_zeros((), dtype=torch.float32), normed_nH.new_zeros(5, count, dtype=torch.float32)
-    step = max(1, CHUNK_ELEMENTS // head.out_features)  # pyright: ignore[reportOperatorIssue]
+    step = _chunk_rows(len(normed_nH), head.out_features)  # pyright: ignore[reportArgumentType]
     for start in range(0, max(1, len(normed_nH)), step):  # no labels give a gradient of zero
         part = slice(start, start + step)
         loss, part_5K = checkpoint(chunk, normed_nH[part], labels_nK[part], use_reentrant=False)  # pyright: ignore
         total, stats_5K = total + loss, stats_5K + part_5K
     return total, stats_5K
+
+
+def _chunk_rows(rows: int, outputs: int) -> int:
+    """Rows of a chunk: chunks are even, since a product of a few rows takes nearly the time of one of many."""
+    most = max(1, CHUNK_ELEMENTS // outputs)
+    return max(1, math.ceil(rows / max(1, math.ceil(rows / most))))
 
 
 def _label_losses(
