@@ -14,7 +14,7 @@ PACKAGES = ("torch", "triton", "transformers", "peft", "numpy", "webdataset")
 
 
 def describe_machine() -> str:
-    """CPU or GPU, cores, memory, load, and the versions that matter."""
+    """CPU with its vector instructions, GPU, cores, memory, load, and the versions that matter."""
     names = [
         line.split(":", 1)[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line
     ]
@@ -24,7 +24,7 @@ def describe_machine() -> str:
         gpu = f", {torch.cuda.device_count()} x {torch.cuda.get_device_name()} with CUDA {torch.version.cuda}"
     versions = ", ".join(filter(None, map(_version, PACKAGES)))
     load = os.getloadavg()[0]
-    cpu = names[0] if names else platform.machine()
+    cpu = f"{names[0] if names else platform.machine()} ({torch.backends.cpu.get_cpu_capability()})"
     python = platform.python_version()
     return f"{cpu}, {os.cpu_count()} cores, {memory:.0f} GiB{gpu}; Python {python}, {versions}; load {load:.1f}"
 
