@@ -95,8 +95,8 @@ class PreprocessConfig:
     ray_address: str = ""
     """Address of the Ray cluster; empty: start one on this machine."""
     num_processes: Annotated[int, AT_LEAST_0] = 0
-    """Worker processes on this machine, each with its own codec, spread over the GPUs; 0: one for each GPU, or
-    without a GPU one for each core, at most 8."""
+    """Worker processes on this machine, each with its own codec, spread over the GPUs; 0: for each GPU up to 6, one for
+    4 GiB of its memory and two cores, or without a GPU one for each core, at most 8."""
     decode_threads: Annotated[int, AT_LEAST_1] = 2
     """Threads of each worker that read and resample audio ahead of the codec."""
     device: str = "auto"

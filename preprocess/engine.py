@@ -25,6 +25,8 @@ from higgs_tune.shards.errors import UserError
 Task = Callable[[int], Any]
 MAX_AUTO_PROCESSES = 8
 TASKS_PER_PROCESS = 2  # with fewer, another process costs more to start than it saves
+PROCESSES_PER_GPU = 6  # one alone leaves a GPU idle: a clip is many small launches (docs/benchmarks.md, "On an H200")
+GPU_GIB_PER_PROCESS = 4  # codec, tower and CUDA's own
 CONNECT_TIMEOUT_S = 10.0
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 MAX_RETRIES = 10  # of a Ray task whose worker or node died
@@ -100,12 +102,20 @@ def run_tasks(task: Task, numbers: list[int], config: EngineOptions, stop: Stop)
         yield from _run_pool(task, numbers, processes, stop)
 
 
-def auto_processes(device: str, tasks: int, tasks_per_process: int = TASKS_PER_PROCESS) -> int:
-    """One process for each GPU; without a GPU one for each core, but no more than the tasks need."""
-    if device in ("auto", "cuda") and torch.cuda.is_available():
-        return torch.cuda.device_count()
-    cores = len(os.sched_getaffinity(0)) if device in ("auto", "cpu") else 1
-    return max(1, min(MAX_AUTO_PROCESSES, cores, tasks // tasks_per_process))
+def auto_processes(
+    device: str, tasks: int, tasks_per_process: int = TASKS_PER_PROCESS, per_gpu: int = PROCESSES_PER_GPU
+) -> int:
+    """Processes on this machine: for each GPU up to `per_gpu`, as its memory and half of the cores allow.
+
+    Without a GPU one for each core. No more than the tasks need, but one for each GPU.
+    """
+    cores, needed = len(os.sched_getaffinity(0)), max(1, tasks // tasks_per_process)
+    if not (device.startswith("cuda") or device == "auto") or not torch.cuda.is_available():
+        return min(MAX_AUTO_PROCESSES, cores, needed)
+    gpus = [int(device[5:])] if device[5:] else range(torch.cuda.device_count())
+    least_gib = min(torch.cuda.get_device_properties(gpu).total_memory for gpu in gpus) / 2**30
+    fit = max(1, min(per_gpu, cores // (2 * len(gpus)), int(least_gib / GPU_GIB_PER_PROCESS)))
+    return max(len(gpus), min(fit * len(gpus), needed))
 
 
 def _run_pool(task: Task, numbers: list[int], processes: int, stop: Stop) -> Iterator[Any]:

@@ -21,7 +21,7 @@ import soundfile
 from conftest import preprocess
 from higgs_tune.preprocess import check, cli, encode, pipeline
 from higgs_tune.preprocess.config import PreprocessConfig
-from higgs_tune.preprocess.engine import Stop, Stopped, run_tasks
+from higgs_tune.preprocess.engine import Stop, Stopped, auto_processes, run_tasks
 from higgs_tune.shards.errors import UserError
 from higgs_tune.shards.writer import SetWriter
 
@@ -93,6 +93,33 @@ def test_processes_change_nothing(toy: Path, tmp_path: Path) -> None:
     preprocess(toy, data, tmp_path / "one", num_processes=1)
     preprocess(toy, data, tmp_path / "two", num_processes=2, clips_per_unit=3, samples_per_shard=4096)
     assert files_of(tmp_path / "one") == files_of(tmp_path / "two")
+
+
+@pytest.mark.parametrize(
+    ("device", "gpus", "gib", "cores", "tasks", "expected"),
+    [
+        ("auto", 0, 0, 4, 100, 4),
+        ("auto", 0, 0, 64, 100, 8),
+        ("cpu", 8, 80, 4, 5, 2),
+        ("auto", 1, 141, 16, 100, 6),
+        ("cuda", 1, 11.6, 16, 100, 2),
+        ("cuda", 1, 141, 4, 100, 2),
+        ("cuda", 1, 3, 1, 100, 1),
+        ("auto", 8, 141, 128, 1000, 48),
+        ("auto", 8, 141, 32, 1000, 16),
+        ("auto", 8, 141, 128, 4, 8),
+        ("cuda:1", 8, 141, 128, 1000, 6),
+        ("cuda", 1, 141, 16, 6, 3),
+    ],
+)
+def test_processes_by_default(
+    device: str, gpus: int, gib: float, cores: int, tasks: int, expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(cores))
+    monkeypatch.setattr("torch.cuda.is_available", lambda: gpus > 0)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: gpus)
+    monkeypatch.setattr("torch.cuda.get_device_properties", lambda _: Mock(total_memory=gib * 2**30))
+    assert auto_processes(device, tasks) == expected
 
 
 def test_stop_finishes_what_is_in_hand(toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

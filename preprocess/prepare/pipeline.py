@@ -101,12 +101,12 @@ def _largest_first(recordings: Sequence[str]) -> list[int]:
 
 
 def _with_processes(config: PrepareConfig, recordings: int) -> PrepareConfig:
-    """Two recordings are worth two processes, unlike two tasks of higgs-preprocess."""
+    """Two recordings are worth two processes, unlike two tasks of higgs-preprocess; a GPU has one recogniser."""
     from higgs_tune.preprocess.engine import auto_processes
 
     if config.num_processes or config.engine != "local":
         return config
-    return replace(config, num_processes=auto_processes(config.device, recordings, tasks_per_process=1))
+    return replace(config, num_processes=auto_processes(config.device, recordings, 1, per_gpu=1))
 
 
 def decide_again(config: PrepareConfig) -> dict[str, Any]:
