@@ -61,6 +61,20 @@ def test_each_sign_is_named_once(name: str | None, changes: dict[str, Any]) -> N
 
 
 @pytest.mark.fast
+@pytest.mark.parametrize("stop", [1, 11, 12, 14, 40])
+def test_a_resumed_run_is_warned_as_one_that_never_stopped(stop: int, tmp_path: Path) -> None:
+    collapsed = {"audio_loss": 2.0, "eos_accuracy": 0.0}
+    lines = [validated(4.7), *(line(step, **collapsed) for step in range(1, 50))]
+    through, before, after = (CollapseWatch(VOCABULARY, CODES, warmup=10) for _ in range(3))
+    said = [warning for metrics in lines for warning in through.look(metrics)]
+    assert len(said) == 2
+    first = [warning for metrics in lines[:stop] for warning in before.look(metrics)]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(metrics) + "\n" for metrics in lines[:stop]))
+    after.resume(tmp_path / "metrics.jsonl")
+    assert first + [warning for metrics in lines[stop:] for warning in after.look(metrics)] == said
+
+
+@pytest.mark.fast
 def test_without_validation_a_loss_near_0_is_a_sign() -> None:
     watch = CollapseWatch(VOCABULARY, CODES, warmup=0)
     said = [warning for step in range(1, 9) for warning, _ in watch.look(line(step, audio_loss=0.05))]

@@ -19,6 +19,7 @@ from higgs_tune.train.checkpoint.folder import Saver
 from higgs_tune.train.checkpoint.output import (
     ADAPTER,
     FULL,
+    METRICS,
     SELFTEST,
     adapter_tensors,
     save_adapter,
@@ -129,9 +130,11 @@ def save_records(run: Run, inputs: Inputs, selftest: SelfTestResult | None) -> N
 
 
 def make_watch(run: Run) -> CollapseWatch:
-    """The collapse watch of a run."""
+    """The collapse watch of a run, whose log is open."""
     model = run.model
-    return CollapseWatch(model.vocab_size, model.audio_codebook_size, warmup_of(run.config.optim, run.total_steps))
+    watch = CollapseWatch(model.vocab_size, model.audio_codebook_size, warmup_of(run.config.optim, run.total_steps))
+    watch.resume(run.config.output_dir / METRICS)
+    return watch
 
 
 def queue_metrics(run: Run, stats: StepStats, norm: torch.Tensor) -> PendingMetrics:

@@ -7,9 +7,11 @@ guess, with a codebook at chance, or that never ends a clip, is warned of; a hea
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from higgs_tune.train.eval_sets import HELD_OUT
@@ -36,6 +38,12 @@ class CollapseWatch:
     _seen: dict[str, int] = field(default_factory=dict)
     _validation: float | None = None
     _ends: int = 0
+
+    def resume(self, path: Path) -> None:
+        """Take up what earlier starts of a run saw, from their metrics.jsonl, so that each warning comes as if there
+        had been one start."""
+        for line in path.read_text().splitlines():
+            self.look(json.loads(line))
 
     def look(self, metrics: dict[str, Any]) -> list[tuple[str, str]]:
         """Warnings that a line gives rise to: names and messages."""
