@@ -91,10 +91,11 @@ def run_tasks(task: Task, numbers: list[int], config: EngineOptions, stop: Stop)
         Stopped: a signal came; the running tasks were finished and their results yielded first.
         UserError: a local worker died, or Ray cannot be reached.
     """
-    processes = min(config.num_processes or auto_processes(config.device, len(numbers)), len(numbers))
     if config.engine == "ray":
         yield from _run_ray(task, numbers, config, stop)
-    elif processes <= 1:
+        return
+    processes = min(config.num_processes or auto_processes(config.device, len(numbers)), len(numbers))
+    if processes <= 1:
         for number in numbers:
             stop.check()
             yield task(number)
@@ -107,12 +108,15 @@ def auto_processes(
 ) -> int:
     """Processes on this machine: for each GPU up to `per_gpu`, as its memory and half of the cores allow.
 
-    Without a GPU one for each core. No more than the tasks need, but one for each GPU.
+    Without a GPU one for each core. No more than the tasks need, but one for each GPU. One for a device that is not
+    there: its task says so.
     """
     cores, needed = len(os.sched_getaffinity(0)), max(1, tasks // tasks_per_process)
-    if not (device.startswith("cuda") or device == "auto") or not torch.cuda.is_available():
+    if device == "cpu" or (device == "auto" and not torch.cuda.is_available()):
         return min(MAX_AUTO_PROCESSES, cores, needed)
-    gpus = [int(device[5:])] if device[5:] else range(torch.cuda.device_count())
+    gpus = [gpu for gpu in range(torch.cuda.device_count()) if device in ("auto", "cuda", f"cuda:{gpu}")]
+    if not gpus:
+        return 1
     least_gib = min(torch.cuda.get_device_properties(gpu).total_memory for gpu in gpus) / 2**30
     fit = max(1, min(per_gpu, cores // (2 * len(gpus)), int(least_gib / GPU_GIB_PER_PROCESS)))
     return max(len(gpus), min(fit * len(gpus), needed))

@@ -110,6 +110,8 @@ def test_processes_change_nothing(toy: Path, tmp_path: Path) -> None:
         ("auto", 8, 141, 128, 4, 8),
         ("cuda:1", 8, 141, 128, 1000, 6),
         ("cuda", 1, 141, 16, 6, 3),
+        ("cuda", 0, 0, 16, 100, 1),
+        ("cuda:8", 8, 141, 128, 100, 1),
     ],
 )
 def test_processes_by_default(
