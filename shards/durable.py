@@ -89,6 +89,26 @@ def from_json(data: bytes, what: str, where: object) -> dict[str, Any]:
     return value
 
 
+def read_json_lines(path: Path) -> list[dict[str, Any]]:
+    """The objects of a log; a last line without a line break is still being written and is left out.
+
+    Raises:
+        UserError: a line is not a JSON object.
+    """
+    complete = path.read_bytes().rpartition(b"\n")[0].split(b"\n")
+    lines = []
+    for place, line in enumerate(complete, 1):
+        if line.strip():
+            try:
+                value = json.loads(line)
+            except ValueError as error:
+                raise UserError(f"line {place} is not JSON: {error}", where=path) from error
+            if not isinstance(value, dict):
+                raise UserError(f"line {place} is not an object", where=path, got=value)
+            lines.append(value)
+    return lines
+
+
 def check_writable(folder: Path, need_bytes: int = 0, file_bytes: int = 1) -> None:
     """Make a folder, and check that files can be written to it.
 

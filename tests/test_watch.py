@@ -10,7 +10,7 @@ from collections import namedtuple
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import psutil
@@ -22,6 +22,9 @@ from higgs_tune.inspect.web.run import read_run, run_page
 from higgs_tune.train.monitor.diagnostics import isolated
 from higgs_tune.train.monitor.system import SystemMonitor, gpu_reader
 from higgs_tune.train.monitor.watch import CollapseWatch
+from higgs_tune.train.options import OptimArgs
+from higgs_tune.train.run_io import make_watch
+from higgs_tune.train.state import Run
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import PreTrainedTokenizerBase
 
@@ -72,6 +75,17 @@ def test_a_resumed_run_is_warned_as_one_that_never_stopped(stop: int, tmp_path: 
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(metrics) + "\n" for metrics in lines[:stop]))
     after.resume(tmp_path / "metrics.jsonl")
     assert first + [warning for metrics in lines[stop:] for warning in after.look(metrics)] == said
+
+
+@pytest.mark.fast
+def test_a_damaged_log_stops_no_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As a machine leaves it that went down: the watch begins anew, and says so."""
+    (tmp_path / "metrics.jsonl").write_bytes(json.dumps(line(1)).encode() + b"\n" + bytes(20) + b"\n")
+    config = SimpleNamespace(output_dir=tmp_path, optim=OptimArgs(warmup_steps=3))
+    model = SimpleNamespace(vocab_size=VOCABULARY, audio_codebook_size=CODES)
+    watch = make_watch(cast(Run, SimpleNamespace(config=config, model=model, total_steps=100)))
+    assert watch == CollapseWatch(VOCABULARY, CODES, warmup=3)
+    assert "the collapse watch begins anew: line 2 is not JSON" in capsys.readouterr().err
 
 
 @pytest.mark.fast

@@ -6,6 +6,7 @@ together (test_resume.py); a metric is reported once (test_long_runs.py).
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -133,7 +134,10 @@ def make_watch(run: Run) -> CollapseWatch:
     """The collapse watch of a run, whose log is open."""
     model = run.model
     watch = CollapseWatch(model.vocab_size, model.audio_codebook_size, warmup_of(run.config.optim, run.total_steps))
-    watch.resume(run.config.output_dir / METRICS)
+    try:
+        watch.resume(run.config.output_dir / METRICS)
+    except UserError as error:  # a machine that went down can leave a damaged log: no reason to stop
+        print(f"warning: the collapse watch begins anew: {error}", file=sys.stderr, flush=True)
     return watch
 
 

@@ -26,6 +26,7 @@ from higgs_tune.preprocess.input.chatml import usable_text
 from higgs_tune.preprocess.reject import Reject
 from higgs_tune.preprocess.text_normalization import TextOptions
 from higgs_tune.shards.errors import UserError
+from higgs_tune.train.checkpoint.folder import checkpoint_step
 
 LOCAL = ("127.0.0.1", "localhost", "::1")
 Sound = tuple[int, np.ndarray]  # rate in Hz, and int16 [S]
@@ -44,7 +45,7 @@ class Studio:
         given = self.config.model_path
         inner = [path for name in ("checkpoint-*", "best-*") for path in given.glob(name)] if given.is_dir() else []
         usable = [path for path in inner if _is_model(path)]
-        newest = sorted(usable, key=lambda path: int(path.name.rpartition("-")[2]), reverse=True)
+        newest = sorted(usable, key=checkpoint_step, reverse=True)
         own = [given] if not usable or _is_model(given) else []
         return [str(path) for path in (*own, *newest)]
 

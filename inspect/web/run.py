@@ -26,6 +26,7 @@ from higgs_tune.inspect.web.run_charts import (
     run_charts,
     thinning,
 )
+from higgs_tune.shards.durable import read_json_lines
 from higgs_tune.shards.errors import UserError
 
 GENERATED = "samples.json"
@@ -76,10 +77,10 @@ def read_run(folder: Path) -> RunFolder:
     return RunFolder(
         folder=folder,
         config=options if isinstance(options, dict) else {},
-        lines=_metrics(metrics),
+        lines=read_json_lines(metrics),
         trained=_objects(trained) if trained.is_file() else [],
         generated={name: generated[name] for name in steps},
-        diagnostics=_metrics(looks) if (looks := folder / "diagnostics.jsonl").is_file() else [],
+        diagnostics=read_json_lines(looks) if (looks := folder / "diagnostics.jsonl").is_file() else [],
     )
 
 
@@ -92,22 +93,6 @@ def _objects(path: Path) -> list[dict[str, Any]]:
     if not isinstance(value, list) or not all(isinstance(item, dict) for item in value):
         raise UserError("damaged file of a run", where=path, expected="a list of objects")
     return value
-
-
-def _metrics(path: Path) -> list[Line]:
-    """The lines of metrics.jsonl; a last line without a line break is still being written and is left out."""
-    complete = path.read_bytes().rpartition(b"\n")[0].split(b"\n")
-    lines = []
-    for place, line in enumerate(complete, 1):
-        if line.strip():
-            try:
-                value = json.loads(line)
-            except ValueError as error:
-                raise UserError(f"line {place} is not JSON: {error}", where=path) from error
-            if not isinstance(value, dict):
-                raise UserError(f"line {place} is not an object", where=path, got=value)
-            lines.append(value)
-    return lines
 
 
 def inside(folder: Path, name: str) -> Path | None:

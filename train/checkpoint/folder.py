@@ -53,7 +53,7 @@ def checkpoint_path(folder: Path, step: int) -> Path:
 
 
 def checkpoint_step(checkpoint: Path) -> int:
-    """The step that a checkpoint's folder is named by."""
+    """The step that a checkpoint's folder is named by: checkpoint-STEP, best-STEP."""
     return int(checkpoint.name.rpartition("-")[2])
 
 

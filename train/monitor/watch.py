@@ -7,13 +7,13 @@ guess, with a codebook at chance, or that never ends a clip, is warned of; a hea
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from higgs_tune.shards.durable import read_json_lines
 from higgs_tune.train.eval_sets import HELD_OUT
 
 IN_A_ROW = 2  # reports that must show a sign before it is believed
@@ -40,10 +40,16 @@ class CollapseWatch:
     _ends: int = 0
 
     def resume(self, path: Path) -> None:
-        """Take up what earlier starts of a run saw, from their metrics.jsonl, so that each warning comes as if there
-        had been one start."""
-        for line in path.read_text().splitlines():
-            self.look(json.loads(line))
+        """Take up what earlier starts of a run saw, so that each warning comes as if there had been one start.
+
+        Args:
+            path: their metrics.jsonl.
+
+        Raises:
+            UserError: a line of it is damaged.
+        """
+        for line in read_json_lines(path):
+            self.look(line)
 
     def look(self, metrics: dict[str, Any]) -> list[tuple[str, str]]:
         """Warnings that a line gives rise to: names and messages."""
