@@ -134,7 +134,8 @@ class Step:
         """Bytes that the decoder keeps for a position, and the estimate."""
         text_share = 1 - self.batch["codes_KA"].shape[1] / self.batch.positions
         kept = kept_bytes(self.model, self.batch, self.exec_options) / self.batch.positions
-        estimate = activation_bytes(self.model, text_share=text_share, label_share=0.0)
+        compiled = self.exec_options.kernels == "compiled"
+        estimate = activation_bytes(self.model, compiled=compiled, text_share=text_share, label_share=0.0)
         return kept, estimate + lora_matrix_bytes(self.model) / self.batch.positions
 
 
